@@ -1,0 +1,14 @@
+"""Graph in, graph out: `analyse (pure) -> price (pure) -> rewrite (the only mutation) -> keep -> verify`.
+
+    algebra.py    linear forms: sums of scaled products of matrices, without any graph
+    transfer.py   what each ATen op does to a linear form: one short function per op, in one table
+    sites.py      which sums are a frozen product plus its adapters; what else was looked at, and why it was left alone
+    price.py      what each form of a site costs on a machine
+    rewrite.py    builds W' and puts it in the place of W; nothing else changes a graph
+    keep.py       what backward rebuilds instead of keeping
+    verify.py     what must hold of a graph before and after
+    pipeline.py   the order of these steps
+
+Symbols as everywhere in the project: `T` tokens, `K` in-features, `N` out-features, `r` rank, `x [T,K]`, `W [K,N]` as it
+multiplies x, `A [K,r]`, `B [r,N]`, `s` scale, `dy [T,N]`. `u` is what a group of products shares: x in forward, dy in backward.
+"""

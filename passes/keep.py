@@ -1,0 +1,165 @@
+"""What backward rebuilds instead of keeping.
+
+An adapter's gradient reads its layer's input x, in the adapter's dtype, and the frozen model's backward reads neither. Both can be
+rebuilt from what that backward keeps anyway, wherever a chain of pointwise ops leads there: through a cast, a norm's scale, an
+activation function, a gate, a dropout mask drawn from its seed. The partitioner would keep the end of the chain, because a product reads
+it; a recompute tag makes it keep the beginning. A tag forces, so a node is tagged only where that means keeping less:
+
+* the bytes at the beginning of the chain that are not kept anyway are fewer than those of the node itself;
+* a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum, and rebuilding one
+  link would pull in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from peft_fx.passes.algebra import Size
+from peft_fx.passes.sites import Dependences
+from peft_fx.passes.transfer import RULES, addends, aten, is_random, is_tensor, numel, prims, shape, value
+
+REBUILD = CheckpointPolicy.MUST_RECOMPUTE
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+LAYOUTS = {op for op, rule in RULES.items() if rule.__name__ in ("_unchanged", "_expand", "_permute", "_transpose")}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value's chain begins, and the nodes on the way that would be rebuilt."""
+
+    leaves: frozenset[Node] = frozenset()
+    chain: frozenset[Node] = frozenset()
+
+
+class Keep:
+    """Finds the nodes to rebuild. Pure; `mark` writes the tags."""
+
+    def __init__(
+        self, graph: Graph, tangent: set[Node], depends: Dependences, hint: Callable[[Size], int], random: bool = True
+    ):
+        self.tangent, self.depends, self.hint, self.random = tangent, depends, hint, random
+        self.kept: set[Node] = set()
+        self._origins: dict[Node, Origin] = {}
+        gradients = parameter_gradients(graph, tangent, self._carries_tokens)
+        frozen = {n for g in tangent - gradients for n in g.all_input_nodes if n not in tangent}
+        self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one already known
+        self.chosen: set[Node] = set()
+        reads = {n for g in gradients for n in g.all_input_nodes if n not in tangent and self._carries_tokens(n)}
+        for node in sorted(reads, key=self._bytes, reverse=True):
+            origin = self._origin(node)
+            self.chosen |= origin.chain
+            self.kept |= origin.leaves
+            self._origins.clear()
+        masks = {n for n in self.chosen if self.depends.random(n)}
+        self.chosen |= self._masks(masks)
+
+    def _carries_tokens(self, node: Node) -> bool:
+        return bool(self.depends.bits[node])
+
+    def _bytes(self, node: Node) -> int:
+        val = value(node)
+        return self.hint(numel(shape(node))) * val.dtype.itemsize if isinstance(val, torch.Tensor) else 0
+
+    def _note_kept(self, nodes: Iterable[Node]) -> None:
+        """What the frozen backward reads is kept, or what it is cheaper rebuilt from."""
+        for node in nodes:
+            if is_tensor(node) and self._carries_tokens(node):
+                self.kept |= {node, *self._origin(node, frozen=True).leaves}
+                self._origins.clear()
+
+    def _origin(self, node: Node, frozen: bool = False) -> Origin:
+        """The cheapest beginning of a value's chain: the node itself, or what its inputs begin with."""
+        todo = [node]
+        while todo:
+            n = todo[-1]
+            inputs = [] if self._is_beginning(n, frozen and n is node) else self._inputs(n)
+            missing = [i for i in inputs if i not in self._origins]
+            if missing:
+                todo += missing
+                continue
+            todo.pop()
+            self._origins[n] = self._choose(n, [self._origins[i] for i in inputs])
+        return self._origins[node]
+
+    def _inputs(self, node: Node) -> list[Node]:
+        return [n for n in node.all_input_nodes if is_tensor(n)]
+
+    def _is_beginning(self, node: Node, even_if_kept: bool = False) -> bool:
+        if node.op != "call_function" or not self._carries_tokens(node) or "recompute" in node.meta:
+            return True
+        if node in self.kept and not even_if_kept:
+            return True
+        return not (self._is_pointwise(node) or self._is_narrow_product(node))
+
+    def _is_pointwise(self, node: Node) -> bool:
+        if is_random(node):
+            return self.random
+        tags = getattr(node.target, "tags", ())
+        return torch.Tag.pointwise in tags or node.target in LAYOUTS or node.target is prims.convert_element_type.default
+
+    def _is_narrow_product(self, node: Node) -> bool:
+        """`u·A` with few columns: redoing it costs little next to the layer's own product."""
+        for part in addends(node) or []:
+            if hasattr(part.operand, "left"):
+                k, n = shape(part.operand.right)[-2:]  # type: ignore[union-attr]
+                narrow = isinstance(k, int) and isinstance(n, int) and 4 * n <= k
+                return narrow and not self._carries_tokens(part.operand.right)  # type: ignore[union-attr]
+        return False
+
+    def _choose(self, node: Node, inputs: list[Origin]) -> Origin:
+        if node.op == "placeholder" or not self._carries_tokens(node):
+            return Origin()
+        alone = Origin(frozenset({node}))
+        if self._is_beginning(node) or (is_random(node) and not self.random):
+            return alone
+        leaves = frozenset().union(*(o.leaves for o in inputs))
+        chain = frozenset({node}).union(*(o.chain for o in inputs))
+        extra = sum(self._bytes(n) for n in leaves - self.kept)
+        if node.target in SUMS and extra and not any(leaves == o.leaves for o in inputs):
+            return alone
+        return Origin(leaves, chain) if extra < self._bytes(node) else alone
+
+    def _masks(self, masks: set[Node]) -> set[Node]:
+        """A dropout mask that is rebuilt for the adapter's gradient is rebuilt for the input's, too."""
+        found: set[Node] = set()
+        todo = list(masks)
+        while todo:
+            node = todo.pop()
+            for n in node.all_input_nodes:
+                if n.op == "call_function" and n not in found and self.depends.bits[n] and not (
+                    self.depends.bits[n] & ~self.depends.draws
+                ):
+                    found.add(n)
+                    todo.append(n)
+        return found
+
+    def mark(self) -> int:
+        for node in self.chosen:
+            node.meta["recompute"] = REBUILD
+        return len(self.chosen)
+
+
+def parameter_gradients(graph: Graph, tangent: set[Node], carries_tokens: Callable[[Node], bool]) -> set[Node]:
+    """The products of backward that make a parameter's gradient: nothing but layout, scale, cast and sum follow on the way out."""
+    ends: set[Node] = set()
+    found: set[Node] = set()
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    for node in reversed(graph.nodes):
+        if node not in tangent or node is output or not isinstance(value(node), torch.Tensor):
+            continue
+        if not node.users or not all(u is output or u in ends for u in node.users):
+            continue
+        parts = addends(node)
+        if parts is None:
+            continue
+        products = [p.operand for p in parts if hasattr(p.operand, "left")]
+        if not products:
+            ends.add(node)
+        elif all(carries_tokens(p.left) and carries_tokens(p.right) for p in products):  # type: ignore[union-attr]
+            found.add(node)
+    return found

@@ -1,0 +1,267 @@
+"""The only place that changes a graph: `u·W + s·(u·A)·B` becomes `u·W'` with `W' = cast(W + s·A·B)`.
+
+W' stands where W stood: the base product keeps its spelling, its bias, its views and casts, and the adapter's addends leave the sum.
+W' is built in fp32 (fp64 where anything is) in W's own orientation, cast once, shared by forward and backward, and marked to be rebuilt
+in backward. W itself is never written.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.sites import Analysis, Group
+from peft_fx.passes.transfer import Occurrence, addends, aten, prims, shape, value
+
+CAST = prims.convert_element_type.default
+REBUILD = CheckpointPolicy.MUST_RECOMPUTE
+COPIED = (
+    "stack_trace",
+    "nn_module_stack",
+    "fwd_nn_module_stack",
+    "partitioner_tag",
+    "autograd_backward",
+    "seq_nr",
+    "custom",
+    "original_aten",
+    "recompute",
+    "ac_graph_id",
+)
+
+
+Path = tuple[tuple[Node, int], ...]
+
+
+class Builder:
+    """Adds nodes to a graph, each with its own fresh fake value, and the provenance of the node that it stands in for."""
+
+    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
+        self.graph, self.fake_mode = graph, fake_mode
+        self.like: Node | None = None
+        self.rebuild = False
+        self.added: list[Node] = []
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        with self.fake_mode:
+            node.meta["val"] = target(*map(_fake, args), **{k: _fake(v) for k, v in kwargs.items()})
+        if self.like is not None:
+            node.meta.update({k: self.like.meta[k] for k in COPIED if k in self.like.meta})
+        if self.rebuild:
+            node.meta["recompute"] = REBUILD
+            node.meta.pop("ac_graph_id", None)
+        self.added.append(node)
+        return node
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        return node if value(node).dtype == dtype else self.call(CAST, node, dtype)
+
+    def flip(self, node: Node) -> Node:
+        rank = value(node).ndim
+        return self.call(aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
+
+
+def _fake(arg: Any) -> Any:
+    if isinstance(arg, Node):
+        return value(arg)
+    return [_fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
+
+
+class Rewriter:
+    """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
+
+    def __init__(self, graph: Graph, analysis: Analysis, fake_mode: AbstractContextManager[Any]):
+        self.graph, self.analysis = graph, analysis
+        self.build = Builder(graph, fake_mode)
+        self._merged: dict[Any, Node] = {}
+
+    def rewrite(self, groups: Iterable[Group]) -> None:
+        by_root: dict[Node, list[Group]] = defaultdict(list)
+        for group in groups:
+            by_root[group.root].append(group)
+        for root, members in by_root.items():
+            self._rewrite_sum(root, members)
+
+    def _rewrite_sum(self, root: Node, groups: list[Group]) -> None:
+        edits: dict[Path, tuple[Node, bool] | None] = {}
+        with self.graph.inserting_before(root):
+            for group in groups:
+                edits |= {occ.path: None for occ in group.others}
+                edits[group.base.path] = self._merged_operand(group), group.right
+            new = self._sum(root, (), edits)
+        assert new is not None, "the base product keeps every sum alive"
+        root.replace_all_uses_with(new)
+        _erase(self.graph, root)
+
+    # ------------------------------------------------------------------------------------------------------- sums
+
+    def _sum(self, node: Node, way: Path, edits: dict[Path, tuple[Node, bool] | None]) -> Node | None:
+        """A copy of a sum with W' in the base products and without the dropped terms; None where nothing is left of it."""
+        parts = addends(node) or []
+        here = [(*way, (node, i)) for i in range(len(parts))]
+        if not any(path[: len(way) + 1] == step for path in edits for step in here):
+            return node
+        copies: dict[Node, Node] = {}
+        gone: list[int] = []
+        for i, (path, part) in enumerate(zip(here, parts, strict=True)):
+            if path in edits:
+                edit = edits[path]
+                if edit is not None:
+                    return self._with_operand(node, *edit)
+                gone.append(i)
+            elif isinstance(part.operand, Node):
+                copy = self._sum(part.operand, path, edits)
+                if copy is None:
+                    gone.append(i)
+                else:
+                    copies[part.operand] = copy
+        if len(gone) == len(parts):
+            return None
+        self.build.like = node
+        if gone:
+            return self._without(node, gone[0], copies)
+        args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
+        return self.build.call(node.target, *args, **node.kwargs)
+
+    def _with_operand(self, node: Node, merged: Node, left: bool) -> Node:
+        """The base product with W' for W; its bias and alpha stay. The two factors are the last two arguments."""
+        self.build.like = node
+        args = list(node.args)
+        args[-2 if left else -1] = merged
+        return self.build.call(node.target, *args, **node.kwargs)
+
+    def _without(self, node: Node, i: int, copies: dict[Node, Node]) -> Node:
+        """A sum of two that lost addend `i`: the other, in the sum's dtype and shape."""
+        (kept,) = (p for j, p in enumerate(addends(node) or []) if j != i)
+        if kept.operand is None:
+            kept_arg = node.args[1 - i]
+            return self.build.call(aten.full.default, list(value(node).shape), kept_arg, dtype=value(node).dtype)
+        assert isinstance(kept.operand, Node)
+        rest = copies.get(kept.operand, kept.operand)
+        rest = self.build.cast(rest, value(node).dtype)
+        rest = self._scaled(rest, kept.scale)
+        if shape(rest) != shape(node):
+            rest = self.build.call(aten.expand.default, rest, self._sized(node))
+        return rest
+
+    def _scaled(self, node: Node, scale: Scale) -> Node:
+        for name in scale.names:
+            assert isinstance(name, Node)
+            node = self.build.call(aten.mul.Tensor, node, self.build.cast(name, value(node).dtype))
+        return node if scale.number == 1 else self.build.call(aten.mul.Tensor, node, scale.number)
+
+    def _sized(self, node: Node) -> list[Any]:
+        """A node's sizes as arguments: numbers, or the graph's own size nodes."""
+        sizes: list[Any] = []
+        for n in value(node).shape:
+            if isinstance(n, int):
+                sizes.append(n)
+                continue
+            source = next(a for a in node.all_input_nodes if _has_size(a, n))
+            j = next(j for j, m in enumerate(value(source).shape) if not isinstance(m, int) and m.node.expr == n.node.expr)
+            sizes.append(self.build.call(aten.sym_size.int, source, j))
+        return sizes
+
+    # ----------------------------------------------------------------------------------------------------- merging
+
+    def _merged_operand(self, group: Group) -> Node:
+        """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and backward too."""
+        product, weight = group.base.product, group.weight
+        assert product is not None
+        operand = product.left if group.right else product.right
+        inner = self.analysis.inner_scale(group)
+        terms = [(self._ratio(group, occ), t) for occ, t in zip(group.others, group.remainders, strict=True)]
+        if weight.flipped:
+            terms = [(s, t.T) for s, t in terms]
+        dtype = value(operand).dtype
+        summands = frozenset((s.key(), t.factors) for s, t in terms)
+        key = (weight.T if weight.flipped else weight, inner.key(), summands, dtype)
+        self.build.like, self.build.rebuild = group.base.path[-1][0], True
+        if key not in self._merged:
+            self._merged[key] = self._merge(weight, inner, terms, dtype)
+        result = self._as_operand(self._merged[key], weight, operand)
+        self.build.rebuild = False
+        return result
+
+    def _ratio(self, group: Group, occ: Occurrence) -> Scale:
+        ratio = self.analysis.scale_ratio(group, occ)
+        assert ratio is not None, "such a group is refused"
+        return ratio
+
+    def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
+        """cast(W + Σ s·Π factors), in the weight's own orientation."""
+        plain = weight.T if weight.flipped else weight
+        names = [plain, *(f for _, t in terms for f in t.factors)]
+        wide = torch.float64 if any(value(f.name).dtype == torch.float64 for f in names) else torch.float32  # type: ignore[arg-type]
+        total = self._scaled(self._matrix(plain, wide), inner)
+        for scale, term in terms:
+            delta = self._scaled(self._multiply([self._matrix(f, wide) for f in term.factors]), scale)
+            total = self.build.call(aten.add.Tensor, total, delta)
+        return self.build.cast(total, dtype)
+
+    def _matrix(self, f: Matrix, dtype: torch.dtype) -> Node:
+        """A factor as a node `[rows, cols]`, or `[batch, rows, cols]`."""
+        assert isinstance(f.name, Node)
+        sizes = [f.rows, f.cols] if f.batch == 1 else [f.batch, f.rows, f.cols]
+        node = f.name
+        if list(shape(node)) != sizes:
+            node = self.build.call(aten.reshape.default, node, _static(sizes))
+        node = self.build.cast(node, dtype)
+        return self.build.flip(node) if f.flipped else node
+
+    def _multiply(self, factors: list[Node]) -> Node:
+        for i in cheapest_order([shape(f)[-2:] for f in factors]):  # type: ignore[misc]
+            a, b = factors[i : i + 2]
+            factors[i : i + 2] = [self._product(a, b)]
+        return factors[0]
+
+    def _product(self, a: Node, b: Node) -> Node:
+        if value(a).ndim == value(b).ndim == 2:
+            return self.build.call(aten.mm.default, a, b)
+        batch = next(shape(n)[0] for n in (a, b) if value(n).ndim == 3)
+        a, b = (n if value(n).ndim == 3 else self.build.call(aten.expand.default, n, [batch, *shape(n)]) for n in (a, b))
+        return self.build.call(aten.bmm.default, a, b)
+
+    def _as_operand(self, merged: Node, weight: Matrix, operand: Node) -> Node:
+        node = self.build.flip(merged) if weight.flipped else merged
+        if shape(node) == shape(operand):
+            return node
+        if value(operand).ndim == 3 and value(node).ndim == 2:
+            batched = self.build.call(aten.unsqueeze.default, node, 0)
+            first = shape(operand)[0]
+            return batched if first == 1 else self.build.call(aten.expand.default, batched, [first, *shape(node)])
+        return self.build.call(aten.reshape.default, node, _static(shape(operand)))
+
+
+def _static(sizes: Iterable[Size]) -> list[int]:
+    """Weights have sizes that are numbers; anything else is a group that should not have been chosen."""
+    found = list(sizes)
+    assert not any(isinstance(n, sympy.Expr) and not n.is_number for n in found), "a weight of dynamic size"
+    return [int(n) for n in found]
+
+
+def _has_size(node: Node, size: Any) -> bool:
+    val = value(node)
+    return isinstance(val, torch.Tensor) and any(
+        not isinstance(m, int) and m.node.expr == size.node.expr for m in val.shape
+    )
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """Removes a node that has lost its users, and what only it used."""
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n.users or n.op != "call_function" or n._erased:
+            continue
+        inputs = n.all_input_nodes
+        graph.erase_node(n)
+        todo += inputs

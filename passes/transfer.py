@@ -1,0 +1,395 @@
+"""What each ATen op does to a linear form: one short rule per op, in one table, and the reader that applies them.
+
+A rule says of which addends a node is the sum: other nodes, scaled, reshaped, permuted or cast, and products of two nodes. An op
+without a rule, or a rule that answers None, makes its result a name of its own: never a guess. The reader goes from a node to
+its addends and flattens; a sum that others use too is a name for them, so that no work is done twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.algebra import ONE, Matrix, Scale, Size, Term
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def expr(size: Any) -> Size:
+    """A size as something that compares and hashes without adding a guard: an int or a sympy expression."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr
+    return int(value) if value.is_number else value
+
+
+def value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    return tuple(expr(n) for n in value(node).shape)
+
+
+def is_tensor(arg: Any) -> bool:
+    return isinstance(arg, Node) and isinstance(value(arg), torch.Tensor)
+
+
+def numel(sizes: Sequence[Size]) -> Size:
+    return math.prod(sizes)
+
+
+@dataclass(frozen=True)
+class Product:
+    """The matrix product of two nodes over their last two dimensions, computed in `dtype`."""
+
+    left: Node
+    right: Node
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Addend:
+    """`scale · operand`; `dims` where the operand is permuted first; reshapes need no word, values are read row by row."""
+
+    operand: Node | Product | None  # None: a constant
+    scale: Scale = ONE
+    dims: tuple[int, ...] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def _unchanged(node: Node) -> list[Addend] | None:
+    return [Addend(node.args[0])] if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
+
+
+def _expand(node: Node) -> list[Addend] | None:
+    return _unchanged(node)  # where it repeats nothing; the reader sees by the number of elements
+
+
+def _cast(node: Node) -> list[Addend] | None:
+    source = node.args[0]
+    if not is_tensor(source) or not value(source).is_floating_point() or not value(node).is_floating_point():  # type: ignore[arg-type]
+        return None
+    return [Addend(source)]  # type: ignore[arg-type]
+
+
+def _permute(node: Node) -> list[Addend]:
+    rank = value(node).ndim
+    return [Addend(node.args[0], dims=tuple(d % rank for d in node.args[1]))]  # type: ignore[union-attr, arg-type, misc]
+
+
+def _transpose(node: Node) -> list[Addend]:
+    source, i, j = node.args
+    dims = list(range(value(node).ndim))
+    dims[i], dims[j] = dims[j], dims[i]  # type: ignore[index]
+    return [Addend(source, dims=tuple(dims))]  # type: ignore[arg-type]
+
+
+def scale_of(arg: Any) -> Scale | None:
+    """A python number, or a tensor of one element, through its casts."""
+    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+        return Scale(float(arg))
+    if is_tensor(arg) and value(arg).ndim == 0 and value(arg).is_floating_point():
+        while arg.target is prims.convert_element_type.default and value(arg.args[0]).is_floating_point():
+            arg = arg.args[0]
+        return Scale(1.0, (arg,))
+    return None
+
+
+def _plus(sign: float) -> Callable[[Node], list[Addend]]:
+    def rule(node: Node) -> list[Addend]:
+        a, b = node.args
+        alpha = scale_of(node.kwargs.get("alpha", 1))
+        first = Addend(a) if is_tensor(a) else Addend(None)  # type: ignore[arg-type]
+        if alpha is None or not is_tensor(b):
+            return [first, Addend(None)]
+        return [first, Addend(b, Scale(sign) * alpha)]  # type: ignore[arg-type]
+
+    return rule
+
+
+def _times(node: Node) -> list[Addend] | None:
+    a, b = node.args
+    for x, s in ((a, b), (b, a)):
+        scale = scale_of(s)
+        if scale is not None and is_tensor(x) and value(x).ndim:  # type: ignore[arg-type]
+            return [Addend(x, scale)]  # type: ignore[arg-type]
+    return _outer(node)
+
+
+def _outer(node: Node) -> list[Addend] | None:
+    """`[T,1] * [1,N]`: what Inductor makes of a product over a rank of one."""
+    a, b = node.args
+    if not (is_tensor(a) and is_tensor(b)):
+        return None
+    for column, row in ((a, b), (b, a)):
+        cs, rs = shape(column), shape(row)  # type: ignore[arg-type]
+        if len(cs) == len(rs) == 2 and cs[1] == 1 and rs[0] == 1 and 1 not in (cs[0], rs[1]):
+            return [Addend(Product(column, row, value(node).dtype))]  # type: ignore[arg-type]
+    return None
+
+
+def _over(node: Node) -> list[Addend] | None:
+    a, b = node.args
+    if not isinstance(b, (int, float)) or b == 0 or node.kwargs:
+        return None
+    return [Addend(a, Scale(1.0 / b))]  # type: ignore[arg-type]
+
+
+def _negative(node: Node) -> list[Addend]:
+    return [Addend(node.args[0], Scale(-1.0))]  # type: ignore[arg-type]
+
+
+def _product(node: Node) -> list[Addend]:
+    left, right = node.args[:2]
+    return [Addend(Product(left, right, value(node).dtype))]  # type: ignore[arg-type]
+
+
+def _plus_product(node: Node) -> list[Addend] | None:
+    bias, left, right = node.args[:3]
+    beta, alpha = scale_of(node.kwargs.get("beta", 1)), scale_of(node.kwargs.get("alpha", 1))
+    if beta is None or alpha is None:
+        return None
+    return [Addend(bias, beta), Addend(Product(left, right, value(node).dtype), alpha)]  # type: ignore[arg-type]
+
+
+RULES: dict[Any, Callable[[Node], list[Addend] | None]] = {
+    aten.view.default: _unchanged,
+    aten.reshape.default: _unchanged,
+    aten._unsafe_view.default: _unchanged,
+    aten.unsqueeze.default: _unchanged,
+    aten.squeeze.dim: _unchanged,
+    aten.squeeze.dims: _unchanged,
+    aten.squeeze.default: _unchanged,
+    aten.expand.default: _expand,
+    aten.clone.default: _unchanged,
+    aten.alias.default: _unchanged,
+    aten.detach.default: _unchanged,
+    prims.convert_element_type.default: _cast,
+    aten._to_copy.default: _cast,
+    aten.permute.default: _permute,
+    aten.t.default: lambda node: [Addend(node.args[0], dims=(1, 0))],  # type: ignore[arg-type]
+    aten.transpose.int: _transpose,
+    aten.add.Tensor: _plus(1.0),
+    aten.sub.Tensor: _plus(-1.0),
+    aten.neg.default: _negative,
+    aten.mul.Tensor: _times,
+    aten.mul.Scalar: _times,
+    aten.div.Tensor: _over,
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten.addmm.default: _plus_product,
+    aten.baddbmm.default: _plus_product,
+}
+
+
+def addends(node: Node) -> list[Addend] | None:
+    rule = RULES.get(node.target) if node.op == "call_function" else None
+    return rule(node) if rule and isinstance(value(node), torch.Tensor) else None
+
+
+# --------------------------------------------------------------------------------------------------------------- reader
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value of any shape is read: row by row as `[batch, rows, cols]`."""
+
+    batch: Size
+    cols: Size
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A term of a sum, and the way to it: pairs of node and number of the addend, from the sum inwards.
+
+    `outside` is the scale met on the way, `term` is None for what is no matrix of the sum's shape (a bias).
+    """
+
+    term: Term | None
+    path: tuple[tuple[Node, int], ...]
+    outside: Scale = ONE
+
+    @property
+    def product(self) -> Product | None:
+        if not self.path:
+            return None
+        node, i = self.path[-1]
+        operand = (addends(node) or [])[i].operand
+        return operand if isinstance(operand, Product) else None
+
+
+def is_random(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+
+
+def value_numbers(graph: Graph) -> dict[Node, Node]:
+    """Every node's first equal: the same op on the same values. No common sub-expressions are merged in a joint graph yet."""
+    first: dict[Hashable, Node] = {}
+    number: dict[Node, Node] = {}
+
+    def key(arg: Any) -> Hashable:
+        if isinstance(arg, Node):
+            return number[arg]
+        if isinstance(arg, (list, tuple)):
+            return tuple(key(a) for a in arg)
+        if isinstance(arg, dict):
+            return tuple(sorted((k, key(v)) for k, v in arg.items()))
+        return (type(arg), arg)
+
+    for node in graph.nodes:
+        number[node] = node
+        if node.op != "call_function" or is_random(node):
+            continue
+        try:
+            number[node] = first.setdefault((node.target, key(node.args), key(node.kwargs)), node)
+        except TypeError:  # an argument that does not hash or sort: the node stays its own first
+            continue
+    return number
+
+
+class Reader:
+    """Reads the linear forms of one graph. Pure: it never changes the graph, and keeps what it learns in a table of its own."""
+
+    def __init__(self, graph: Graph):
+        self.number = value_numbers(graph)
+        self._memo: dict[tuple[Node, Layout, bool], tuple[Occurrence, ...]] = {}
+
+    def read(self, root: Node) -> tuple[Occurrence, ...]:
+        """The terms of a sum, in the layout in which most of them are products."""
+        sizes = shape(root)
+        layouts = [Layout(1, sizes[-1] if sizes else 1)]
+        if len(sizes) == 3 and sizes[0] != 1:
+            layouts.append(Layout(sizes[0], sizes[-1]))
+        found = [self._sum(root, layout, top=True) for layout in layouts]
+        return max(found, key=lambda occs: sum(o.term is not None and len(o.term.factors) > 1 for o in occs))
+
+    def term(self, node: Node, layout: Layout) -> Term:
+        """A factor of a product: a single term, or the node's own name."""
+        found = self._sum(node, layout, top=False)
+        only = found[0].term if len(found) == 1 else None
+        return only if only is not None else self._name(node, layout)
+
+    def scale_within(self, operand: Node) -> Scale:
+        """The scale that a factor of a product carries itself, as W in `x @ (2·W)`."""
+        sizes = shape(operand)
+        batch = sizes[0] if len(sizes) == 3 else 1
+        return (self._shared(operand) or self.term(operand, Layout(batch, sizes[-1]))).scale
+
+    def _name(self, node: Node, layout: Layout) -> Term:
+        rows = numel(shape(node)) / (layout.batch * layout.cols) if 0 not in shape(node) else 0
+        rows = int(rows) if isinstance(rows, float) else rows
+        first = self.number[node]
+        return Term((Matrix(first, layout.cols, layout.batch, rows=rows, precision=value(node).dtype),))
+
+    def _sum(self, node: Node, layout: Layout, top: bool) -> tuple[Occurrence, ...]:
+        """The terms of a node; by its name alone where it is a sum that others use too."""
+        key = (node, layout, top)
+        if key not in self._memo:
+            found = self._flatten(node, layout)
+            if found is None or (not top and len(node.users) > 1 and len(found) > 1):
+                found = (Occurrence(self._name(node, layout), ()),)
+            self._memo[key] = found
+        return self._memo[key]
+
+    def _flatten(self, node: Node, layout: Layout) -> tuple[Occurrence, ...] | None:
+        parts = addends(node)
+        if parts is None:
+            return None
+        found: list[Occurrence] = []
+        for i, part in enumerate(parts):
+            inner = self._addend(node, part, layout)
+            if inner is None:
+                return None
+            step = (node, i)
+            dtype = value(node).dtype
+            found += [
+                replace(
+                    occ,
+                    path=(step, *occ.path),
+                    outside=part.scale * occ.outside,
+                    term=occ.term and (occ.term * part.scale).rounded(dtype),
+                )
+                for occ in inner
+            ]
+        return tuple(found)
+
+    def _addend(self, node: Node, part: Addend, layout: Layout) -> tuple[Occurrence, ...] | None:
+        """None where the whole node must stay a name."""
+        if isinstance(part.operand, Product):
+            term = self._product(part.operand, layout)
+            return None if term is None else (Occurrence(term, ()),)
+        if part.operand is None or numel(shape(part.operand)) != numel(shape(node)):
+            return (Occurrence(None, ()),)
+        if part.dims is None:
+            return self._sum(part.operand, layout, top=False)
+        return self._permuted(node, part.operand, part.dims, layout)
+
+    def _permuted(
+        self, node: Node, source: Node, dims: tuple[int, ...], layout: Layout
+    ) -> tuple[Occurrence, ...] | None:
+        """A permutation that only moves dimensions of size 1 is a reshape; one that swaps rows and columns, a transpose."""
+        sizes = shape(node)
+        order = [d for d, n in zip(dims, sizes, strict=True) if n != 1]
+        if order == sorted(order):
+            return self._sum(source, layout, top=False)
+        start = split(sizes, layout)
+        if start is None:
+            return None
+        b, c = start
+        swapped = [*dims[:b], *dims[c:], *dims[b:c]]
+        if [d for d in swapped if shape(source)[d] != 1] != sorted(order):
+            return None
+        found = self._sum(source, Layout(layout.batch, numel(sizes[b:c])), top=False)
+        return tuple(replace(occ, term=occ.term and occ.term.T) for occ in found)
+
+    def _product(self, product: Product, layout: Layout) -> Term | None:
+        """A product in the layout asked for: of plain matrices, with one right factor for a whole batch, or batch by batch."""
+        left, right = product.left, product.right
+        ls, rs = shape(left), shape(right)
+        if layout.cols != rs[-1]:
+            return None
+        if len(rs) == 2 or rs[0] == 1:
+            one = 1 if len(rs) == 2 or layout.batch in (1, ls[0]) else None
+            if one is None or layout.batch != 1:
+                return None
+            terms = self.term(left, Layout(1, ls[-1])), self.term(right, Layout(1, rs[-1]))
+        elif layout.batch == 1:
+            shared = self._shared(right)
+            if shared is None:
+                return None
+            terms = self.term(left, Layout(1, ls[-1])), shared
+        elif layout.batch == ls[0]:
+            terms = tuple(  # type: ignore[assignment]
+                self._shared(n) or self.term(n, Layout(s[0], s[-1])) for n, s in ((left, ls), (right, rs))
+            )
+        else:
+            return None
+        return (terms[0] @ terms[1]).computed_in(product.dtype)
+
+    def _shared(self, node: Node) -> Term | None:
+        """The one matrix that an expanded batch `[E, m, n]` repeats."""
+        *_, rows, cols = shape(node)
+        if len(shape(node)) < 3:
+            return None
+        while node.op == "call_function" and RULES.get(node.target) is _unchanged:
+            node = node.args[0]  # type: ignore[assignment]
+        if node.target is not aten.expand.default:
+            return None
+        source: Node = node.args[0]  # type: ignore[assignment]
+        return self.term(source, Layout(1, cols)) if numel(shape(source)) == rows * cols else None
+
+
+def split(sizes: Sequence[Size], layout: Layout) -> tuple[int, int] | None:
+    """Where the batch ends and where the columns begin, among the dimensions of a value in that layout."""
+    begin = next((i for i in range(len(sizes) + 1) if numel(sizes[:i]) == layout.batch), None)
+    end = next((i for i in range(len(sizes), -1, -1) if numel(sizes[i:]) == layout.cols), None)
+    return None if begin is None or end is None or begin > end else (begin, end)

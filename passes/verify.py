@@ -1,0 +1,81 @@
+"""What must hold of a graph after the passes: its inputs and outputs, every node's fake value, the order of what has effects."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.rewrite import _fake
+from peft_fx.passes.transfer import expr, is_random, value
+
+
+class VerificationError(AssertionError):
+    """A pass broke the graph. The caller takes the untouched one instead."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a graph promises to its callers, taken before the passes."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    effects: tuple[str, ...]
+
+    @staticmethod
+    def of(graph: Graph) -> Contract:
+        return Contract(
+            tuple(n.name for n in graph.nodes if n.op == "placeholder"),
+            tuple(_signature(n) for n in _outputs(graph)),
+            tuple(str(n.target) for n in graph.nodes if _has_effect(n)),
+        )
+
+
+def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: AbstractContextManager[Any]) -> None:
+    """Raises VerificationError unless the graph is well-formed, keeps its contract, and says the truth about its new nodes."""
+    try:
+        graph.lint()
+    except Exception as error:
+        raise VerificationError(f"the graph is not well-formed: {error}") from error
+    after = Contract.of(graph)
+    for what in ("inputs", "outputs", "effects"):
+        if getattr(after, what) != getattr(before, what):
+            raise VerificationError(f"{what} changed from {getattr(before, what)} to {getattr(after, what)}")
+    for node in added:
+        if node._erased:
+            continue
+        with fake_mode:
+            again = node.target(*map(_fake, node.args), **{k: _fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
+        if _described(again) != _described(value(node)):
+            raise VerificationError(f"{node.format_node()} is {_described(again)}, and says {_described(value(node))}")
+
+
+def _outputs(graph: Graph) -> list[Any]:
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    found = output.args[0]
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _signature(output: Any) -> Any:
+    return _described(value(output)) if isinstance(output, Node) else output
+
+
+def _described(val: Any) -> Any:
+    if not isinstance(val, torch.Tensor):
+        return str(val)
+    return (
+        tuple(expr(n) for n in val.shape),
+        tuple(expr(n) for n in val.stride()),
+        val.dtype,
+        val.device,
+    )
+
+
+def _has_effect(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return is_random(node) or bool(schema is not None and schema.is_mutable)

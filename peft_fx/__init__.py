@@ -1,0 +1,15 @@
+"""A torch.compile backend that finds LoRA-style sub-graphs, `xW + s(xA)B`, and rewrites them to `x(W + sAB)` where that is cheaper.
+
+torch.compile(model, backend="peft_fx")     # or backend=peft_fx.backend
+print(peft_fx.explain(model, **batch))      # what was rewritten, what was not, and why
+"""
+
+__version__ = "0.1.0"
+
+from peft_fx.compiling import backend as backend
+from peft_fx.explaining import explain as explain
+from peft_fx.passes.sites import Refusal as Refusal
+from peft_fx.passes.sites import Site as Site
+from peft_fx.reports import Report as Report
+
+__all__ = ["Refusal", "Report", "Site", "__version__", "backend", "explain"]

@@ -1,0 +1,103 @@
+"""Every private name of torch that the project needs, in one place, each with what it is for. tests/test_compat.py is their canary."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.convert_frame import input_codes  # which code objects Dynamo has compiled
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, reset_code  # explain(compiled), and leaving no trace
+from torch._dynamo.utils import counters  # graph breaks
+from torch._functorch.partitioners import min_cut_rematerialization_partition  # what would be kept, before and after
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a key in Inductor's caches
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.virtualized import V  # the fake mode that a joint pass runs under
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils.weak import WeakIdKeyDictionary
+
+try:  # 2.13 and later
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+except ImportError:  # pragma: no cover
+    CustomPartitionerFn = object  # type: ignore[assignment, misc]
+
+__all__ = [
+    "CustomGraphPass",
+    "CustomPartitionerFn",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OptimizedModule",
+    "ShapeEnv",
+    "TracingContext",
+    "V",
+    "WeakIdKeyDictionary",
+    "compile_fx",
+    "counters",
+    "detect_fake_mode",
+    "forgetting",
+    "hint_for",
+    "inductor_config",
+    "innermost_backend",
+    "joint_graph_passes",
+    "list_mode_options",
+    "min_cut_rematerialization_partition",
+    "source_name",
+    "tracing",
+]
+
+
+def hint_for(fake_mode: FakeTensorMode) -> Callable[[Any], int]:
+    """A size as a number, by the value it had when the graph was traced: no guard is added."""
+    shape_env = fake_mode.shape_env
+
+    def hint(size: Any) -> int:
+        if isinstance(size, int):
+            return size
+        expression = sympy.sympify(size)
+        if expression.is_number:
+            return int(expression)
+        known = getattr(shape_env, "var_to_hint_override", {}) | dict(_values(shape_env))
+        found = expression.xreplace({s: sympy.Integer(int(v)) for s, v in known.items()})
+        return int(found) if found.is_number else 8192  # an unbacked size: long enough for neither form to be absurd
+
+    return hint
+
+
+def _values(shape_env: Any) -> dict[Any, Any]:
+    """Hints by symbol: `backed_var_to_val` since 2.12, `var_to_val` before."""
+    for name in ("backed_var_to_val", "var_to_val"):
+        found = getattr(shape_env, name, None)
+        if found is not None:
+            return {k: v for k, v in found.items() if isinstance(v, (int, sympy.Integer))}
+    return {}
+
+
+def source_name(placeholder: torch.fx.Node) -> str | None:
+    """Dynamo's name for a graph input: a property in some versions, a method in others."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return None
+    name = source.name
+    return name() if callable(name) else str(name)
+
+
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Code that Dynamo compiled for the first time inside the block is forgotten after it."""
+    seen = set(_codes())
+    try:
+        yield
+    finally:
+        for code in set(_codes()) - seen:
+            reset_code(code)
+
+
+def _codes() -> list[Any]:
+    return [code for ref in input_codes.seen if (code := ref()) is not None]

@@ -1,0 +1,234 @@
+"""The backend: gives Inductor one pass over the joint graph, and a record of what that pass did.
+
+The pass runs inside AOTAutograd, so it is skipped where a cache answers first; its key covers all that decides: every byte of the
+project's source, the options, the machine's constants, the role of each graph input. What a record lacks then, `explain` finds by
+running the same pass again on the same graph, without computing anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+import peft_fx
+from peft_fx import compat
+from peft_fx.options import Options, parse
+from peft_fx.passes import pipeline
+from peft_fx.passes.sites import Role
+
+log = logging.getLogger("peft_fx")
+
+
+class PassError(Exception):
+    """Our own pass failed; `__cause__` says how."""
+
+
+@dataclass
+class Record:
+    """One graph that Dynamo handed us: enough to run the passes on it again, and what they found."""
+
+    graph_module: GraphModule
+    inputs: list[Any]
+    roles: dict[int, Role]
+    options: Options
+    grad: bool
+    outcomes: list[pipeline.Outcome] = field(default_factory=list)
+    failure: str = ""
+
+
+# The records of each parameter's compiles. Weak: a record lives as long as a model that it is about.
+_records: compat.WeakIdKeyDictionary = compat.WeakIdKeyDictionary()
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
+    """The `torch.compile` backend: adapters to their weight form where that is cheaper, everything then to Inductor.
+
+    `options` with the prefix "peft_fx." are ours, the others and `mode` go to Inductor. Raises ValueError for an unknown option or value;
+    a failure of our own is one RuntimeWarning, and the graph goes to Inductor as it was. The environment variable PEFT_FX_DISABLE=1
+    hands every graph to Inductor untouched.
+    """
+    chosen = parse(options, mode)
+    if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
+        return _lower(gm, example_inputs, chosen, None)
+    record = Record(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen, torch.is_grad_enabled())
+    for tensor in example_inputs:
+        if isinstance(tensor, torch.nn.Parameter):
+            _records.setdefault(tensor, []).append(record)
+    try:
+        return _lower(gm, example_inputs, chosen, AdapterPass(record))
+    except PassError as error:
+        record.failure = f"{type(error.__cause__).__name__}: {error.__cause__}"
+        warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
+        log.debug("the pass failed", exc_info=error.__cause__)
+        return _lower(copy_of(record.graph_module), example_inputs, chosen, None)
+
+
+def records_of(model: torch.nn.Module) -> list[Record]:
+    """The graphs compiled for a model's parameters, oldest first."""
+    found: dict[int, Record] = {}
+    for parameter in model.parameters():
+        found |= {id(r): r for r in _records.get(parameter, [])}
+    return list(found.values())
+
+
+class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
+    """The passes as Inductor calls them: once for each joint or inference graph, before its own."""
+
+    def __init__(self, record: Record, after: Any = None):
+        self.record, self.after = record, after
+
+    def __call__(self, graph: Graph) -> None:
+        if self.after is not None:
+            self.after(graph)
+        try:
+            self.record.outcomes.append(self.apply(graph))
+        except Exception as error:
+            raise PassError from error
+
+    def apply(self, graph: Graph) -> pipeline.Outcome:
+        record, fake_mode = self.record, compat.V.fake_mode
+        roles = roles_in(graph, record.roles)
+        settings = record.options.settings(_device(graph))
+        return pipeline.run(graph, roles, settings, fake_mode, compat.hint_for(fake_mode))
+
+    def uuid(self) -> Any:
+        """All that decides what the pass does besides the graph itself, which the caches look at."""
+        if self.record.options.lowering != "inductor":
+            return None  # not Inductor's code: not for its caches
+        theirs = self.after.uuid() if hasattr(self.after, "uuid") else None
+        if self.after is not None and theirs is None:
+            return None
+        options = {k: v for k, v in vars(self.record.options).items() if k != "inductor"}
+        device = next((t.device for t in self.record.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+        machine = self.record.options.settings(device).machine
+        roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
+        decides = repr((source_digest(), sorted(options.items()), machine, roles, torch.__version__, theirs))
+        return hashlib.sha256(decides.encode()).hexdigest()
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash of every source file of the project."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(peft_fx.__file__).parent
+    for path in sorted([*root.glob("*.py"), *(root / "passes").glob("*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
+    patches = dict(options.inductor)
+    if ours is not None:
+        ours.after = patches.get("joint_custom_pre_pass") or compat.inductor_config.joint_custom_pre_pass
+        patches["joint_custom_pre_pass"] = ours
+    if options.lowering == "aot_eager":
+        patches["fallback_random"] = True
+        patches["fx_graph_cache"] = False
+        return compat.compile_fx(gm, example_inputs, inner_compile=_run_eagerly, config_patches=patches)
+    return compat.compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Instead of generating code: the graph's ATen ops, one by one."""
+
+    def run(args: list[Any]) -> Any:
+        inputs, args[:] = list(args), []
+        return gm(*inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------------ graph inputs
+
+
+def roles_of(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, Role]:
+    """What each input of a Dynamo graph is, by position."""
+    roles = {}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=False)):
+        if not isinstance(given, torch.Tensor):
+            continue
+        source = compat.source_name(node) or node.name
+        is_parameter = isinstance(given, torch.nn.Parameter) or "_parameters[" in source
+        static = is_parameter or "_buffers[" in source or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        roles[i] = Role(readable(source), static, is_parameter and given.requires_grad)
+    return roles
+
+
+def readable(source: str) -> str:
+    """Dynamo's source of a parameter as the name a user knows.
+
+    >>> readable("L['self']._modules['layers']._modules['0']._parameters['weight']")
+    'layers.0.weight'
+    >>> readable("L['self'].__dict__['_modules']['base'].w")
+    'base.w'
+    """
+    for inner in ("_modules", "_parameters", "_buffers"):
+        source = source.replace(f".__dict__['{inner}']", ".").replace(f"._{inner[1:]}", ".")
+    source = source.replace("L['self']", "").replace("']", "").replace("['", ".")
+    while ".." in source:
+        source = source.replace("..", ".")
+    return source.strip(".").removeprefix("L.")
+
+
+def roles_in(graph: Graph, by_position: dict[int, Role]) -> dict[Node, Role]:
+    """The same for the inputs of the joint graph, by AOTAutograd's own description of them."""
+    roles = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            break
+        described = node.meta.get("desc")
+        attribute = ""
+        while described is not None and not hasattr(described, "idx") and hasattr(described, "base"):
+            attribute = f".{getattr(described, 'attr', '')}{attribute}"
+            described = described.base
+        role = by_position.get(getattr(described, "idx", -1)) if "tangents" not in node.name else None
+        if role is not None:
+            roles[node] = Role(role.name + attribute, role.static, role.trainable)
+    return roles
+
+
+def _device(graph: Graph) -> torch.device:
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            return node.meta["val"].device  # type: ignore[no-any-return]
+    return torch.device("cpu")
+
+
+def _fake(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    return [n.meta.get("example_value", given) for n, given in zip(placeholders, example_inputs, strict=False)]
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """A graph module of its own nodes, sharing its attributes; Inductor may change the one it is given."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    if output is not None:
+        (old,) = (n for n in gm.graph.nodes if n.op == "output")
+        graph.output(output).meta.update(old.meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copied = GraphModule(gm, graph, type(gm).__name__)
+    copied.meta.update(gm.meta)
+    return copied

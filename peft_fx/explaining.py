@@ -1,0 +1,247 @@
+"""`explain`: what the backend does to a model, told from the same passes on the same graphs, without computing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from peft_fx import compat
+from peft_fx.compiling import AdapterPass, Record, _fake, copy_of, records_of, roles_of
+from peft_fx.options import Options, parse
+from peft_fx.passes.sites import Refusal, Site
+from peft_fx.passes.transfer import expr, numel
+from peft_fx.reports import Report
+
+
+def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What is rewritten in a model, what is not, and why. Nothing is computed and nothing is changed; weights need not exist.
+
+    `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a model on the meta
+    device works. `explain(compiled)` of a compiled model that already ran tells what that compile did. For a transformers model,
+    `explain(model)` makes its own inputs. Raises TypeError where there is nothing to go by.
+    """
+    plain, compiled_options = _unwrap(model)
+    if not args and not kwargs:
+        records = records_of(plain) if isinstance(plain, torch.nn.Module) else []
+        wanted = compiled_options if plain is not model else None
+        records = [r for r in records if wanted is None or r.options == wanted]
+        if records:
+            return _report_of(records)
+        kwargs = _own_inputs(plain)
+    chosen = parse(options) if options is not None else compiled_options or Options()
+    return _trace(plain, args, kwargs, chosen)
+
+
+def _unwrap(model: Any) -> tuple[Any, Options | None]:
+    """The model inside a compiled one, and the options that it was compiled with."""
+    if isinstance(model, compat.OptimizedModule):
+        return model._orig_mod, _options_in(model.dynamo_ctx)
+    inner = getattr(model, "_torchdynamo_orig_callable", None)
+    if inner is not None:
+        return getattr(inner, "__self__", inner), None
+    return model, None
+
+
+def _options_in(context: Any) -> Options | None:
+    wrapper = compat.innermost_backend(context.callback)
+    given = getattr(wrapper, "kwargs", None)
+    ours = getattr(wrapper, "compiler_fn", None) is not None and isinstance(given, dict)
+    try:
+        return parse(given.get("options"), given.get("mode")) if ours and given is not None else None
+    except ValueError:
+        return None
+
+
+def _own_inputs(model: Any) -> dict[str, Any]:
+    """A transformers model's own dummy inputs, at a length at which the choice of form matters."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(inner, "config", None)
+    if not hasattr(inner, "dummy_inputs") or config is None:
+        raise TypeError(
+            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids); without "
+            "them it can tell only of a compiled model that already ran, or of a transformers model"
+        )
+    found = {}
+    length = min(2048, getattr(config, "max_position_embeddings", 2048))
+    for name, tensor in inner.dummy_inputs.items():
+        is_ids = isinstance(tensor, torch.Tensor) and not tensor.is_floating_point() and tensor.ndim == 2
+        found[name] = torch.zeros(1, length, dtype=tensor.dtype) if is_ids else tensor
+    if "input_ids" in found and inner.can_generate():
+        found["labels"] = found["input_ids"]
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- tracing
+
+
+class Idle(AdapterPass):
+    """The same pass, which keeps a copy of the graph as it was, so that what would be kept without us can be told too."""
+
+    untouched: Graph | None = None
+    kept: dict[str, int] | None = None
+
+    def __call__(self, graph: Graph) -> None:
+        self.untouched = _copy_graph(graph)
+        super().__call__(graph)
+
+
+class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
+    """Partitions the graph before and after, and counts what each keeps."""
+
+    def __init__(self, idle: Idle):
+        self.idle = idle
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+        kept = {}
+        if self.idle.untouched is not None:
+            before = GraphModule(gm, self.idle.untouched)
+            with compat.inductor_config.patch(joint_custom_pre_pass=None):
+                before = compat.joint_graph_passes(before) or before
+            forward, _ = compat.min_cut_rematerialization_partition(before, joint_inputs, **kwargs)
+            kept["before"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
+        forward, backward = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        kept["after"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
+        self.idle.kept = kept
+        return forward, backward
+
+    def uuid(self) -> Any:
+        return None
+
+
+def kept_bytes(forward: GraphModule, outputs: int) -> int:
+    """Bytes of the storages that a forward graph hands to backward and that it made itself."""
+    nodes = {n.op: n for n in forward.graph.nodes}
+    given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder"}
+    saved = {}
+    for node in nodes["output"].args[0][outputs:]:
+        val = node.meta.get("val") if isinstance(node, Node) else None
+        if isinstance(val, torch.Tensor) and _storage(node) not in given:
+            hint = compat.hint_for(val.fake_mode) if isinstance(val, compat.FakeTensor) else int
+            saved[_storage(node)] = hint(numel([expr(n) for n in val.shape])) * val.dtype.itemsize
+    return sum(saved.values())
+
+
+def _storage(node: Node) -> Any:
+    val = node.meta.get("val")
+    return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node
+
+
+def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Any:
+    """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake tensors."""
+    idle = Idle(record)
+    patches = {
+        **record.options.inductor,
+        "joint_custom_pre_pass": idle,
+        "custom_partitioner_fn": Partitioner(idle),
+        "fx_graph_cache": False,
+    }
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
+    return called, idle
+
+
+def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+
+    def run(args: list[Any]) -> Any:
+        args.clear()
+        return [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
+    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
+    traced: list[tuple[Record, Idle]] = []
+
+    def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
+        record = Record(gm, [], roles_of(gm, example_inputs), options, torch.is_grad_enabled())
+        called, idle = _compile_idly(gm, example_inputs, record)
+        traced.append((record, idle))
+        return called
+
+    ghost = _ghost(model, fake_mode)
+    before = dict(compat.counters["graph_break"])
+    args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
+    with compat.forgetting(), _nothing_changed(), fake_mode:
+        torch.compile(ghost, backend=capture)(*args, **kwargs)
+    breaks = [b for b, n in compat.counters["graph_break"].items() if n > before.get(b, 0)]
+    return _combine([(r, idle.kept) for r, idle in traced], breaks)
+
+
+def _report_of(records: list[Record]) -> Report:
+    """A compile's report. Where a cache answered and the pass never ran, it runs now, on the same graph."""
+    for record in records:
+        if not record.outcomes and not record.failure:
+            _run_again(record)
+    return _combine([(r, None) for r in records], [])
+
+
+def _run_again(record: Record) -> None:
+    gm = copy_of(record.graph_module)
+    fake_mode = compat.detect_fake_mode(record.inputs)
+    with compat.tracing(compat.TracingContext(fake_mode)), torch.set_grad_enabled(record.grad), _nothing_changed():
+        _compile_idly(gm, record.inputs, record)
+
+
+def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[str]) -> Report:
+    sites: list[Site] = []
+    refusals: list[Refusal] = []
+    kept: dict[str, int] = {}
+    for record, bytes_ in traced:
+        for outcome in record.outcomes:
+            sites += outcome.sites
+            refusals += outcome.refusals
+        for k, n in (bytes_ or {}).items():
+            kept[k] = kept.get(k, 0) + n
+    failures = [r.failure for r, _ in traced if r.failure]
+    return Report(sites, refusals, len(traced), breaks, kept, failures)
+
+
+@contextlib.contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """Random state and warning filters as they were."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
+    """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
+    if not isinstance(model, torch.nn.Module):
+        return model
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    memo = {}
+    for tensor in tensors.values():
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _ghostly(tensor, fake_mode)
+    return copy.deepcopy(model, memo)
+
+
+def _ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
+    """A fake tensor like this one; one on the meta device becomes one on the CPU."""
+    if not isinstance(x, torch.Tensor) or isinstance(x, compat.FakeTensor):
+        return x
+    device = "cpu" if x.is_meta else x.device
+    with fake_mode, torch.no_grad():
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    if isinstance(x, torch.nn.Parameter):
+        return torch.nn.Parameter(fake, requires_grad=x.requires_grad)
+    return fake.requires_grad_(x.requires_grad)
+
+
+def _copy_graph(graph: Graph) -> Graph:
+    copied = Graph()
+    output = copied.graph_copy(graph, {})
+    (old,) = (n for n in graph.nodes if n.op == "output")
+    copied.output(output).meta.update(old.meta)
+    return copied
+
+
+__all__ = ["_fake", "explain"]

@@ -1,0 +1,65 @@
+"""The options of the backend: which there are, what each may be, and what goes on to Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peft_fx.compat import list_mode_options
+from peft_fx.passes import price
+from peft_fx.passes.pipeline import Settings
+
+PREFIX = "peft_fx."
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "form": ("auto", "weight", "activation"),
+    "adapter_grad": ("auto", "low_rank"),
+    "numerics": ("default", "strict"),
+    "rounding": ("nearest",),
+    "keep": ("recompute", "inductor"),
+    "machine": ("auto", *price.MACHINES),
+    "lowering": ("inductor", "aot_eager"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options, checked. `inductor` holds what is Inductor's own, `mode` expanded."""
+
+    form: str = "auto"
+    adapter_grad: str = "auto"
+    numerics: str = "default"
+    rounding: str = "nearest"
+    keep: str = "recompute"
+    machine: str = "auto"
+    lowering: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self, device: torch.device) -> Settings:
+        machine = price.machine_for(device) if self.machine == "auto" else price.MACHINES[self.machine]
+        return Settings(
+            form=self.form,
+            numerics=self.numerics,
+            keep=self.keep,
+            machine=machine,
+            # run by eager ops, a mask drawn again would be another mask
+            rebuild_random=self.lowering == "inductor" and not self.inductor.get("fallback_random", False),
+        )
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Options as `torch.compile` takes them; ValueError for a key or a value that does not exist, naming those that do."""
+    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
+    inductor = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    for key, chosen in ours.items():
+        if key not in CHOICES:
+            valid = ", ".join(f"{PREFIX}{k}" for k in CHOICES)
+            raise ValueError(f"peft_fx has no option {PREFIX + key!r}; valid ones: {valid}")
+        if chosen not in CHOICES[key]:
+            valid = ", ".join(map(repr, CHOICES[key]))
+            raise ValueError(f"{PREFIX + key!r} cannot be {chosen!r}; valid values: {valid}")
+    if mode == "lite":
+        raise ValueError("mode 'lite' runs no joint-graph passes, so peft_fx could do nothing; use backend='inductor'")
+    return Options(**ours, inductor={**(list_mode_options(mode) if mode else {}), **inductor})

@@ -1,0 +1,73 @@
+"""What was done to a model, as data, as a table, as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from peft_fx.passes.sites import Refusal, Site
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every adapter of a model: as a `Site`, with the forms chosen for it, or as a `Refusal`, with the reason.
+
+    `graphs` is the number of graphs that Dynamo made of the model, `graph_breaks` says why it made more than one, `kept_bytes` is what
+    backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now}; empty where no graph was trained.
+    `failures` are graphs that our passes left to Inductor because they failed.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
+    kept_bytes: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sites": [s.to_dict() for s in self.sites],
+            "refusals": [r.to_dict() for r in self.refusals],
+            "graphs": self.graphs,
+            "graph_breaks": self.graph_breaks,
+            "kept_bytes": self.kept_bytes,
+            "failures": self.failures,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        parts = [self._summary()]
+        if self.sites:
+            rows = [
+                (s.name, s.method, f"{s.tokens}×{s.in_features}→{s.out_features}", s.rank, s.forward, s.input_grad)
+                + (s.adapter_grad, _ratio(s.flops), s.reason)
+                for s in self.sites
+            ]
+            head = ("site", "method", "T×K→N", "r", "forward", "input grad", "adapter grad", "FLOPs", "price")
+            parts.append(tabulate(rows, headers=head, disable_numparse=True))
+        if self.refusals:
+            rows = [(r.name, r.code, r.detail) for r in self.refusals]
+            parts.append(tabulate(rows, headers=("refused", "code", "why"), disable_numparse=True))
+        parts += [f"graph break: {b}" for b in self.graph_breaks]
+        parts += [f"left to Inductor untouched: {f}" for f in self.failures]
+        return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        rewritten = sum("weight" in (s.forward, s.input_grad) for s in self.sites)
+        text = f"{rewritten} of {len(self.sites) + len(self.refusals)} adapters in weight form"
+        if self.refusals:
+            text += f", {len(self.refusals)} refused"
+        text += f"; {self.graphs} graph{'s' * (self.graphs != 1)}"
+        if self.kept_bytes:
+            before, after = (self.kept_bytes[k] / 1e6 for k in ("before", "after"))
+            text += f"; kept for backward: {before:.1f} MB by Inductor alone, {after:.1f} MB now"
+        return text
+
+
+def _ratio(amounts: dict[str, int]) -> str:
+    return f"{amounts['after'] / amounts['before']:.2f}×" if amounts.get("before") else ""
