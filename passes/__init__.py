@@ -2,7 +2,9 @@
 
     algebra.py    linear forms: sums of scaled products of matrices, without any graph
     transfer.py   what each ATen op does to a linear form: one short function per op, in one table
-    sites.py      which sums are a frozen product plus its adapters; what else was looked at, and why it was left alone
+    flow.py       what depends on what: backward, weights, random draws; and the names of graph inputs
+    sites.py      which sums are a product plus its adapters
+    refusals.py   what looks like an adapter and has no weight form, and why
     price.py      what each form of a site costs on a machine
     rewrite.py    builds W' and puts it in the place of W; nothing else changes a graph
     keep.py       what backward rebuilds instead of keeping

@@ -20,12 +20,11 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.sites import Dependences
-from peft_fx.passes.transfer import RULES, addends, aten, is_random, is_tensor, numel, prims, shape, value
+from peft_fx.passes.flow import Flow
+from peft_fx.passes.transfer import LAYOUTS, Product, addends, aten, is_random, is_tensor, numel, prims, shape, value
 
 REBUILD = CheckpointPolicy.MUST_RECOMPUTE
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
-LAYOUTS = {op for op, rule in RULES.items() if rule.__name__ in ("_unchanged", "_expand", "_permute", "_transpose")}
 
 
 @dataclass(frozen=True)
@@ -37,29 +36,30 @@ class Origin:
 
 
 class Keep:
-    """Finds the nodes to rebuild. Pure; `mark` writes the tags."""
+    """Finds the nodes to rebuild, `chosen`. Pure but for `mark`, which writes the tags.
 
-    def __init__(
-        self, graph: Graph, tangent: set[Node], depends: Dependences, hint: Callable[[Size], int], random: bool = True
-    ):
-        self.tangent, self.depends, self.hint, self.random = tangent, depends, hint, random
+    `random` is whether a random draw may be repeated from its seed.
+    """
+
+    def __init__(self, graph: Graph, flow: Flow, hint: Callable[[Size], int], random: bool = True):
+        self.flow, self.hint, self.random = flow, hint, random
         self.kept: set[Node] = set()
-        self._origins: dict[Node, Origin] = {}
-        gradients = parameter_gradients(graph, tangent, self._carries_tokens)
-        frozen = {n for g in tangent - gradients for n in g.all_input_nodes if n not in tangent}
-        self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one already known
         self.chosen: set[Node] = set()
-        reads = {n for g in gradients for n in g.all_input_nodes if n not in tangent and self._carries_tokens(n)}
+        self._origins: dict[Node, Origin] = {}
+        gradients = parameter_gradients(graph, flow)
+        frozen = {n for g in flow.backward - gradients for n in g.all_input_nodes}
+        self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one known before
+        reads = {n for g in gradients for n in g.all_input_nodes if self._is_activation(n)}
         for node in sorted(reads, key=self._bytes, reverse=True):
             origin = self._origin(node)
             self.chosen |= origin.chain
             self.kept |= origin.leaves
             self._origins.clear()
-        masks = {n for n in self.chosen if self.depends.random(n)}
-        self.chosen |= self._masks(masks)
+        self.chosen |= self._masks_behind(self.chosen)
 
-    def _carries_tokens(self, node: Node) -> bool:
-        return bool(self.depends.bits[node])
+    def _is_activation(self, node: Node) -> bool:
+        """A value of forward that is no weight."""
+        return is_tensor(node) and node not in self.flow.backward and not self.flow.is_weight(node)
 
     def _bytes(self, node: Node) -> int:
         val = value(node)
@@ -68,7 +68,7 @@ class Keep:
     def _note_kept(self, nodes: Iterable[Node]) -> None:
         """What the frozen backward reads is kept, or what it is cheaper rebuilt from."""
         for node in nodes:
-            if is_tensor(node) and self._carries_tokens(node):
+            if self._is_activation(node):
                 self.kept |= {node, *self._origin(node, frozen=True).leaves}
                 self._origins.clear()
 
@@ -90,7 +90,7 @@ class Keep:
         return [n for n in node.all_input_nodes if is_tensor(n)]
 
     def _is_beginning(self, node: Node, even_if_kept: bool = False) -> bool:
-        if node.op != "call_function" or not self._carries_tokens(node) or "recompute" in node.meta:
+        if node.op != "call_function" or self.flow.is_weight(node) or "recompute" in node.meta:
             return True
         if node in self.kept and not even_if_kept:
             return True
@@ -100,19 +100,21 @@ class Keep:
         if is_random(node):
             return self.random
         tags = getattr(node.target, "tags", ())
-        return torch.Tag.pointwise in tags or node.target in LAYOUTS or node.target is prims.convert_element_type.default
+        return (
+            torch.Tag.pointwise in tags or node.target in LAYOUTS or node.target is prims.convert_element_type.default
+        )
 
     def _is_narrow_product(self, node: Node) -> bool:
         """`u·A` with few columns: redoing it costs little next to the layer's own product."""
         for part in addends(node) or []:
-            if hasattr(part.operand, "left"):
-                k, n = shape(part.operand.right)[-2:]  # type: ignore[union-attr]
+            if isinstance(part.operand, Product):
+                k, n = shape(part.operand.right)[-2:]
                 narrow = isinstance(k, int) and isinstance(n, int) and 4 * n <= k
-                return narrow and not self._carries_tokens(part.operand.right)  # type: ignore[union-attr]
+                return narrow and self.flow.is_weight(part.operand.right)
         return False
 
     def _choose(self, node: Node, inputs: list[Origin]) -> Origin:
-        if node.op == "placeholder" or not self._carries_tokens(node):
+        if node.op == "placeholder" or self.flow.is_weight(node):
             return Origin()
         alone = Origin(frozenset({node}))
         if self._is_beginning(node) or (is_random(node) and not self.random):
@@ -124,16 +126,13 @@ class Keep:
             return alone
         return Origin(leaves, chain) if extra < self._bytes(node) else alone
 
-    def _masks(self, masks: set[Node]) -> set[Node]:
+    def _masks_behind(self, nodes: set[Node]) -> set[Node]:
         """A dropout mask that is rebuilt for the adapter's gradient is rebuilt for the input's, too."""
         found: set[Node] = set()
-        todo = list(masks)
+        todo = list(nodes)
         while todo:
-            node = todo.pop()
-            for n in node.all_input_nodes:
-                if n.op == "call_function" and n not in found and self.depends.bits[n] and not (
-                    self.depends.bits[n] & ~self.depends.draws
-                ):
+            for n in todo.pop().all_input_nodes:
+                if n.op == "call_function" and n not in found and self.flow.is_mask(n):
                     found.add(n)
                     todo.append(n)
         return found
@@ -144,22 +143,17 @@ class Keep:
         return len(self.chosen)
 
 
-def parameter_gradients(graph: Graph, tangent: set[Node], carries_tokens: Callable[[Node], bool]) -> set[Node]:
-    """The products of backward that make a parameter's gradient: nothing but layout, scale, cast and sum follow on the way out."""
+def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
+    """The products of backward that make a parameter's gradient: only layout, scale, cast and sum follow on the way out."""
     ends: set[Node] = set()
     found: set[Node] = set()
-    (output,) = (n for n in graph.nodes if n.op == "output")
     for node in reversed(graph.nodes):
-        if node not in tangent or node is output or not isinstance(value(node), torch.Tensor):
+        parts = addends(node) if node in flow.backward else None
+        if parts is None or not node.users or not all(u.op == "output" or u in ends for u in node.users):
             continue
-        if not node.users or not all(u is output or u in ends for u in node.users):
-            continue
-        parts = addends(node)
-        if parts is None:
-            continue
-        products = [p.operand for p in parts if hasattr(p.operand, "left")]
+        products = [p.operand for p in parts if isinstance(p.operand, Product)]
         if not products:
             ends.add(node)
-        elif all(carries_tokens(p.left) and carries_tokens(p.right) for p in products):  # type: ignore[union-attr]
+        elif not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products):
             found.add(node)
     return found

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from peft_fx.passes import price
-from peft_fx.passes.algebra import MANTISSA, Size, finer
+from peft_fx.passes.algebra import Size
+from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.refusals import refusals
 from peft_fx.passes.rewrite import Rewriter
-from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Roles, Site
-from peft_fx.passes.transfer import is_tensor, value
+from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
@@ -63,28 +64,30 @@ def run(
     start = time.perf_counter()
     before = Contract.of(graph)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    training = bool(analysis.tangent)
-    outcome = Outcome(refusals=list(analysis.refusals))
+    training = bool(analysis.flow.backward)
+    outcome = Outcome(refusals=refusals(analysis))
     chosen: list[Group] = []
     for adapter in _adapters(analysis.groups):
-        site, groups = _decide(adapter, analysis, settings, hint, training)
-        log.debug("%s: forward %s, input gradient %s (%s)", site.name, site.forward, site.input_grad, site.reason)
+        site, groups = _decide(adapter, analysis.flow, settings, hint, training)
         outcome.sites.append(site)
         chosen += groups
-    for refusal in outcome.refusals:
-        log.debug("%s: refused, %s (%s)", refusal.name, refusal.code, refusal.detail)
-    _name_apart(outcome)
-    added: list[Node] = []
-    if chosen:
-        rewriter = Rewriter(graph, analysis, fake_mode)
-        rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
-        added = rewriter.build.added
+    outcome.sites = _numbered(outcome.sites)
+    _log(outcome)
+    rewriter = Rewriter(graph, fake_mode)
+    rewriter.rewrite(sorted(chosen, key=analysis.groups.index))
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
-        after = Analysis(graph, roles) if chosen else analysis
-        outcome.rebuilt = Keep(graph, after.tangent, after.depends, hint, settings.rebuild_random).mark()
-    verify(graph, before, added, fake_mode)
+        flow = Flow(graph, roles) if chosen else analysis.flow
+        outcome.rebuilt = Keep(graph, flow, hint, settings.rebuild_random).mark()
+    verify(graph, before, rewriter.build.added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _log(outcome: Outcome) -> None:
+    for s in outcome.sites:
+        log.debug("%s: forward %s, input gradient %s (%s)", s.name, s.forward, s.input_grad, s.reason)
+    for r in outcome.refusals:
+        log.debug("%s: refused, %s (%s)", r.name, r.code, r.detail)
 
 
 def _adapters(groups: list[Group]) -> list[_Adapter]:
@@ -104,29 +107,26 @@ def _adapters(groups: list[Group]) -> list[_Adapter]:
 
 
 def _decide(
-    adapter: _Adapter, analysis: Analysis, settings: Settings, hint: Callable[[Size], int], training: bool
+    adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int], training: bool
 ) -> tuple[Site, list[Group]]:
-    shapes = [g and _shape(g, hint) for g in (adapter.forward, adapter.grad)]
-    decision = price.decide(settings.machine, *shapes, training=training, form=settings.form)
+    forward, grad = (_shape(g, hint) if g else None for g in (adapter.forward, adapter.grad))
+    decision = price.decide(settings.machine, forward, grad, training=training, form=settings.form)
     forms = (decision.forward, decision.input_grad)
-    groups = [g for g, form in zip((adapter.forward, adapter.grad), forms, strict=True) if g and form == WEIGHT]
-    group = adapter.forward or adapter.grad
-    shape = shapes[0] or shapes[1]
-    assert group is not None and shape is not None
-    K, N = (shape.K, shape.N) if adapter.forward else (shape.N, shape.K)
-    factors = [f for t in group.remainders for f in t.factors]
-    trained = training and any(_is_trained(f.name, analysis) for f in factors)
-    cost = _cost(settings.machine, shapes, forms, trained)
+    groups = [g for g, f in zip((adapter.forward, adapter.grad), forms, strict=True) if g and f == WEIGHT]
+    group, shape = adapter.forward or adapter.grad, forward or grad
+    assert group is not None and shape is not None  # noqa: PT018
+    trained = training and any(flow.is_trained(f.name) for f in group.adapter_factors)
+    cost = _cost(settings.machine, [forward, grad], forms, trained)
     site = Site(
-        name=analysis.name_of(group.weight, factors),
+        name=flow.site_name(group.weight, group.adapter_factors),
         method="low-rank" if all(len(t.factors) > 1 for t in group.remainders) else "dense delta",
         tokens=shape.T,
-        in_features=K,
-        out_features=N,
+        in_features=shape.K if forward else shape.N,
+        out_features=shape.N if forward else shape.K,
         rank=shape.rank,
         dtype=str(shape.base_dtype).removeprefix("torch."),
-        forward=forms[0] if adapter.forward else NONE,
-        input_grad=forms[1] if adapter.grad else NONE,
+        forward=decision.forward,
+        input_grad=decision.input_grad,
         adapter_grad="low_rank" if trained else NONE,
         reason=decision.reason,
         flops={k: p.flops for k, p in cost.items()},
@@ -155,26 +155,18 @@ def _cost(
 
 
 def _shape(group: Group, hint: Callable[[Size], int]) -> price.Shape:
-    product = group.base.product
-    assert product is not None
+    weight = group.weight
     return price.shape_of(
-        group.tokens, group.weight.shape, group.remainders, product.dtype, hint, group.weight.batch, group.right
+        group.tokens, weight.shape, group.remainders, group.product.dtype, hint, weight.batch, group.right
     )
 
 
-def _is_trained(node: Any, analysis: Analysis) -> bool:
-    return analysis._trained(node)
-
-
-def _name_apart(outcome: Outcome) -> None:
-    """Sites of one module that hold several weights are told apart by a number; calls of one weight, too."""
-    from dataclasses import replace
-
-    seen: dict[str, int] = {}
-    for i, site in enumerate(outcome.sites):
-        seen[site.name] = n = seen.get(site.name, 0) + 1
-        if n > 1:
-            outcome.sites[i] = replace(site, name=f"{site.name}#{n}")
-
-
-__all__ = ["MANTISSA", "Outcome", "Settings", "finer", "is_tensor", "run", "torch", "value"]
+def _numbered(sites: list[Site]) -> list[Site]:
+    """Calls of one layer are told apart by a number."""
+    seen: Counter[str] = Counter()
+    named = []
+    for site in sites:
+        seen[site.name] += 1
+        n = seen[site.name]
+        named.append(site if n == 1 else replace(site, name=f"{site.name}#{n}"))
+    return named

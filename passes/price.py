@@ -37,8 +37,8 @@ class Machine:
     launch: float
 
     def rate(self, dtype: torch.dtype) -> float:
-        rates = dict(self.flops)
-        return rates.get(dtype) or min(rates.values())
+        rates: dict[torch.dtype, float] = dict(self.flops)
+        return rates.get(dtype, min(rates.values()))
 
     def seconds(self, flops: float, bytes_: float, dtype: torch.dtype, launches: int = 1) -> float:
         return max(flops / self.rate(dtype), bytes_ / self.bandwidth) + launches * self.launch
@@ -170,8 +170,7 @@ def decide(machine: Machine, forward: Shape | None, grad: Shape | None, training
         return (merge(machine, s) if chosen == "weight" else activation(machine, s, skip_first=training)).seconds
 
     prices = {
-        (f, g): seconds(forward, f) + seconds(grad, g)
-        for f, g in itertools.product(options(forward), options(grad))
+        (f, g): seconds(forward, f) + seconds(grad, g) for f, g in itertools.product(options(forward), options(grad))
     }
     allowed = {k: v for k, v in prices.items() if form == "auto" or all(c in (form, "none") for c in k)}
     best = min(allowed, key=lambda k: (allowed[k], k.count("weight")))

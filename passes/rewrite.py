@@ -18,8 +18,8 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
-from peft_fx.passes.sites import Analysis, Group
-from peft_fx.passes.transfer import Occurrence, addends, aten, prims, shape, value
+from peft_fx.passes.sites import Group
+from peft_fx.passes.transfer import addends, aten, prims, shape, value
 
 CAST = prims.convert_element_type.default
 REBUILD = CheckpointPolicy.MUST_RECOMPUTE
@@ -52,7 +52,7 @@ class Builder:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         with self.fake_mode:
-            node.meta["val"] = target(*map(_fake, args), **{k: _fake(v) for k, v in kwargs.items()})
+            node.meta["val"] = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
         if self.like is not None:
             node.meta.update({k: self.like.meta[k] for k in COPIED if k in self.like.meta})
         if self.rebuild:
@@ -69,17 +69,18 @@ class Builder:
         return self.call(aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
 
 
-def _fake(arg: Any) -> Any:
+def fake(arg: Any) -> Any:
+    """An argument with fake values in the place of nodes."""
     if isinstance(arg, Node):
         return value(arg)
-    return [_fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
+    return [fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
 
 
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(self, graph: Graph, analysis: Analysis, fake_mode: AbstractContextManager[Any]):
-        self.graph, self.analysis = graph, analysis
+    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
+        self.graph = graph
         self.build = Builder(graph, fake_mode)
         self._merged: dict[Any, Node] = {}
 
@@ -166,7 +167,9 @@ class Rewriter:
                 sizes.append(n)
                 continue
             source = next(a for a in node.all_input_nodes if _has_size(a, n))
-            j = next(j for j, m in enumerate(value(source).shape) if not isinstance(m, int) and m.node.expr == n.node.expr)
+            j = next(
+                j for j, m in enumerate(value(source).shape) if not isinstance(m, int) and m.node.expr == n.node.expr
+            )
             sizes.append(self.build.call(aten.sym_size.int, source, j))
         return sizes
 
@@ -174,27 +177,16 @@ class Rewriter:
 
     def _merged_operand(self, group: Group) -> Node:
         """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and backward too."""
-        product, weight = group.base.product, group.weight
-        assert product is not None
-        operand = product.left if group.right else product.right
-        inner = self.analysis.inner_scale(group)
-        terms = [(self._ratio(group, occ), t) for occ, t in zip(group.others, group.remainders, strict=True)]
-        if weight.flipped:
-            terms = [(s, t.T) for s, t in terms]
-        dtype = value(operand).dtype
+        weight, dtype = group.weight, value(group.operand).dtype
+        terms = [(s, t.T if weight.flipped else t) for s, t in zip(group.ratios, group.remainders, strict=True) if s]
         summands = frozenset((s.key(), t.factors) for s, t in terms)
-        key = (weight.T if weight.flipped else weight, inner.key(), summands, dtype)
+        key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
-            self._merged[key] = self._merge(weight, inner, terms, dtype)
-        result = self._as_operand(self._merged[key], weight, operand)
+            self._merged[key] = self._merge(weight, group.inner, terms, dtype)
+        result = self._as_operand(self._merged[key], weight, group.operand)
         self.build.rebuild = False
         return result
-
-    def _ratio(self, group: Group, occ: Occurrence) -> Scale:
-        ratio = self.analysis.scale_ratio(group, occ)
-        assert ratio is not None, "such a group is refused"
-        return ratio
 
     def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
         """cast(W + Σ s·Π factors), in the weight's own orientation."""
@@ -227,7 +219,9 @@ class Rewriter:
         if value(a).ndim == value(b).ndim == 2:
             return self.build.call(aten.mm.default, a, b)
         batch = next(shape(n)[0] for n in (a, b) if value(n).ndim == 3)
-        a, b = (n if value(n).ndim == 3 else self.build.call(aten.expand.default, n, [batch, *shape(n)]) for n in (a, b))
+        a, b = (
+            n if value(n).ndim == 3 else self.build.call(aten.expand.default, n, [batch, *shape(n)]) for n in (a, b)
+        )
         return self.build.call(aten.bmm.default, a, b)
 
     def _as_operand(self, merged: Node, weight: Matrix, operand: Node) -> Node:

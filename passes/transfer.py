@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, Node
@@ -36,8 +36,14 @@ def shape(node: Node) -> tuple[Size, ...]:
     return tuple(expr(n) for n in value(node).shape)
 
 
-def is_tensor(arg: Any) -> bool:
+def is_tensor(arg: Any) -> TypeGuard[Node]:
     return isinstance(arg, Node) and isinstance(value(arg), torch.Tensor)
+
+
+def tensor_arg(node: Node, i: int) -> Node:
+    arg = node.args[i]
+    assert is_tensor(arg), f"{node.format_node()} has no tensor as argument {i}"
+    return arg
 
 
 def numel(sizes: Sequence[Size]) -> Size:
@@ -62,105 +68,106 @@ class Addend:
     dims: tuple[int, ...] | None = None
 
 
+Rule = Callable[[Node], "list[Addend] | None"]
+
 # ---------------------------------------------------------------------------------------------------------------- rules
 
 
 def _unchanged(node: Node) -> list[Addend] | None:
-    return [Addend(node.args[0])] if is_tensor(node.args[0]) else None  # type: ignore[arg-type]
+    return [Addend(tensor_arg(node, 0))]
 
 
 def _expand(node: Node) -> list[Addend] | None:
-    return _unchanged(node)  # where it repeats nothing; the reader sees by the number of elements
+    return _unchanged(node)  # where it repeats nothing, which the reader sees by the number of elements
 
 
 def _cast(node: Node) -> list[Addend] | None:
-    source = node.args[0]
-    if not is_tensor(source) or not value(source).is_floating_point() or not value(node).is_floating_point():  # type: ignore[arg-type]
-        return None
-    return [Addend(source)]  # type: ignore[arg-type]
+    source = tensor_arg(node, 0)
+    both_float = value(source).is_floating_point() and value(node).is_floating_point()
+    return [Addend(source)] if both_float else None
 
 
-def _permute(node: Node) -> list[Addend]:
-    rank = value(node).ndim
-    return [Addend(node.args[0], dims=tuple(d % rank for d in node.args[1]))]  # type: ignore[union-attr, arg-type, misc]
+def _permute(node: Node) -> list[Addend] | None:
+    dims = node.args[1]
+    assert isinstance(dims, (list, tuple))
+    return [Addend(tensor_arg(node, 0), dims=tuple(d % len(dims) for d in dims))]  # type: ignore[operator]
 
 
-def _transpose(node: Node) -> list[Addend]:
-    source, i, j = node.args
-    dims = list(range(value(node).ndim))
-    dims[i], dims[j] = dims[j], dims[i]  # type: ignore[index]
-    return [Addend(source, dims=tuple(dims))]  # type: ignore[arg-type]
+def _transpose(node: Node) -> list[Addend] | None:
+    dims: list[Any] = list(range(value(node).ndim))
+    i, j = (int(d) for d in node.args[1:3])  # type: ignore[arg-type]
+    dims[i], dims[j] = dims[j], dims[i]
+    return [Addend(tensor_arg(node, 0), dims=tuple(dims))]
 
 
 def scale_of(arg: Any) -> Scale | None:
-    """A python number, or a tensor of one element, through its casts."""
+    """A python number, or a tensor of no dimension, through its casts."""
     if isinstance(arg, (int, float)) and not isinstance(arg, bool):
         return Scale(float(arg))
     if is_tensor(arg) and value(arg).ndim == 0 and value(arg).is_floating_point():
-        while arg.target is prims.convert_element_type.default and value(arg.args[0]).is_floating_point():
-            arg = arg.args[0]
+        while arg.target is prims.convert_element_type.default and value(tensor_arg(arg, 0)).is_floating_point():
+            arg = tensor_arg(arg, 0)
         return Scale(1.0, (arg,))
     return None
 
 
-def _plus(sign: float) -> Callable[[Node], list[Addend]]:
-    def rule(node: Node) -> list[Addend]:
-        a, b = node.args
+def _plus(sign: float) -> Rule:
+    def rule(node: Node) -> list[Addend] | None:
+        a, b = node.args[:2]
+        first = Addend(a if is_tensor(a) else None)
         alpha = scale_of(node.kwargs.get("alpha", 1))
-        first = Addend(a) if is_tensor(a) else Addend(None)  # type: ignore[arg-type]
         if alpha is None or not is_tensor(b):
             return [first, Addend(None)]
-        return [first, Addend(b, Scale(sign) * alpha)]  # type: ignore[arg-type]
+        return [first, Addend(b, Scale(sign) * alpha)]
 
     return rule
 
 
 def _times(node: Node) -> list[Addend] | None:
-    a, b = node.args
+    a, b = node.args[:2]
     for x, s in ((a, b), (b, a)):
         scale = scale_of(s)
-        if scale is not None and is_tensor(x) and value(x).ndim:  # type: ignore[arg-type]
-            return [Addend(x, scale)]  # type: ignore[arg-type]
+        if scale is not None and is_tensor(x) and value(x).ndim:
+            return [Addend(x, scale)]
     return _outer(node)
 
 
 def _outer(node: Node) -> list[Addend] | None:
     """`[T,1] * [1,N]`: what Inductor makes of a product over a rank of one."""
-    a, b = node.args
+    a, b = node.args[:2]
     if not (is_tensor(a) and is_tensor(b)):
         return None
     for column, row in ((a, b), (b, a)):
-        cs, rs = shape(column), shape(row)  # type: ignore[arg-type]
+        cs, rs = shape(column), shape(row)
         if len(cs) == len(rs) == 2 and cs[1] == 1 and rs[0] == 1 and 1 not in (cs[0], rs[1]):
-            return [Addend(Product(column, row, value(node).dtype))]  # type: ignore[arg-type]
+            return [Addend(Product(column, row, value(node).dtype))]
     return None
 
 
 def _over(node: Node) -> list[Addend] | None:
-    a, b = node.args
+    b = node.args[1]
     if not isinstance(b, (int, float)) or b == 0 or node.kwargs:
         return None
-    return [Addend(a, Scale(1.0 / b))]  # type: ignore[arg-type]
+    return [Addend(tensor_arg(node, 0), Scale(1.0 / b))]
 
 
-def _negative(node: Node) -> list[Addend]:
-    return [Addend(node.args[0], Scale(-1.0))]  # type: ignore[arg-type]
+def _negative(node: Node) -> list[Addend] | None:
+    return [Addend(tensor_arg(node, 0), Scale(-1.0))]
 
 
-def _product(node: Node) -> list[Addend]:
-    left, right = node.args[:2]
-    return [Addend(Product(left, right, value(node).dtype))]  # type: ignore[arg-type]
+def _product(node: Node) -> list[Addend] | None:
+    return [Addend(Product(tensor_arg(node, 0), tensor_arg(node, 1), value(node).dtype))]
 
 
 def _plus_product(node: Node) -> list[Addend] | None:
-    bias, left, right = node.args[:3]
     beta, alpha = scale_of(node.kwargs.get("beta", 1)), scale_of(node.kwargs.get("alpha", 1))
     if beta is None or alpha is None:
         return None
-    return [Addend(bias, beta), Addend(Product(left, right, value(node).dtype), alpha)]  # type: ignore[arg-type]
+    product = Product(tensor_arg(node, 1), tensor_arg(node, 2), value(node).dtype)
+    return [Addend(tensor_arg(node, 0), beta), Addend(product, alpha)]
 
 
-RULES: dict[Any, Callable[[Node], list[Addend] | None]] = {
+RULES: dict[Any, Rule] = {
     aten.view.default: _unchanged,
     aten.reshape.default: _unchanged,
     aten._unsafe_view.default: _unchanged,
@@ -175,7 +182,6 @@ RULES: dict[Any, Callable[[Node], list[Addend] | None]] = {
     prims.convert_element_type.default: _cast,
     aten._to_copy.default: _cast,
     aten.permute.default: _permute,
-    aten.t.default: lambda node: [Addend(node.args[0], dims=(1, 0))],  # type: ignore[arg-type]
     aten.transpose.int: _transpose,
     aten.add.Tensor: _plus(1.0),
     aten.sub.Tensor: _plus(-1.0),
@@ -188,6 +194,9 @@ RULES: dict[Any, Callable[[Node], list[Addend] | None]] = {
     aten.addmm.default: _plus_product,
     aten.baddbmm.default: _plus_product,
 }
+
+
+LAYOUTS = {op for op, rule in RULES.items() if rule in (_unchanged, _expand, _permute, _transpose)}
 
 
 def addends(node: Node) -> list[Addend] | None:
@@ -238,7 +247,8 @@ def value_numbers(graph: Graph) -> dict[Node, Node]:
 
     def key(arg: Any) -> Hashable:
         if isinstance(arg, Node):
-            return number[arg]
+            first_equal: Hashable = number[arg]
+            return first_equal
         if isinstance(arg, (list, tuple)):
             return tuple(key(a) for a in arg)
         if isinstance(arg, dict):
@@ -287,8 +297,7 @@ class Reader:
     def _name(self, node: Node, layout: Layout) -> Term:
         rows = numel(shape(node)) / (layout.batch * layout.cols) if 0 not in shape(node) else 0
         rows = int(rows) if isinstance(rows, float) else rows
-        first = self.number[node]
-        return Term((Matrix(first, layout.cols, layout.batch, rows=rows, precision=value(node).dtype),))
+        return Term((Matrix(self.number[node], layout.cols, layout.batch, rows=rows, precision=value(node).dtype),))
 
     def _sum(self, node: Node, layout: Layout, top: bool) -> tuple[Occurrence, ...]:
         """The terms of a node; by its name alone where it is a sum that others use too."""
@@ -358,22 +367,20 @@ class Reader:
         if layout.cols != rs[-1]:
             return None
         if len(rs) == 2 or rs[0] == 1:
-            one = 1 if len(rs) == 2 or layout.batch in (1, ls[0]) else None
-            if one is None or layout.batch != 1:
+            if layout.batch != 1:
                 return None
-            terms = self.term(left, Layout(1, ls[-1])), self.term(right, Layout(1, rs[-1]))
+            a, b = self.term(left, Layout(1, ls[-1])), self.term(right, Layout(1, rs[-1]))
         elif layout.batch == 1:
             shared = self._shared(right)
             if shared is None:
                 return None
-            terms = self.term(left, Layout(1, ls[-1])), shared
+            a, b = self.term(left, Layout(1, ls[-1])), shared
         elif layout.batch == ls[0]:
-            terms = tuple(  # type: ignore[assignment]
-                self._shared(n) or self.term(n, Layout(s[0], s[-1])) for n, s in ((left, ls), (right, rs))
-            )
+            a = self._shared(left) or self.term(left, Layout(ls[0], ls[-1]))
+            b = self._shared(right) or self.term(right, Layout(rs[0], rs[-1]))
         else:
             return None
-        return (terms[0] @ terms[1]).computed_in(product.dtype)
+        return (a @ b).computed_in(product.dtype)
 
     def _shared(self, node: Node) -> Term | None:
         """The one matrix that an expanded batch `[E, m, n]` repeats."""
@@ -381,10 +388,10 @@ class Reader:
         if len(shape(node)) < 3:
             return None
         while node.op == "call_function" and RULES.get(node.target) is _unchanged:
-            node = node.args[0]  # type: ignore[assignment]
+            node = tensor_arg(node, 0)
         if node.target is not aten.expand.default:
             return None
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source = tensor_arg(node, 0)
         return self.term(source, Layout(1, cols)) if numel(shape(source)) == rows * cols else None
 
 

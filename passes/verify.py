@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.rewrite import _fake
+from peft_fx.passes.rewrite import fake
 from peft_fx.passes.transfer import expr, is_random, value
 
 
@@ -48,7 +48,7 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
         if node._erased:
             continue
         with fake_mode:
-            again = node.target(*map(_fake, node.args), **{k: _fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
+            again = node.target(*map(fake, node.args), **{k: fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
         if _described(again) != _described(value(node)):
             raise VerificationError(f"{node.format_node()} is {_described(again)}, and says {_described(value(node))}")
 

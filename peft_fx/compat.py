@@ -8,17 +8,27 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.convert_frame import input_codes  # which code objects Dynamo has compiled
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, reset_code  # explain(compiled), and leaving no trace
-from torch._dynamo.utils import counters  # graph breaks
-from torch._functorch.partitioners import min_cut_rematerialization_partition  # what would be kept, before and after
+
+# which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
+from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, reset_code
+
+# graph breaks, by reason
+from torch._dynamo.utils import counters
+
+# what backward would keep of a joint graph, before and after
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass  # a pass with a key in Inductor's caches
+
+# a pass with a key in Inductor's caches
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-from torch._inductor.virtualized import V  # the fake mode that a joint pass runs under
+
+# the fake mode that a joint pass runs under
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.weak import WeakIdKeyDictionary

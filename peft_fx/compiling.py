@@ -13,7 +13,7 @@ import logging
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import peft_fx
 from peft_fx import compat
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
-from peft_fx.passes.sites import Role
+from peft_fx.passes.flow import Role
 
 log = logging.getLogger("peft_fx")
 
@@ -57,7 +57,7 @@ def backend(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> Callable[..., Any]:
+) -> Any:
     """The `torch.compile` backend: adapters to their weight form where that is cheaper, everything then to Inductor.
 
     `options` with the prefix "peft_fx." are ours, the others and `mode` go to Inductor. Raises ValueError for an unknown option or value;
@@ -67,7 +67,9 @@ def backend(
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
-    record = Record(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen, torch.is_grad_enabled())
+    record = Record(
+        copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen, torch.is_grad_enabled()
+    )
     for tensor in example_inputs:
         if isinstance(tensor, torch.nn.Parameter):
             _records.setdefault(tensor, []).append(record)
@@ -168,7 +170,9 @@ def roles_of(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, Role]:
             continue
         source = compat.source_name(node) or node.name
         is_parameter = isinstance(given, torch.nn.Parameter) or "_parameters[" in source
-        static = is_parameter or "_buffers[" in source or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        static = (
+            is_parameter or "_buffers[" in source or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        )
         roles[i] = Role(readable(source), static, is_parameter and given.requires_grad)
     return roles
 

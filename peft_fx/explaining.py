@@ -97,7 +97,9 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __init__(self, idle: Idle):
         self.idle = idle
 
-    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
         kept = {}
         if self.idle.untouched is not None:
             before = GraphModule(gm, self.idle.untouched)
@@ -216,7 +218,10 @@ def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
     if not isinstance(model, torch.nn.Module):
         return model
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     memo = {}
     for tensor in tensors.values():
         if id(tensor) not in memo:

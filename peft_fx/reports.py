@@ -43,16 +43,11 @@ class Report:
     def __str__(self) -> str:
         parts = [self._summary()]
         if self.sites:
-            rows = [
-                (s.name, s.method, f"{s.tokens}×{s.in_features}→{s.out_features}", s.rank, s.forward, s.input_grad)
-                + (s.adapter_grad, _ratio(s.flops), s.reason)
-                for s in self.sites
-            ]
             head = ("site", "method", "T×K→N", "r", "forward", "input grad", "adapter grad", "FLOPs", "price")
-            parts.append(tabulate(rows, headers=head, disable_numparse=True))
+            parts.append(tabulate([_row(s) for s in self.sites], headers=head, disable_numparse=True))
         if self.refusals:
-            rows = [(r.name, r.code, r.detail) for r in self.refusals]
-            parts.append(tabulate(rows, headers=("refused", "code", "why"), disable_numparse=True))
+            refused = [(r.name, r.code, r.detail) for r in self.refusals]
+            parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))
         parts += [f"graph break: {b}" for b in self.graph_breaks]
         parts += [f"left to Inductor untouched: {f}" for f in self.failures]
         return "\n\n".join(parts)
@@ -67,6 +62,11 @@ class Report:
             before, after = (self.kept_bytes[k] / 1e6 for k in ("before", "after"))
             text += f"; kept for backward: {before:.1f} MB by Inductor alone, {after:.1f} MB now"
         return text
+
+
+def _row(s: Site) -> tuple[Any, ...]:
+    size = f"{s.tokens}×{s.in_features}→{s.out_features}"
+    return s.name, s.method, size, s.rank, s.forward, s.input_grad, s.adapter_grad, _ratio(s.flops), s.reason
 
 
 def _ratio(amounts: dict[str, int]) -> str:

@@ -1,0 +1,126 @@
+"""What depends on what: which nodes belong to backward, and from which inputs and random draws each value is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.transfer import is_random, is_tensor
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a graph input is: its name in the user's module, whether it stays from call to call, whether it is trained."""
+
+    name: str
+    static: bool = False
+    trainable: bool = False
+
+
+Roles = Mapping[Node, Role]
+
+
+def reachable(graph: Graph, start: Callable[[Node], bool]) -> set[Node]:
+    """The nodes that satisfy `start`, and all that is computed from them."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if start(node) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_tangent(node: Node) -> bool:
+    return node.op == "placeholder" and "tangents" in node.name
+
+
+class Flow:
+    """For every node, as bits, the changing graph inputs and the random draws that it is computed from; and which are backward.
+
+    A value without bits is a *weight*: a parameter, a buffer, or computed from those alone.
+    """
+
+    def __init__(self, graph: Graph, roles: Roles):
+        self.roles = roles
+        self.backward = reachable(graph, is_tangent)
+        self.bits: dict[Node, int] = {}
+        self.draws, following = 0, 1
+        for node in graph.nodes:
+            self.bits[node] = union(self.bits[n] for n in node.all_input_nodes)
+            role = roles.get(node)
+            changes = node.op == "placeholder" and is_tensor(node) and not (role is not None and role.static)
+            if changes or is_random(node):
+                self.bits[node] |= following
+                self.draws |= following if is_random(node) else 0
+                following <<= 1
+
+    def is_weight(self, node: object) -> bool:
+        return isinstance(node, Node) and not self.bits.get(node, 1)
+
+    def is_random(self, node: Node) -> bool:
+        return bool(self.bits.get(node, 0) & self.draws)
+
+    def is_mask(self, node: Node) -> bool:
+        """Computed from random draws alone."""
+        return self.is_random(node) and not self.bits[node] & ~self.draws
+
+    def of(self, factors: Iterable[Matrix]) -> int:
+        return union(self.bits[f.name] for f in factors if isinstance(f.name, Node))
+
+    def computed_from(self, factor: Matrix, bits: int) -> bool:
+        """A graph input is what it is, whoever else reads it; a computed factor must not depend on `bits`, nor on chance."""
+        node = factor.name
+        if not isinstance(node, Node) or node.op == "placeholder":
+            return False
+        return bool(self.bits[node] & (bits | self.draws))
+
+    # ------------------------------------------------------------------------------------------------------------- names
+
+    def parameters(self, node: object) -> list[Node]:
+        """The graph inputs with a role that a value is computed from, nearest first; not looked for beyond 64 nodes."""
+        seen: list[Node] = []
+        todo = [node]
+        while todo and len(seen) < 64:
+            n = todo.pop(0)
+            if isinstance(n, Node) and n not in seen:
+                seen.append(n)
+                todo += n.all_input_nodes
+        return [n for n in seen if n in self.roles]
+
+    def is_trained(self, node: object) -> bool:
+        return any(self.roles[n].trainable for n in self.parameters(node))
+
+    def site_name(self, weight: Matrix, adapters: Iterable[Matrix]) -> str:
+        """The module that holds the weight and its adapter: what their names share; or the weight's own name."""
+        own = [self.roles[n].name for n in self.parameters(weight.name)]
+        base = own[0] if own else str(weight.name)
+        others = [self.roles[n].name for f in adapters for n in self.parameters(f.name)]
+        best = max((_common(base, other) for other in others), key=len, default="")
+        module, _, name = base.rpartition(".")
+        if name != "weight" and module == best:
+            return base  # several weights in one module are told apart by their own names
+        return best or base.removesuffix(".weight")
+
+
+def shared_path(a: str, b: str) -> int:
+    """The number of modules that two parameters share."""
+    common = _common(a, b)
+    return common.count(".") + 1 if common else 0
+
+
+def union(bits: Iterable[int]) -> int:
+    total = 0
+    for b in bits:
+        total |= b
+    return total
+
+
+def _common(a: str, b: str) -> str:
+    shared = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        shared.append(x)
+    return ".".join(shared)

@@ -1,0 +1,168 @@
+"""Why an adapter has no weight form.
+
+An adapter that is not linear in its layer's input never shows up as a group. It is looked for beside every base product of a forward
+sum: an addend that leads up to a product with a narrow trained matrix. The ops met on the way there, and from there to the base's input,
+say what stands between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from peft_fx.passes.algebra import Matrix, Term
+from peft_fx.passes.flow import shared_path
+from peft_fx.passes.sites import Analysis, Refusal, Sum
+from peft_fx.passes.transfer import Occurrence, Product, addends, aten, is_random, is_tensor, shape
+
+Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
+NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
+
+ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
+REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
+
+
+def refusals(analysis: Analysis) -> list[Refusal]:
+    """Every refused adapter of a graph once, in graph order."""
+    found = [*analysis.refusals]
+    for sum_ in analysis.sums:
+        if sum_.root not in analysis.flow.backward:
+            found += _suspects(analysis, sum_)
+    return list({r.name: r for r in reversed(found)}.values())[::-1]
+
+
+def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
+    bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
+    bases = [t for t in bases if not any(_is_narrow(analysis, f) for f in t.factors)]
+    if not bases:
+        return
+    for occ in sum_.rest:
+        start = _operand(occ)
+        way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
+        if way:
+            adapter = Matrix(way[-1][1], 0)
+            weight = _nearest(analysis, bases, adapter)
+            sources = {f.name for t in bases for f in t.factors}
+            yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources))
+
+
+def _operand(occ: Occurrence) -> Node | None:
+    if not occ.path:
+        return None
+    node, i = occ.path[-1]
+    operand = (addends(node) or [])[i].operand
+    return operand if isinstance(operand, Node) else node
+
+
+def _products(node: Node) -> list[Product]:
+    return [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
+
+
+def _is_narrow(analysis: Analysis, f: Matrix) -> bool:
+    rows, cols = f.shape
+    return rows != cols and analysis.flow.is_weight(f.name) and analysis.flow.is_trained(f.name)
+
+
+def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
+    """The trained, not square weight that a product node multiplies by."""
+    for product in _products(node):
+        for operand in (product.left, product.right):
+            rows, cols = shape(operand)[-2:]
+            if rows != cols and analysis.flow.is_weight(operand) and analysis.flow.is_trained(operand):
+                return operand
+    return None
+
+
+def _nearest(analysis: Analysis, bases: list[Term], adapter: Matrix) -> Matrix:
+    """Among several base weights, the one whose name shares most with the adapter's."""
+    flow = analysis.flow
+    names = [flow.roles[n].name for n in flow.parameters(adapter.name)]
+
+    def likeness(f: Matrix) -> tuple[bool, int]:
+        own = [flow.roles[n].name for n in flow.parameters(f.name)[:1]]
+        return flow.is_weight(f.name), max((shared_path(a, b) for a in own for b in names), default=0)
+
+    return max((f for t in bases for f in t.factors), key=likeness)
+
+
+def _way_to_adapter(analysis: Analysis, start: Node) -> list[Step]:
+    """The way from an addend upwards to the farthest product with a narrow trained matrix: the adapter's first factor.
+
+    It does not lead through what other forward nodes use too: that is the model's, not the adapter's.
+    """
+    best: list[Step] = []
+    todo: list[tuple[Node, list[Step]]] = [(start, [])]
+    seen: set[Node] = set()
+    while todo and len(seen) < NEAR:
+        node, way = todo.pop(0)
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        narrow = _narrow_operand(analysis, node)
+        if narrow is not None:
+            best = [*way, (node, narrow)]
+        users = [u for u in node.users if u not in analysis.flow.backward]
+        if len(users) > 1 and narrow is None:
+            continue
+        for operand in node.all_input_nodes:
+            if is_tensor(operand) and not analysis.flow.is_weight(operand):
+                todo.append((operand, [*way, (node, operand)]))
+    return best
+
+
+def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object]) -> tuple[str, str]:
+    """What stands between the sum and the adapter's first product; or between that and the base's input."""
+    for node, operand in way[:-1]:
+        verdict = _obstacle(analysis, node, operand)
+        if verdict:
+            return verdict
+    last, narrow = way[-1]
+    product = _products(last)[0]
+    ops: list[str] = []
+    seen: set[Node] = set()
+    todo = [product.right if product.left is narrow else product.left]
+    while todo and len(seen) < NEAR:
+        node = todo.pop(0)
+        if node in seen or analysis.reader.number[node] in sources or node.op != "call_function":
+            continue
+        seen.add(node)
+        if is_random(node):
+            return "dropout", "the adapter reads a dropped-out copy of the base's input: no single W' exists"
+        if _is_in_place(node):
+            return "mutation", f"the input is changed in place between its two uses ({_label(node)})"
+        ops.append(_label(node))
+        todo += [n for n in node.all_input_nodes if is_tensor(n)]
+    met = f", through {', '.join(ops[:3])}" if ops else ""
+    return "different_input", f"the adapter reads another tensor than the base product{met}"
+
+
+def _obstacle(analysis: Analysis, node: Node, operand: Node) -> tuple[str, str] | None:
+    """The code for an op that is not linear in the operand that the way came from; None for a linear one."""
+    flow, label = analysis.flow, _label(node)
+    others = [n for n in node.all_input_nodes if n is not operand and is_tensor(n)]
+    if any(flow.is_random(n) for n in (node, *others)) and not flow.is_random(operand):
+        return "dropout", f"{label} with a random mask inside the adapter: no single W' exists"
+    if addends(node) is not None:
+        computed = any(not flow.is_weight(p.left) and not flow.is_weight(p.right) for p in _products(node))
+        return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
+        if all(flow.is_weight(n) for n in others):
+            return "unknown_op", f"{label} by a vector between the adapter's products"
+        return "input_dependent", f"{label} by a value of each token, which no W' can hold"
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
+        return "nonlinear", f"{label} between the adapter's products"
+    return "unknown_op", f"{label} has no linear form"
+
+
+def _is_in_place(node: Node) -> bool:
+    """Written in place by the user, and made a new value by functionalisation."""
+    stack = node.meta.get("source_fn_stack") or [("", "")]
+    target = stack[-1][1]
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name in {"iadd", "imul", "isub", "itruediv"} or (name.endswith("_") and not name.endswith("__"))
+
+
+def _label(node: Node) -> str:
+    return str(node.target).removesuffix(".default").removesuffix(".Tensor")
