@@ -11,6 +11,7 @@
     verify.py     what must hold of a graph before and after
     pipeline.py   the order of these steps
 
-Symbols as everywhere in the project: `T` tokens, `K` in-features, `N` out-features, `r` rank, `x [T,K]`, `W [K,N]` as it
-multiplies x, `A [K,r]`, `B [r,N]`, `s` scale, `dy [T,N]`. `u` is what a group of products shares: x in forward, dy in backward.
+Symbols as everywhere in the project: `T` tokens, `K` in-features, `N` out-features, `r` rank, `x [T,K]`, `W [K,N]` as
+it multiplies x, `A [K,r]`, `B [r,N]`, `s` scale, `dy [T,N]`. `u` is what a group of products shares: x in forward, dy
+in backward.
 """

@@ -1,8 +1,8 @@
 """Linear forms: a value as a sum of scaled products of matrices, `Σ s · F1·F2·…·Fk`. No graph in here.
 
-The product `x·W + s·(x·A)·B` is two terms, `[x, W]` and `s·[x, A, B]`; the algebra needs no word for "weight" or "input", a
-matrix is known by its name alone. What terms share at their left (`x` in a forward pass, `dy` in an input gradient) or at their
-right (`x` of `W @ x`) can be factored out: `x·(W + s·A·B)`.
+The product `x·W + s·(x·A)·B` is two terms, `[x, W]` and `s·[x, A, B]`; the algebra needs no word for "weight" or
+"input", a matrix is known by its name alone. What terms share at their left (`x` in a forward pass, `dy` in an input
+gradient) or at their right (`x` of `W @ x`) can be factored out: `x·(W + s·A·B)`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ ONE = Scale()
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix known by name, or a batch of them: `name` read row by row as `[batch, rows, cols]`, transposed if `flipped`.
+    """A matrix known by name, or a batch of them: `name` read row by row as `[batch, rows, cols]`, transposed if
+    `flipped`.
 
-    Two are equal if they hold the same numbers, whatever casts lie between name and use; `precision` is the coarsest dtype on
-    that way. Sizes in the name's own orientation; a `batch` of 1 stands for every matrix of a larger batch.
+    Two are equal if they hold the same numbers, whatever casts lie between name and use; `precision` is the coarsest
+    dtype on that way. Sizes in the name's own orientation; a `batch` of 1 stands for every matrix of a larger batch.
     """
 
     name: Hashable
@@ -100,7 +101,8 @@ class Term:
         return replace(self, dtypes=self.dtypes | {dtype})
 
     def rounded(self, dtype: torch.dtype) -> Term:
-        """Through a cast: only a name by itself is known to hold the same numbers afterwards, up to the coarser precision."""
+        """Through a cast: only a name by itself is known to hold the same numbers afterwards, up to the coarser
+        precision."""
         if len(self.factors) == 1:
             (factor,) = self.factors
             return replace(self, factors=(replace(factor, precision=coarser(factor.precision, dtype)),))

@@ -1,4 +1,5 @@
-"""What depends on what: which nodes belong to backward, and from which inputs and random draws each value is computed."""
+"""What depends on what: which nodes belong to backward, and from which inputs and random draws each value is
+computed."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from peft_fx.passes.transfer import is_random, is_tensor
 
 @dataclass(frozen=True)
 class Role:
-    """What a graph input is: its name in the user's module, whether it stays from call to call, whether it is trained."""
+    """What a graph input is: its name in the user's module, whether it stays from call to call, whether it is
+    trained."""
 
     name: str
     static: bool = False
@@ -37,7 +39,8 @@ def is_tangent(node: Node) -> bool:
 
 
 class Flow:
-    """For every node, as bits, the changing graph inputs and the random draws that it is computed from; and which are backward.
+    """For every node, as bits, the changing graph inputs and the random draws that it is computed from; and which are
+    backward.
 
     A value without bits is a *weight*: a parameter, a buffer, or computed from those alone.
     """
@@ -70,13 +73,15 @@ class Flow:
         return union(self.bits[f.name] for f in factors if isinstance(f.name, Node))
 
     def computed_from(self, factor: Matrix, bits: int) -> bool:
-        """A graph input is what it is, whoever else reads it; a computed factor must not depend on `bits`, nor on chance."""
+        """A graph input is what it is, whoever else reads it; a computed factor must not depend on `bits`, nor on
+        chance."""
         node = factor.name
         if not isinstance(node, Node) or node.op == "placeholder":
             return False
         return bool(self.bits[node] & (bits | self.draws))
 
-    # ------------------------------------------------------------------------------------------------------------- names
+    # -------------------------------------------------------------------------------------------------------------
+    # names
 
     def parameters(self, node: object) -> list[Node]:
         """The graph inputs with a role that a value is computed from, nearest first; not looked for beyond 64 nodes."""

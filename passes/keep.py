@@ -1,12 +1,14 @@
 """What backward rebuilds instead of keeping.
 
-An adapter's gradient reads its layer's input x, in the adapter's dtype, and the frozen model's backward reads neither. Both can be
-rebuilt from what that backward keeps anyway, wherever a chain of pointwise ops leads there: through a cast, a norm's scale, an
-activation function, a gate, a dropout mask drawn from its seed. The partitioner would keep the end of the chain, because a product reads
-it; a recompute tag makes it keep the beginning. A tag forces, so a node is tagged only where that means keeping less:
+An adapter's gradient reads its layer's input x, in the adapter's dtype, and the frozen model's backward reads
+neither. Both can be rebuilt from what that backward keeps anyway, wherever a chain of pointwise ops leads there:
+through a cast, a norm's scale, an activation function, a gate, a dropout mask drawn from its seed. The partitioner
+would keep the end of the chain, because a product reads it; a recompute tag makes it keep the beginning. A tag
+forces, so a node is tagged only where that means keeping less:
 
 * the bytes at the beginning of the chain that are not kept anyway are fewer than those of the node itself;
-* a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum, and rebuilding one
+* a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum,
+and rebuilding one
   link would pull in all of them.
 """
 
@@ -144,7 +146,8 @@ class Keep:
 
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
-    """The products of backward that make a parameter's gradient: only layout, scale, cast and sum follow on the way out."""
+    """The products of backward that make a parameter's gradient: only layout, scale, cast and sum follow on the way
+    out."""
     ends: set[Node] = set()
     found: set[Node] = set()
     for node in reversed(graph.nodes):

@@ -1,4 +1,5 @@
-"""The order of the passes, and what they found: one function, `run`, for a compile, for `explain` and for tests alike."""
+"""The order of the passes, and what they found: one function, `run`, for a compile, for `explain` and for tests
+alike."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def run(
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
 ) -> Outcome:
-    """Rewrites a joint or inference graph in place. Raises on any failure of its own: the caller then uses the graph that it kept."""
+    """Rewrites a joint or inference graph in place. Raises on any failure of its own: the caller then uses the graph
+    that it kept."""
     start = time.perf_counter()
     before = Contract.of(graph)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")

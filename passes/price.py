@@ -1,14 +1,15 @@
-"""What each form of a site costs on a machine: a roofline, `max(FLOPs / peak, bytes / bandwidth) + launch` for each kernel.
+"""What each form of a site costs on a machine: a roofline, `max(FLOPs / peak, bytes / bandwidth) + launch` for each
+kernel.
 
-Only what differs between the forms is priced. The base product `u·W`, and in training the low-rank products `x·A` and `dy·Bᵀ` that
-the adapter's own gradients need, are the same in both:
+Only what differs between the forms is priced. The base product `u·W`, and in training the low-rank products `x·A` and
+`dy·Bᵀ` that the adapter's own gradients need, are the same in both:
 
     activation form, forward        T·r·N product, one more pass over [T,N]   (and T·K·r where no gradient needs xA)
     activation form, input gradient T·r·K product, one more pass over [T,K]
     weight form, each of the two    K·r·N product, one pass over W and W'
 
-In FLOPs alone the forms meet at T* = K·N / (K + N) in an inference graph, and at 2·K·N / (K + N) in training, where W' is built twice:
-once in forward and, never kept, again in backward.
+In FLOPs alone the forms meet at T* = K·N / (K + N) in an inference graph, and at 2·K·N / (K + N) in training, where
+W' is built twice: once in forward and, never kept, again in backward.
 
 >>> flop_crossover(4096, 4096, training=False), flop_crossover(4096, 4096, training=True)
 (2048.0, 4096.0)
@@ -50,8 +51,8 @@ def _machine(name: str, half: float, single: float, double: float, bandwidth: fl
     return Machine(name, tuple((d, r * 1e12) for d, r in rates), bandwidth * 1e12, launch * 1e-6)
 
 
-# Dense peaks of the makers' data sheets, times 0.7 for what large products reach of them. Without a launch term on CPU, where
-# a kernel is a function call.
+# Dense peaks of the makers' data sheets, times 0.7 for what large products reach of them. Without a launch term on
+# CPU, where a kernel is a function call.
 MACHINES: Mapping[str, Machine] = {
     m.name: m
     for m in (
@@ -78,7 +79,8 @@ def machine_for(device: torch.device) -> Machine:
 
 @dataclass(frozen=True)
 class Shape:
-    """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, and the dtypes."""
+    """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, and the
+    dtypes."""
 
     T: int
     K: int
@@ -129,7 +131,8 @@ def merge(machine: Machine, s: Shape) -> Price:
 
 
 def activation(machine: Machine, s: Shape, skip_first: bool) -> Price:
-    """(u·A)·B from the left, and the pass that adds it; without the first product where a gradient needs it in any case."""
+    """(u·A)·B from the left, and the pass that adds it; without the first product where a gradient needs it in any
+    case."""
     total = Price()
     for term in s.terms:
         for i, (k, n) in enumerate(term):

@@ -1,8 +1,8 @@
 """Why an adapter has no weight form.
 
-An adapter that is not linear in its layer's input never shows up as a group. It is looked for beside every base product of a forward
-sum: an addend that leads up to a product with a narrow trained matrix. The ops met on the way there, and from there to the base's input,
-say what stands between.
+An adapter that is not linear in its layer's input never shows up as a group. It is looked for beside every base
+product of a forward sum: an addend that leads up to a product with a narrow trained matrix. The ops met on the way
+there, and from there to the base's input, say what stands between.
 """
 
 from __future__ import annotations

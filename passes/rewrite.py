@@ -1,8 +1,8 @@
 """The only place that changes a graph: `u·W + s·(u·A)·B` becomes `u·W'` with `W' = cast(W + s·A·B)`.
 
-W' stands where W stood: the base product keeps its spelling, its bias, its views and casts, and the adapter's addends leave the sum.
-W' is built in fp32 (fp64 where anything is) in W's own orientation, cast once, shared by forward and backward, and marked to be rebuilt
-in backward. W itself is never written.
+W' stands where W stood: the base product keeps its spelling, its bias, its views and casts, and the adapter's addends
+leave the sum. W' is built in fp32 (fp64 where anything is) in W's own orientation, cast once, shared by forward and
+backward, and marked to be rebuilt in backward. W itself is never written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ Path = tuple[tuple[Node, int], ...]
 
 
 class Builder:
-    """Adds nodes to a graph, each with its own fresh fake value, and the provenance of the node that it stands in for."""
+    """Adds nodes to a graph, each with its own fresh fake value, and the provenance of the node that it stands in
+    for."""
 
     def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
         self.graph, self.fake_mode = graph, fake_mode
@@ -105,7 +106,8 @@ class Rewriter:
     # ------------------------------------------------------------------------------------------------------- sums
 
     def _sum(self, node: Node, way: Path, edits: dict[Path, tuple[Node, bool] | None]) -> Node | None:
-        """A copy of a sum with W' in the base products and without the dropped terms; None where nothing is left of it."""
+        """A copy of a sum with W' in the base products and without the dropped terms; None where nothing is left of
+        it."""
         parts = addends(node) or []
         here = [(*way, (node, i)) for i in range(len(parts))]
         if not any(path[: len(way) + 1] == step for path in edits for step in here):
@@ -176,7 +178,8 @@ class Rewriter:
     # ----------------------------------------------------------------------------------------------------- merging
 
     def _merged_operand(self, group: Group) -> Node:
-        """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and backward too."""
+        """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and
+        backward too."""
         weight, dtype = group.weight, value(group.operand).dtype
         terms = [(s, t.T if weight.flipped else t) for s, t in zip(group.ratios, group.remainders, strict=True) if s]
         summands = frozenset((s.key(), t.factors) for s, t in terms)

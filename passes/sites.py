@@ -1,8 +1,8 @@
 """Which sums are a product and its adapters, and what a site and a refusal are.
 
-A *group* is what one sum offers: a product `u·W`, its base, and further terms that share `u` (at the left, or at the right as in
-`W @ x`). A *site* is what a user calls an adapter: the groups of one base weight with the same adapter factors, in forward and in the
-input gradient. What looks like an adapter and has no weight form is a `Refusal`.
+A *group* is what one sum offers: a product `u·W`, its base, and further terms that share `u` (at the left, or at the
+right as in `W @ x`). A *site* is what a user calls an adapter: the groups of one base weight with the same adapter
+factors, in forward and in the input gradient. What looks like an adapter and has no weight form is a `Refusal`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
 class Refusal:
     """An adapter without a weight form.
 
-    `code` is stable: dropout, different_input, nonlinear, input_dependent, mutation, dtype, quantized, subclass, shape, unknown_op,
-    logits_returned. `detail` says what was met.
+    `code` is stable: dropout, different_input, nonlinear, input_dependent, mutation, dtype, quantized, subclass,
+    shape, unknown_op, logits_returned. `detail` says what was met.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Refusal:
 class Site:
     """An adapter with a weight form, and the forms that were chosen for it.
 
-    `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint). `forward` and `input_grad` are
-    "weight", "activation" or "none", `adapter_grad` is "low_rank", "dense" or "none". `flops` and `bytes` (moved) are {"before", "after"},
-    of all of the site's products in one step; `reason` is the price's.
+    `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint). `forward`
+    and `input_grad` are "weight", "activation" or "none", `adapter_grad` is "low_rank", "dense" or "none". `flops`
+    and `bytes` (moved) are {"before", "after"}, of all of the site's products in one step; `reason` is the price's.
     """
 
     name: str
@@ -144,7 +144,8 @@ class Sum:
 
 
 class Analysis:
-    """What is in a graph: its groups, the sums they are in, and refusals of groups that the algebra alone would allow. Pure."""
+    """What is in a graph: its groups, the sums they are in, and refusals of groups that the algebra alone would
+    allow. Pure."""
 
     def __init__(self, graph: Graph, roles: Roles, strict: bool = False):
         self.strict = strict
@@ -163,7 +164,8 @@ class Analysis:
             found.reverse()  # in graph order
 
     def _divide(self, root: Node, terms: tuple[Occurrence, ...]) -> None:
-        """The groups of one sum; every term goes to one group at most, those with the fewest factors in their base first."""
+        """The groups of one sum; every term goes to one group at most, those with the fewest factors in their base
+        first."""
         taken: set[tuple[tuple[Node, int], ...]] = set()
         backward = root in self.flow.backward
         for group in sorted(self._candidates(root, terms, backward), key=self._preference):

@@ -1,8 +1,9 @@
 """What each ATen op does to a linear form: one short rule per op, in one table, and the reader that applies them.
 
-A rule says of which addends a node is the sum: other nodes, scaled, reshaped, permuted or cast, and products of two nodes. An op
-without a rule, or a rule that answers None, makes its result a name of its own: never a guess. The reader goes from a node to
-its addends and flattens; a sum that others use too is a name for them, so that no work is done twice.
+A rule says of which addends a node is the sum: other nodes, scaled, reshaped, permuted or cast, and products of two
+nodes. An op without a rule, or a rule that answers None, makes its result a name of its own: never a guess. The
+reader goes from a node to its addends and flattens; a sum that others use too is a name for them, so that no work is
+done twice.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Addend:
-    """`scale · operand`; `dims` where the operand is permuted first; reshapes need no word, values are read row by row."""
+    """`scale · operand`; `dims` where the operand is permuted first; reshapes need no word, values are read row by
+    row."""
 
     operand: Node | Product | None  # None: a constant
     scale: Scale = ONE
@@ -241,7 +243,8 @@ def is_random(node: Node) -> bool:
 
 
 def value_numbers(graph: Graph) -> dict[Node, Node]:
-    """Every node's first equal: the same op on the same values. No common sub-expressions are merged in a joint graph yet."""
+    """Every node's first equal: the same op on the same values. No common sub-expressions are merged in a joint graph
+    yet."""
     first: dict[Hashable, Node] = {}
     number: dict[Node, Node] = {}
 
@@ -267,7 +270,8 @@ def value_numbers(graph: Graph) -> dict[Node, Node]:
 
 
 class Reader:
-    """Reads the linear forms of one graph. Pure: it never changes the graph, and keeps what it learns in a table of its own."""
+    """Reads the linear forms of one graph. Pure: it never changes the graph, and keeps what it learns in a table of
+    its own."""
 
     def __init__(self, graph: Graph):
         self.number = value_numbers(graph)
@@ -345,7 +349,8 @@ class Reader:
     def _permuted(
         self, node: Node, source: Node, dims: tuple[int, ...], layout: Layout
     ) -> tuple[Occurrence, ...] | None:
-        """A permutation that only moves dimensions of size 1 is a reshape; one that swaps rows and columns, a transpose."""
+        """A permutation that only moves dimensions of size 1 is a reshape; one that swaps rows and columns, a
+        transpose."""
         sizes = shape(node)
         order = [d for d, n in zip(dims, sizes, strict=True) if n != 1]
         if order == sorted(order):
@@ -361,7 +366,8 @@ class Reader:
         return tuple(replace(occ, term=occ.term and occ.term.T) for occ in found)
 
     def _product(self, product: Product, layout: Layout) -> Term | None:
-        """A product in the layout asked for: of plain matrices, with one right factor for a whole batch, or batch by batch."""
+        """A product in the layout asked for: of plain matrices, with one right factor for a whole batch, or batch by
+        batch."""
         left, right = product.left, product.right
         ls, rs = shape(left), shape(right)
         if layout.cols != rs[-1]:

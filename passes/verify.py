@@ -1,4 +1,5 @@
-"""What must hold of a graph after the passes: its inputs and outputs, every node's fake value, the order of what has effects."""
+"""What must hold of a graph after the passes: its inputs and outputs, every node's fake value, the order of what has
+effects."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Contract:
 
 
 def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: AbstractContextManager[Any]) -> None:
-    """Raises VerificationError unless the graph is well-formed, keeps its contract, and says the truth about its new nodes."""
+    """Raises VerificationError unless the graph is well-formed, keeps its contract, and says the truth about its new
+    nodes."""
     try:
         graph.lint()
     except Exception as error:

@@ -1,4 +1,5 @@
-"""A torch.compile backend that finds LoRA-style sub-graphs, `xW + s(xA)B`, and rewrites them to `x(W + sAB)` where that is cheaper.
+"""A torch.compile backend that finds LoRA-style sub-graphs, `xW + s(xA)B`, and rewrites them to `x(W + sAB)` where
+that is cheaper.
 
 torch.compile(model, backend="peft_fx")     # or backend=peft_fx.backend
 print(peft_fx.explain(model, **batch))      # what was rewritten, what was not, and why

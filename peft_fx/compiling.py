@@ -1,8 +1,8 @@
 """The backend: gives Inductor one pass over the joint graph, and a record of what that pass did.
 
-The pass runs inside AOTAutograd, so it is skipped where a cache answers first; its key covers all that decides: every byte of the
-project's source, the options, the machine's constants, the role of each graph input. What a record lacks then, `explain` finds by
-running the same pass again on the same graph, without computing anything.
+The pass runs inside AOTAutograd, so it is skipped where a cache answers first; its key covers all that decides: every
+byte of the project's source, the options, the machine's constants, the role of each graph input. What a record lacks
+then, `explain` finds by running the same pass again on the same graph, without computing anything.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def backend(
 ) -> Any:
     """The `torch.compile` backend: adapters to their weight form where that is cheaper, everything then to Inductor.
 
-    `options` with the prefix "peft_fx." are ours, the others and `mode` go to Inductor. Raises ValueError for an unknown option or value;
-    a failure of our own is one RuntimeWarning, and the graph goes to Inductor as it was. The environment variable PEFT_FX_DISABLE=1
-    hands every graph to Inductor untouched.
+    `options` with the prefix "peft_fx." are ours, the others and `mode` go to Inductor. Raises ValueError for an
+    unknown option or value; a failure of our own is one RuntimeWarning, and the graph goes to Inductor as it was. The
+    environment variable PEFT_FX_DISABLE=1 hands every graph to Inductor untouched.
     """
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
@@ -158,7 +158,8 @@ def _run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
     return run
 
 
-# ------------------------------------------------------------------------------------------------------------ graph inputs
+# ------------------------------------------------------------------------------------------------------------ graph
+# inputs
 
 
 def roles_of(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, Role]:

@@ -1,4 +1,5 @@
-"""`explain`: what the backend does to a model, told from the same passes on the same graphs, without computing anything."""
+"""`explain`: what the backend does to a model, told from the same passes on the same graphs, without computing
+anything."""
 
 from __future__ import annotations
 
@@ -20,11 +21,13 @@ from peft_fx.reports import Report
 
 
 def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
-    """What is rewritten in a model, what is not, and why. Nothing is computed and nothing is changed; weights need not exist.
+    """What is rewritten in a model, what is not, and why. Nothing is computed and nothing is changed; weights need
+    not exist.
 
-    `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a model on the meta
-    device works. `explain(compiled)` of a compiled model that already ran tells what that compile did. For a transformers model,
-    `explain(model)` makes its own inputs. Raises TypeError where there is nothing to go by.
+    `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a
+    model on the meta device works. `explain(compiled)` of a compiled model that already ran tells what that compile
+    did. For a transformers model, `explain(model)` makes its own inputs. Raises TypeError where there is nothing to
+    go by.
     """
     plain, compiled_options = _unwrap(model)
     if not args and not kwargs:
@@ -77,11 +80,13 @@ def _own_inputs(model: Any) -> dict[str, Any]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- tracing
+# -----------------------------------------------------------------------------------------------------------------
+# tracing
 
 
 class Idle(AdapterPass):
-    """The same pass, which keeps a copy of the graph as it was, so that what would be kept without us can be told too."""
+    """The same pass, which keeps a copy of the graph as it was, so that what would be kept without us can be told
+    too."""
 
     untouched: Graph | None = None
     kept: dict[str, int] | None = None
@@ -135,7 +140,8 @@ def _storage(node: Node) -> Any:
 
 
 def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Any:
-    """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake tensors."""
+    """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake
+    tensors."""
     idle = Idle(record)
     patches = {
         **record.options.inductor,

@@ -50,7 +50,8 @@ class Options:
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
-    """Options as `torch.compile` takes them; ValueError for a key or a value that does not exist, naming those that do."""
+    """Options as `torch.compile` takes them; ValueError for a key or a value that does not exist, naming those that
+    do."""
     ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
     inductor = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
     for key, chosen in ours.items():

@@ -15,9 +15,9 @@ from peft_fx.passes.sites import Refusal, Site
 class Report:
     """Every adapter of a model: as a `Site`, with the forms chosen for it, or as a `Refusal`, with the reason.
 
-    `graphs` is the number of graphs that Dynamo made of the model, `graph_breaks` says why it made more than one, `kept_bytes` is what
-    backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now}; empty where no graph was trained.
-    `failures` are graphs that our passes left to Inductor because they failed.
+    `graphs` is the number of graphs that Dynamo made of the model, `graph_breaks` says why it made more than one,
+    `kept_bytes` is what backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now};
+    empty where no graph was trained. `failures` are graphs that our passes left to Inductor because they failed.
     """
 
     sites: list[Site] = field(default_factory=list)
