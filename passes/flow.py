@@ -38,16 +38,28 @@ def is_tangent(node: Node) -> bool:
     return node.op == "placeholder" and "tangents" in node.name
 
 
+def _needed_by_forward(graph: Graph, backward: set[Node]) -> set[Node]:
+    needed: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            needed |= {n for n in node.all_input_nodes if n not in backward}
+        elif node in needed:
+            needed |= set(node.all_input_nodes)
+    return needed
+
+
 class Flow:
     """For every node, as bits, the changing graph inputs and the random draws that it is computed from; and which are
     backward.
 
-    A value without bits is a *weight*: a parameter, a buffer, or computed from those alone.
+    A value without bits is a *weight*: a parameter, a buffer, or computed from those alone. `forward` are the nodes
+    that the model's own outputs need.
     """
 
     def __init__(self, graph: Graph, roles: Roles):
         self.roles = roles
         self.backward = reachable(graph, is_tangent)
+        self.forward = _needed_by_forward(graph, self.backward)
         self.bits: dict[Node, int] = {}
         self.draws, following = 0, 1
         for node in graph.nodes:

@@ -53,6 +53,15 @@ class _Adapter:
     forward: Group | None = None
     grad: Group | None = None
 
+    @property
+    def group(self) -> Group:
+        group = self.forward or self.grad
+        assert group is not None
+        return group
+
+    def name(self, flow: Flow) -> str:
+        return flow.site_name(self.group.weight, self.group.adapter_factors)
+
 
 def run(
     graph: Graph,
@@ -69,7 +78,10 @@ def run(
     training = bool(analysis.flow.backward)
     outcome = Outcome(refusals=refusals(analysis))
     chosen: list[Group] = []
+    refused = {r.name for r in outcome.refusals}
     for adapter in _adapters(analysis.groups):
+        if adapter.forward is None and adapter.name(analysis.flow) in refused:
+            continue
         site, groups = _decide(adapter, analysis.flow, settings, hint, training)
         outcome.sites.append(site)
         chosen += groups
@@ -115,13 +127,13 @@ def _decide(
     decision = price.decide(settings.machine, forward, grad, training=training, form=settings.form)
     forms = (decision.forward, decision.input_grad)
     groups = [g for g, f in zip((adapter.forward, adapter.grad), forms, strict=True) if g and f == WEIGHT]
-    group, shape = adapter.forward or adapter.grad, forward or grad
-    assert group is not None and shape is not None  # noqa: PT018
-    trained = training and any(flow.is_trained(f.name) for f in group.adapter_factors)
+    shape = forward or grad
+    assert shape is not None
+    trained = training and any(flow.is_trained(f.name) for f in adapter.group.adapter_factors)
     cost = _cost(settings.machine, [forward, grad], forms, trained)
     site = Site(
-        name=flow.site_name(group.weight, group.adapter_factors),
-        method="low-rank" if all(len(t.factors) > 1 for t in group.remainders) else "dense delta",
+        name=adapter.name(flow),
+        method="low-rank" if all(len(t.factors) > 1 for t in adapter.group.remainders) else "dense delta",
         tokens=shape.T,
         in_features=shape.K if forward else shape.N,
         out_features=shape.N if forward else shape.K,

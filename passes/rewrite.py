@@ -1,7 +1,7 @@
 """The only place that changes a graph: `u·W + s·(u·A)·B` becomes `u·W'` with `W' = cast(W + s·A·B)`.
 
 W' stands where W stood: the base product keeps its spelling, its bias, its views and casts, and the adapter's addends
-leave the sum. W' is built in fp32 (fp64 where anything is) in W's own orientation, cast once, shared by forward and
+leave the sum. W' is built in fp32, for an fp32 W in fp64, in W's own orientation, cast once, shared by forward and
 backward, and marked to be rebuilt in backward. W itself is never written.
 """
 
@@ -17,9 +17,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
 from peft_fx.passes.sites import Group
-from peft_fx.passes.transfer import addends, aten, prims, shape, value
+from peft_fx.passes.transfer import Product, addends, aten, prims, shape, value
 
 CAST = prims.convert_element_type.default
 REBUILD = CheckpointPolicy.MUST_RECOMPUTE
@@ -37,6 +38,7 @@ COPIED = (
 )
 
 
+PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 Path = tuple[tuple[Node, int], ...]
 
 
@@ -97,7 +99,7 @@ class Rewriter:
         with self.graph.inserting_before(root):
             for group in groups:
                 edits |= {occ.path: None for occ in group.others}
-                edits[group.base.path] = self._merged_operand(group), group.right
+                edits[group.base.path] = self._merged_operand(group), group.at_left
             new = self._sum(root, (), edits)
         assert new is not None, "the base product keeps every sum alive"
         root.replace_all_uses_with(new)
@@ -114,12 +116,11 @@ class Rewriter:
             return node
         copies: dict[Node, Node] = {}
         gone: list[int] = []
+        product: tuple[Node, bool] | None = None
         for i, (path, part) in enumerate(zip(here, parts, strict=True)):
             if path in edits:
-                edit = edits[path]
-                if edit is not None:
-                    return self._with_operand(node, *edit)
-                gone.append(i)
+                product = product or edits[path]
+                gone += [i] if edits[path] is None else []
             elif isinstance(part.operand, Node):
                 copy = self._sum(part.operand, path, edits)
                 if copy is None:
@@ -129,17 +130,21 @@ class Rewriter:
         if len(gone) == len(parts):
             return None
         self.build.like = node
+        if product is not None:
+            return self._base(node, *product, bias_gone=bool(gone), copies=copies)
         if gone:
             return self._without(node, gone[0], copies)
         args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
         return self.build.call(node.target, *args, **node.kwargs)
 
-    def _with_operand(self, node: Node, merged: Node, left: bool) -> Node:
-        """The base product with W' for W; its bias and alpha stay. The two factors are the last two arguments."""
-        self.build.like = node
-        args = list(node.args)
+    def _base(self, node: Node, merged: Node, left: bool, bias_gone: bool, copies: dict[Node, Node]) -> Node:
+        """The base product with W' for W; its alpha stays, and its bias where that was no adapter's product."""
+        args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
         args[-2 if left else -1] = merged
-        return self.build.call(node.target, *args, **node.kwargs)
+        if not bias_gone:
+            return self.build.call(node.target, *args, **node.kwargs)
+        scale = next(part.scale for part in addends(node) or [] if isinstance(part.operand, Product))
+        return self._scaled(self.build.call(PLAIN[node.target], *args[-2:]), scale)
 
     def _without(self, node: Node, i: int, copies: dict[Node, Node]) -> Node:
         """A sum of two that lost addend `i`: the other, in the sum's dtype and shape."""
@@ -187,15 +192,15 @@ class Rewriter:
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
             self._merged[key] = self._merge(weight, group.inner, terms, dtype)
-        result = self._as_operand(self._merged[key], weight, group.operand)
+        read = weight.T if group.base.flipped else weight
+        result = self._as_operand(self._merged[key], read, group.operand)
         self.build.rebuild = False
         return result
 
     def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
         """cast(W + Σ s·Π factors), in the weight's own orientation."""
         plain = weight.T if weight.flipped else weight
-        names = [plain, *(f for _, t in terms for f in t.factors)]
-        wide = torch.float64 if any(value(f.name).dtype == torch.float64 for f in names) else torch.float32  # type: ignore[arg-type]
+        wide = price.merge_dtype(dtype)
         total = self._scaled(self._matrix(plain, wide), inner)
         for scale, term in terms:
             delta = self._scaled(self._multiply([self._matrix(f, wide) for f in term.factors]), scale)

@@ -86,9 +86,15 @@ class Group:
         return product
 
     @property
+    def at_left(self) -> bool:
+        """Whether the base product, as it is written, reads W from its left."""
+        return self.right != self.base.flipped
+
+    @property
     def operand(self) -> Node:
-        """The node that the base product reads W from."""
-        return self.product.left if self.right else self.product.right
+        """The node that the base product reads W from: W, or Wᵀ where the product is transposed on the way to the
+        sum."""
+        return self.product.left if self.at_left else self.product.right
 
     @property
     def weight(self) -> Matrix:
@@ -150,6 +156,7 @@ class Analysis:
     def __init__(self, graph: Graph, roles: Roles, strict: bool = False):
         self.strict = strict
         self.reader, self.flow = Reader(graph), Flow(graph, roles)
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.groups: list[Group] = []
         self.refusals: list[Refusal] = []
         self.sums: list[Sum] = []
@@ -188,7 +195,7 @@ class Analysis:
                 others = tuple(o for o in products if o is not base and shares_left(_oriented(o, right), factors[:-1]))
                 if others and base.product and base.term:
                     shared = tuple(f.T for f in reversed(factors[:-1])) if right else factors[:-1]
-                    inner = self.reader.scale_within(base.product.left if right else base.product.right)
+                    inner = self.reader.scale_within(base.product.left if right != base.flipped else base.product.right)
                     outer = base.term.scale.over(inner)
                     yield Group(root, base, others, shared, right, backward, outer, inner)
 
@@ -201,11 +208,11 @@ class Analysis:
         factors = group.adapter_factors
         name = self.flow.site_name(group.weight, factors)
         bits = self.flow.of(group.shared)
-        for f in (group.weight, *factors):
-            if self.flow.computed_from(f, bits):
-                return Refusal(
-                    name, "input_dependent", f"{f.name}, a factor of the adapter, is computed from the input"
-                )
+        scales = [n for occ in (group.base, *group.others) if occ.term for n in occ.term.scale.names]
+        for node in (group.weight.name, *(f.name for f in factors), *scales):
+            if self.flow.computed_from(node, bits):
+                computed = f"{node}, a factor of the adapter, is computed from the input"
+                return Refusal(name, "input_dependent", computed)
         end = -1 if group.right else 0
         u = group.shared[end]
         for occ in group.others:

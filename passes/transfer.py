@@ -221,12 +221,13 @@ class Layout:
 class Occurrence:
     """A term of a sum, and the way to it: pairs of node and number of the addend, from the sum inwards.
 
-    `outside` is the scale met on the way, `term` is None for what is no matrix of the sum's shape (a bias).
+    `term` is None for what is no matrix of the sum's shape (a bias); `flipped` where the way transposes the product
+    itself.
     """
 
     term: Term | None
     path: tuple[tuple[Node, int], ...]
-    outside: Scale = ONE
+    flipped: bool = False
 
     @property
     def product(self) -> Product | None:
@@ -328,7 +329,6 @@ class Reader:
                 replace(
                     occ,
                     path=(step, *occ.path),
-                    outside=part.scale * occ.outside,
                     term=occ.term and (occ.term * part.scale).rounded(dtype),
                 )
                 for occ in inner
@@ -363,7 +363,7 @@ class Reader:
         if [d for d in swapped if shape(source)[d] != 1] != sorted(order):
             return None
         found = self._sum(source, Layout(layout.batch, numel(sizes[b:c])), top=False)
-        return tuple(replace(occ, term=occ.term and occ.term.T) for occ in found)
+        return tuple(replace(occ, term=occ.term and occ.term.T, flipped=not occ.flipped) for occ in found)
 
     def _product(self, product: Product, layout: Layout) -> Term | None:
         """A product in the layout asked for: of plain matrices, with one right factor for a whole batch, or batch by
