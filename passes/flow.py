@@ -84,10 +84,9 @@ class Flow:
     def of(self, factors: Iterable[Matrix]) -> int:
         return union(self.bits[f.name] for f in factors if isinstance(f.name, Node))
 
-    def computed_from(self, factor: Matrix, bits: int) -> bool:
+    def computed_from(self, node: object, bits: int) -> bool:
         """A graph input is what it is, whoever else reads it; a computed factor must not depend on `bits`, nor on
         chance."""
-        node = factor.name
         if not isinstance(node, Node) or node.op == "placeholder":
             return False
         return bool(self.bits[node] & (bits | self.draws))

@@ -41,11 +41,12 @@ def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
     if not bases and quantized is None:
         return
     sources = {f.name for t in bases for f in t.factors}
+    placed = {n for g in analysis.groups for f in g.adapter_factors for n in analysis.flow.parameters(f.name)}
     for occ in sum_.rest:
         start = _operand(occ)
         way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
-        if not way:
-            continue
+        if not way or not placed.isdisjoint(analysis.flow.parameters(way[-1][1])):
+            continue  # no adapter, or one that has its group in another sum
         adapter = Matrix(way[-1][1], 0)
         if quantized is not None:
             found = "quantized", "the base product reads a quantised weight, and no dequantised one exists in the graph"

@@ -238,6 +238,9 @@ class Occurrence:
         return operand if isinstance(operand, Product) else None
 
 
+Read = Callable[[Node, Layout], "tuple[Occurrence, ...]"]
+
+
 def is_random(node: Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
@@ -289,8 +292,8 @@ class Reader:
 
     def term(self, node: Node, layout: Layout) -> Term:
         """A factor of a product: a single term, or the node's own name."""
-        found = self._sum(node, layout, top=False)
-        only = found[0].term if len(found) == 1 else None
+        found = self._sum(node, layout)
+        only = found[0].term if len(found) == 1 else self._single(node, layout)[0].term
         return only if only is not None else self._name(node, layout)
 
     def scale_within(self, operand: Node) -> Scale:
@@ -304,38 +307,38 @@ class Reader:
         rows = int(rows) if isinstance(rows, float) else rows
         return Term((Matrix(self.number[node], layout.cols, layout.batch, rows=rows, precision=value(node).dtype),))
 
-    def _sum(self, node: Node, layout: Layout, top: bool) -> tuple[Occurrence, ...]:
-        """The terms of a node; by its name alone where it is a sum that others use too."""
+    def _sum(self, node: Node, layout: Layout, top: bool = False) -> tuple[Occurrence, ...]:
+        """The terms of a node; its name alone where it is a sum that others use too."""
         key = (node, layout, top)
         if key not in self._memo:
-            found = self._flatten(node, layout)
+            found = self._flatten(node, layout, self._sum)
             if found is None or (not top and len(node.users) > 1 and len(found) > 1):
-                found = (Occurrence(self._name(node, layout), ()),)
+                found = self._single(node, layout)
             self._memo[key] = found
         return self._memo[key]
 
-    def _flatten(self, node: Node, layout: Layout) -> tuple[Occurrence, ...] | None:
+    def _single(self, node: Node, layout: Layout) -> tuple[Occurrence, ...]:
+        """A node as one term: a sum's name, but still through what is only cast, scaled or laid out anew."""
+        unary = len(addends(node) or []) == 1
+        found = self._flatten(node, layout, self._single) if unary else None
+        return found or (Occurrence(self._name(node, layout), ()),)
+
+    def _flatten(self, node: Node, layout: Layout, read: Read) -> tuple[Occurrence, ...] | None:
         parts = addends(node)
         if parts is None:
             return None
         found: list[Occurrence] = []
         for i, part in enumerate(parts):
-            inner = self._addend(node, part, layout)
+            inner = self._addend(node, part, layout, read)
             if inner is None:
                 return None
-            step = (node, i)
-            dtype = value(node).dtype
-            found += [
-                replace(
-                    occ,
-                    path=(step, *occ.path),
-                    term=occ.term and (occ.term * part.scale).rounded(dtype),
-                )
-                for occ in inner
-            ]
+            step, dtype = (node, i), value(node).dtype
+            for occ in inner:
+                term = occ.term and (occ.term * part.scale).rounded(dtype)
+                found.append(replace(occ, path=(step, *occ.path), term=term))
         return tuple(found)
 
-    def _addend(self, node: Node, part: Addend, layout: Layout) -> tuple[Occurrence, ...] | None:
+    def _addend(self, node: Node, part: Addend, layout: Layout, read: Read) -> tuple[Occurrence, ...] | None:
         """None where the whole node must stay a name."""
         if isinstance(part.operand, Product):
             term = self._product(part.operand, layout)
@@ -343,18 +346,18 @@ class Reader:
         if part.operand is None or numel(shape(part.operand)) != numel(shape(node)):
             return (Occurrence(None, ()),)
         if part.dims is None:
-            return self._sum(part.operand, layout, top=False)
-        return self._permuted(node, part.operand, part.dims, layout)
+            return read(part.operand, layout)
+        return self._permuted(node, part.operand, part.dims, layout, read)
 
     def _permuted(
-        self, node: Node, source: Node, dims: tuple[int, ...], layout: Layout
+        self, node: Node, source: Node, dims: tuple[int, ...], layout: Layout, read: Read
     ) -> tuple[Occurrence, ...] | None:
         """A permutation that only moves dimensions of size 1 is a reshape; one that swaps rows and columns, a
         transpose."""
         sizes = shape(node)
         order = [d for d, n in zip(dims, sizes, strict=True) if n != 1]
         if order == sorted(order):
-            return self._sum(source, layout, top=False)
+            return read(source, layout)
         start = split(sizes, layout)
         if start is None:
             return None
@@ -362,7 +365,7 @@ class Reader:
         swapped = [*dims[:b], *dims[c:], *dims[b:c]]
         if [d for d in swapped if shape(source)[d] != 1] != sorted(order):
             return None
-        found = self._sum(source, Layout(layout.batch, numel(sizes[b:c])), top=False)
+        found = read(source, Layout(layout.batch, numel(sizes[b:c])))
         return tuple(replace(occ, term=occ.term and occ.term.T, flipped=not occ.flipped) for occ in found)
 
     def _product(self, product: Product, layout: Layout) -> Term | None:
