@@ -41,7 +41,13 @@ def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
     if not bases and quantized is None:
         return
     sources = {f.name for t in bases for f in t.factors}
-    placed = {n for g in analysis.groups for f in g.adapter_factors for n in analysis.flow.parameters(f.name)}
+    placed = {
+        n
+        for g in analysis.groups
+        if not g.backward
+        for f in g.adapter_factors
+        for n in analysis.flow.parameters(f.name)
+    }
     for occ in sum_.rest:
         start = _operand(occ)
         way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)

@@ -67,8 +67,8 @@ def _own_inputs(model: Any) -> dict[str, Any]:
     config = getattr(inner, "config", None)
     if not hasattr(inner, "dummy_inputs") or config is None:
         raise TypeError(
-            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids); without "
-            "them it can tell only of a compiled model that already ran, or of a transformers model"
+            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids); "
+            "without them it can tell only of a compiled model that already ran, or of a transformers model"
         )
     found = {}
     length = min(2048, getattr(config, "max_position_embeddings", 2048))

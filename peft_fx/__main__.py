@@ -1,0 +1,45 @@
+"""The command line: `python -m peft_fx <command>`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import peft_fx
+from peft_fx import demo
+
+EPILOG = """\
+examples:
+  python -m peft_fx demo                            two layers, 512 tokens
+  python -m peft_fx demo --tokens 2048 --layers 4   more tokens: more of a difference
+  python -m peft_fx demo --help                     what the demo does, and its options
+
+environment:
+  TORCH_LOGS="+peft_fx"   each decision of the backend, while it compiles
+  PEFT_FX_DISABLE=1       the backend hands every graph to Inductor untouched
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """A sub-command is a function `run(args) -> exit status` and one that declares its arguments."""
+    top = argparse.ArgumentParser(
+        prog="python -m peft_fx",
+        description="A torch.compile backend that rewrites LoRA adapters to their weight form, x(W + sAB).",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"peft_fx {peft_fx.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="command", required=True)
+    demo.add_command(commands)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 2 where something that the command needs is missing."""
+    args = parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""Bytes and seconds of a training step, measured alike for every variant: for the demo and the benchmarks.
+
+Bytes are those that torch's own allocator hands out: exact, and blind to what a library takes from elsewhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above what was allocated before the step: `kept` from forward for backward, `peak` of the whole step."""
+
+    kept: int
+    peak: int
+
+
+def memory_of(forward: Callable[[], torch.Tensor], clear: Step, device: torch.device) -> Memory:
+    """What one step allocates. `forward` returns the loss, `clear` drops the gradients: a step makes them anew.
+
+    One step runs before the measured ones: a first call compiles, and fills caches.
+    """
+
+    def step() -> None:
+        forward().backward()  # type: ignore[no-untyped-call]
+        clear()
+
+    step()
+    allocated = _allocated_on_cuda if device.type == "cuda" else _allocated_on_cpu
+    kept, _ = allocated(forward)
+    _, peak = allocated(step)
+    return Memory(kept, peak)
+
+
+def _allocated_on_cpu(run: Step) -> tuple[int, int]:
+    """Bytes alive at the end of a run while its result is held, and at its peak, by the allocator's own events."""
+    gc.collect()  # what an earlier run left would be freed inside this one, and counted below zero
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce on stderr that it starts
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = run()
+    alive = peak = 0
+    for size in _allocations(recorded):
+        alive += size
+        peak = max(peak, alive)
+    del result
+    return alive, peak
+
+
+def _allocations(recorded: Any) -> list[int]:
+    """Bytes of every allocation (above zero) and release (below) on the CPU, in order of time.
+
+    No public name lists them.
+    """
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def _allocated_on_cuda(run: Step) -> tuple[int, int]:
+    """The same on the current CUDA device."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    alive, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    del result
+    return alive, peak
+
+
+def median_times(
+    steps: Mapping[str, Step], device: torch.device, rounds: int = 9, after_round: Step = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_seconds(step, device))
+        after_round()
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    """Seconds of one step, a GPU's work waited for."""
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
