@@ -1,0 +1,41 @@
+"""What looks like LoRA and has no weight form is refused with a code, and left as it was, bit for bit."""
+
+import pytest
+import torch
+
+import peft_fx
+from tests.oracle import Run, assert_bit_equal, gate, run, weight_form
+from tests.spellings import NEAR_MISSES, STRICT, Case
+
+
+def compiled_run(case: Case) -> tuple[Run, torch.nn.Module]:
+    """One step with a fixed seed, so that dropout draws the same."""
+    torch._dynamo.reset()
+    module, inputs = case.make()
+    f = weight_form(module, **case.options)
+    torch.manual_seed(3)
+    return run(f, module, inputs), f
+
+
+@pytest.mark.parametrize("case", NEAR_MISSES, ids=lambda case: case.id)
+def test_near_miss_is_refused(case: Case, monkeypatch):
+    """No site in weight form, the expected code, and the bits of the same lowering without peft_fx."""
+    got, f = compiled_run(case)
+    report = peft_fx.explain(f)
+    assert case.code in {r.code for r in report.refusals}, str(report)
+    assert all(r.detail for r in report.refusals)
+    assert not any("weight" in (s.forward, s.input_grad) for s in report.sites), str(report)
+    monkeypatch.setenv("PEFT_FX_DISABLE", "1")
+    want, _ = compiled_run(case)
+    assert_bit_equal(got, want)
+
+
+def test_dtype_boundary_is_crossed_by_default():
+    """What `strict` refuses for its dtypes is rewritten without it, and passes the gate."""
+    case = next(case for case in NEAR_MISSES if case.options == STRICT)
+    module, inputs = case.make()
+    f = weight_form(module)
+    gate(f, module, inputs)
+    report = peft_fx.explain(f)
+    assert [s.forward for s in report.sites] == ["weight"]
+    assert report.refusals == []
