@@ -169,6 +169,12 @@ class Analysis:
             self._divide(node, terms)
         for found in (self.groups, self.refusals, self.sums):
             found.reverse()  # in graph order
+        weights = {f.name for g in self.groups if not g.backward for f in (g.weight, *g.adapter_factors)}
+        self.groups = [g for g in self.groups if not g.backward or self._multiplies_weights(g, weights)]
+
+    def _multiplies_weights(self, group: Group, weights: set[Any]) -> bool:
+        """In backward a sum of parameter gradients has the same form, `xᵀ·dy + xᵀ·dy`, with x in the place of W."""
+        return all(self.flow.is_weight(f.name) or f.name in weights for f in (group.weight, *group.adapter_factors))
 
     def _divide(self, root: Node, terms: tuple[Occurrence, ...]) -> None:
         """The groups of one sum; every term goes to one group at most, those with the fewest factors in their base
@@ -193,11 +199,14 @@ class Analysis:
             for right in (False, True):
                 factors = _oriented(base, right).factors
                 others = tuple(o for o in products if o is not base and shares_left(_oriented(o, right), factors[:-1]))
-                if others and base.product and base.term:
+                product = base.product
+                if not others or product is None or base.term is None:
+                    continue
+                read = self.reader.operand(product.left if right != base.flipped else product.right)
+                if len(read.factors) == 1:  # W alone, not a product of W with part of what is shared
                     shared = tuple(f.T for f in reversed(factors[:-1])) if right else factors[:-1]
-                    inner = self.reader.scale_within(base.product.left if right != base.flipped else base.product.right)
-                    outer = base.term.scale.over(inner)
-                    yield Group(root, base, others, shared, right, backward, outer, inner)
+                    outer = base.term.scale.over(read.scale)
+                    yield Group(root, base, others, shared, right, backward, outer, read.scale)
 
     def _preference(self, group: Group) -> tuple[int, int, bool]:
         """Few factors in the base first, then much company, then a frozen weight."""

@@ -296,11 +296,11 @@ class Reader:
         only = found[0].term if len(found) == 1 else self._single(node, layout)[0].term
         return only if only is not None else self._name(node, layout)
 
-    def scale_within(self, operand: Node) -> Scale:
-        """The scale that a factor of a product carries itself, as W in `x @ (2·W)`."""
-        sizes = shape(operand)
+    def operand(self, node: Node) -> Term:
+        """What a product reads as one of its operands, with the scale that it carries itself, as W in `x @ (2·W)`."""
+        sizes = shape(node)
         batch = sizes[0] if len(sizes) == 3 else 1
-        return (self._shared(operand) or self.term(operand, Layout(batch, sizes[-1]))).scale
+        return self._shared(node) or self.term(node, Layout(batch, sizes[-1]))
 
     def _name(self, node: Node, layout: Layout) -> Term:
         rows = numel(shape(node)) / (layout.batch * layout.cols) if 0 not in shape(node) else 0
@@ -375,9 +375,9 @@ class Reader:
         ls, rs = shape(left), shape(right)
         if layout.cols != rs[-1]:
             return None
-        if len(rs) == 2 or rs[0] == 1:
-            if layout.batch != 1:
-                return None
+        if len(rs) == 2:
+            a, b = self.term(left, Layout(layout.batch, ls[-1])), self.term(right, Layout(1, rs[-1]))
+        elif ls[0] == 1 and layout.batch == 1:
             a, b = self.term(left, Layout(1, ls[-1])), self.term(right, Layout(1, rs[-1]))
         elif layout.batch == 1:
             shared = self._shared(right)

@@ -1,0 +1,127 @@
+"""Results as JSON: {"runs": [what measured: command, device, versions, commit], "rows": [{..., "run": index}]}."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peft_fx
+from bench.models import Setup
+from bench.variants import FLOORS
+from peft_fx.compiling import source_digest
+
+ROOT = Path(__file__).parent
+FOLDER = ROOT / "results"
+SAME = ("device", "threads", "torch", "transformers", "peft")  # a row measured under others is measured again
+
+
+class Results:
+    """One file of results. Rows are added one by one, and each is on disk before the next is measured."""
+
+    def __init__(self, path: Path, device: str):
+        self.path = path
+        stored = json.loads(path.read_text()) if path.exists() else {"runs": [], "rows": []}
+        self.runs, self.rows = stored["runs"], stored["rows"]
+        self.run = environment(device)
+
+    def find(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of the same request, if it would come out the same today: same device, versions and, where our code
+        is in it, same source."""
+        for row in self.rows:
+            if all(row.get(k) == v for k, v in asked(request).items()):
+                run = self.runs[row["run"]]
+                ours = any("peft_fx" in name for name in row["variants"])
+                same = (*SAME, "source") if ours else SAME
+                if "error" not in row and all(run[k] == self.run[k] for k in same):
+                    return row
+        return None
+
+    def add(self, request: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
+        """Stores a row in place of any of the same request."""
+        key = asked(request)
+        self.rows = [row for row in self.rows if any(row.get(k) != v for k, v in key.items())]
+        if self.run not in self.runs:
+            self.runs.append(self.run)
+        row = {**key, **measured, "run": self.runs.index(self.run)}
+        self.rows.append(row)
+        self._write()
+        return row
+
+    def _write(self) -> None:
+        used = sorted({row["run"] for row in self.rows})
+        for row in self.rows:
+            row["run"] = used.index(row["run"])
+        self.runs = [self.runs[i] for i in used]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1, default=str) + "\n")
+        partial.replace(self.path)
+
+
+def asked(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request as JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(request))  # type: ignore[no-any-return]
+
+
+def request(kind: str, setup: Setup, variants: Sequence[str], **more: Any) -> dict[str, Any]:
+    """What to measure. Without adapters their settings do not matter, and one row serves all of them."""
+    fields = asdict(setup)
+    if all(name in FLOORS for name in variants) and kind == "memory":
+        fields |= {"rank": 0, "dropout": 0.0, "targets": "none"}
+        fields["dtype"] = "bf16" if setup.dtype == "peft" else setup.dtype
+    return {"kind": kind, "setup": fields, "variants": list(variants), **more}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers depend on besides the request."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
+    return {
+        "command": "python -m bench " + shlex.join(sys.argv[1:]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "peft_fx": peft_fx.__version__,
+        "commit": commit(),
+        "source": source_digest()[:16],
+    }
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's model and number of cores."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def commit() -> str:
+    """The commit checked out, read from .git; empty where there is none. It does not tell of changes since: `source`
+    does, a hash of the project's files."""
+    folder = ROOT.parent / ".git"
+    if not (folder / "HEAD").is_file():
+        return ""
+    head = (folder / "HEAD").read_text().strip()
+    if not head.startswith("ref: "):
+        return head
+    name = head.removeprefix("ref: ")
+    if (folder / name).is_file():
+        return (folder / name).read_text().strip()
+    packed = [line.split() for line in _lines(str(folder / "packed-refs"))]
+    return next((line[0] for line in packed if line[1:] == [name]), "")

@@ -1,0 +1,190 @@
+"""The ways to train that are compared. Each takes the frozen base model, whose weights it may share with others."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import peft_fx
+from bench.models import Setup, precision, with_adapters
+
+FLOORS = ("frozen", "full")  # without adapters: the adapters' settings do not matter to them
+
+
+@dataclass
+class Trainee:
+    """A model in training: `model` owns the parameters, `call` is what is called."""
+
+    model: Any
+    call: Callable[..., Any]
+    setup: Setup
+    batch: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.setup.optimizer]
+        self.optimizer = kind(self.trained, lr=1e-5)
+
+    def loss(self) -> torch.Tensor:
+        with precision(self.setup):
+            return self.call(**self.batch).loss
+
+    def finish(self) -> None:
+        """The rest of a step, after backward: the gradients are gone then."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        self.loss().backward()
+        self.finish()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`prepare` makes the model of the base; `compile` what is called; `lacks` is what the variant cannot do."""
+
+    title: str
+    prepare: Callable[[Any, Setup], Any]
+    compile: Callable[[Any], Callable[..., Any]]
+    compiled: bool = True
+    lacks_dropout: bool = False
+
+    def refuses(self, setup: Setup) -> str:
+        """Why this variant cannot be had in a setup, or nothing."""
+        return "no dropout in this form" if self.lacks_dropout and setup.dropout else ""
+
+
+def make(name: str, base: Any, setup: Setup, batch: dict[str, torch.Tensor]) -> Trainee:
+    """A variant, ready to train on one batch. It compiles at its first step."""
+    variant = VARIANTS[name]
+    model = variant.prepare(base, setup)
+    return Trainee(model, variant.compile(model), setup, batch)
+
+
+# ----------------------------------------------------------------------------------------------------- preparing
+
+
+def frozen(base: Any, setup: Setup) -> Any:
+    """No adapter, and a gradient down to the embeddings: what the base costs an adapter in the first layer.
+
+    The gradient is of a vector added to the embeddings [T, K]: one of their table [vocab, K] would be a cost that no
+    adapter has.
+    """
+    first = base.get_input_embeddings()
+    weight = next(first.parameters())
+    tied = [m for m in base.modules() if isinstance(m, torch.nn.Embedding) and m.weight is weight]  # T5 has three
+    for embeddings in tied or [first]:
+        embeddings.shift = torch.nn.Parameter(torch.zeros(setup.hidden, dtype=weight.dtype, device=weight.device))
+        embeddings.register_forward_hook(lambda module, args, output: output + module.shift)
+    return base
+
+
+def full(base: Any, setup: Setup) -> Any:
+    """No adapter, every weight trained."""
+    return base.requires_grad_(True)
+
+
+def checkpointed(base: Any, setup: Setup) -> Any:
+    """With adapters; each layer keeps its input alone, and is computed again in backward."""
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return with_adapters(base, setup)
+
+
+def paper(base: Any, setup: Setup) -> Any:
+    """The weight form as published: W + s·A·B by eager autograd, which derives dA and dB from the gradient [K, N]."""
+    return _forward_by(with_adapters(base, setup), _weight_form)
+
+
+def handwritten(base: Any, setup: Setup) -> Any:
+    """An autograd function in the manner of fused kernels: see `LowRankLinear`."""
+    return _forward_by(with_adapters(base, setup), _low_rank_form)
+
+
+def _forward_by(model: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
+    """The model with its LoRA layers computed by another function of (layer, x)."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.forward = types.MethodType(forward, layer)
+    return model
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]:
+    """W [N, K], bias, A [r, K], B [N, r] as PyTorch's linear layers store them, and s."""
+    base = layer.get_base_layer()
+    W = base.weight.T if layer.fan_in_fan_out else base.weight  # GPT-2's Conv1D stores [K, N]
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return W, base.bias, A, B, layer.scaling["default"]
+
+
+def _weight_form(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    W, bias, A, B, s = _factors(layer)
+    return F.linear(x, W + (s * (B @ A)).to(W.dtype), bias)
+
+
+def _low_rank_form(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    W, bias, A, B, s = _factors(layer)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else W.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        y = LowRankLinear.apply(x.reshape(-1, x.shape[-1]).to(dtype), W, bias, A, B, s)
+    return y.view(*x.shape[:-1], -1)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ, x [T,K], in x's dtype: adds by addmm, keeps x alone, computes x·Aᵀ again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, W: Any, bias: Any, A: Any, B: Any, s: float) -> Any:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.s = s
+        W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
+        y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
+        return y.addmm_(x @ A.T, B.T, alpha=s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        x, W, A, B = ctx.saved_tensors
+        s, kept_dtype = ctx.s, A.dtype
+        W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
+        dy_B = dy @ B  # [T, r]
+        dA = (s * (dy_B.T @ x)).to(kept_dtype)
+        dB = (s * (dy.T @ (x @ A.T))).to(kept_dtype)
+        dx = (dy @ W).addmm_(dy_B, A, alpha=s) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dA, dB, None
+
+
+# ----------------------------------------------------------------------------------------------------- compiling
+
+
+def eagerly(model: Any) -> Any:
+    return model
+
+
+def by_inductor(model: Any) -> Any:
+    return torch.compile(model, dynamic=False)
+
+
+def by_peft_fx(model: Any) -> Any:
+    return torch.compile(model, dynamic=False, backend=peft_fx.backend)
+
+
+VARIANTS = {
+    "eager": Variant("PEFT, eager", with_adapters, eagerly, compiled=False),
+    "inductor": Variant("PEFT, Inductor", with_adapters, by_inductor),
+    "peft_fx": Variant("PEFT, peft_fx", with_adapters, by_peft_fx),
+    "frozen": Variant("no adapter, Inductor", frozen, by_inductor),
+    "full": Variant("full fine-tuning, Inductor", full, by_inductor),
+    "paper": Variant("weight form, eager", paper, eagerly, compiled=False, lacks_dropout=True),
+    "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, lacks_dropout=True),
+    "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
+    "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
+    "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
+}
+CHECKPOINTED = tuple(name for name in VARIANTS if name.endswith("-ckpt"))
