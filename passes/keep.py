@@ -26,6 +26,7 @@ from peft_fx.passes.flow import Flow
 from peft_fx.passes.transfer import LAYOUTS, Product, addends, aten, is_random, is_tensor, numel, prims, shape, value
 
 REBUILD = CheckpointPolicy.MUST_RECOMPUTE
+PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
@@ -103,7 +104,9 @@ class Keep:
             return self.random
         tags = getattr(node.target, "tags", ())
         return (
-            torch.Tag.pointwise in tags or node.target in LAYOUTS or node.target is prims.convert_element_type.default
+            torch.Tag.pointwise in tags
+            or node.target in LAYOUTS | PARTS
+            or node.target is prims.convert_element_type.default
         )
 
     def _is_narrow_product(self, node: Node) -> bool:

@@ -20,6 +20,7 @@ from peft_fx.passes.keep import Keep
 from peft_fx.passes.refusals import refusals
 from peft_fx.passes.rewrite import Rewriter
 from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
+from peft_fx.passes.transients import read_in_place
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
@@ -89,10 +90,12 @@ def run(
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode)
     rewriter.rewrite(sorted(chosen, key=analysis.groups.index))
+    added = rewriter.build.added
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
-        flow = Flow(graph, roles) if chosen else analysis.flow
-        outcome.rebuilt = Keep(graph, flow, hint, settings.rebuild_random).mark()
-    verify(graph, before, rewriter.build.added, fake_mode)
+        if settings.numerics == "default":
+            added += read_in_place(graph, Flow(graph, roles), fake_mode)
+        outcome.rebuilt = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random).mark()
+    verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
 

@@ -26,6 +26,7 @@ import torch
 from peft_fx.passes.algebra import Size, Term, cheapest_order, coarser, finer
 
 FORMS = ("weight", "activation")
+MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,9 @@ def decide(machine: Machine, forward: Shape | None, grad: Shape | None, training
         (f, g): seconds(forward, f) + seconds(grad, g) for f, g in itertools.product(options(forward), options(grad))
     }
     allowed = {k: v for k, v in prices.items() if form == "auto" or all(c in (form, "none") for c in k)}
+    pure = min((k for k in allowed if len(set(k) - {"none"}) == 1), key=lambda k: (allowed[k], k.count("weight")))
     best = min(allowed, key=lambda k: (allowed[k], k.count("weight")))
+    best = best if allowed[best] < MIX * allowed[pure] else pure
     return Decision(*best, seconds=prices, reason=_reason(machine, prices, best, form))
 
 
@@ -195,6 +198,8 @@ def _reason(machine: Machine, prices: dict[tuple[str, str], float], best: tuple[
         return next((v for k, v in prices.items() if set(k) <= {form, "none"}), 0.0)
 
     compared = " vs ".join(f"{f} {1e6 * all_in(f):.0f} µs" for f in FORMS)
+    if len(set(best) - {"none"}) > 1:
+        compared += f" vs mix {1e6 * prices[best]:.0f} µs"
     chosen = "asked for" if form != "auto" else "cheaper" if len(set(best) - {"none"}) == 1 else "cheapest mix"
     return f"{chosen}: {compared} on {machine.name}"
 

@@ -67,6 +67,21 @@ class Builder:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if value(node).dtype == dtype else self.call(CAST, node, dtype)
 
+    def like_2d(self, f: Matrix, operand: Node, dtype: torch.dtype) -> Node:
+        """A matrix of any origin, in `dtype`, in the place of a two-dimensional operand that holds the same numbers."""
+        assert isinstance(f.name, Node)
+        node = self.cast(f.name, dtype)
+        if len(shape(node)) != 2 or shape(node)[-1] != f.cols:
+            rows, cols = self.sizes_of(operand)
+            node = self.call(aten.reshape.default, node, [cols, rows] if f.flipped else [rows, cols])
+        return self.flip(node) if f.flipped else node
+
+    def sizes_of(self, node: Node) -> list[Any]:
+        """A node's sizes as arguments: numbers, or size nodes for those that are dynamic."""
+        return [
+            n if isinstance(n, int) else self.call(aten.sym_size.int, node, i) for i, n in enumerate(value(node).shape)
+        ]
+
     def flip(self, node: Node) -> Node:
         rank = value(node).ndim
         return self.call(aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
@@ -103,7 +118,7 @@ class Rewriter:
             new = self._sum(root, (), edits)
         assert new is not None, "the base product keeps every sum alive"
         root.replace_all_uses_with(new)
-        _erase(self.graph, root)
+        erase_unused(self.graph, root)
 
     # ------------------------------------------------------------------------------------------------------- sums
 
@@ -257,7 +272,7 @@ def _has_size(node: Node, size: Any) -> bool:
     )
 
 
-def _erase(graph: Graph, node: Node) -> None:
+def erase_unused(graph: Graph, node: Node) -> None:
     """Removes a node that has lost its users, and what only it used."""
     todo = [node]
     while todo:

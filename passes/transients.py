@@ -1,0 +1,85 @@
+"""Adapter gradients without full-size copies in the adapter's dtype.
+
+With a bf16 base and fp32 adapters, each product of an adapter's gradient, `dA = xᵀ(dy·Bᵀ)` and `dB = (x·A)ᵀdy`, reads
+an fp32 copy of a bf16 tensor as long as the batch, and several are alive at once. The copy holds no more than the
+tensor itself. So the product reads that, and its other factor, narrow and in fp32, as the sum of two bf16 matrices,
+`hi = cast(F)` and `lo = cast(F - hi)`, side by side:
+
+    x32·F  ->  y[:, :r] + y[:, r:]   with   y = x16·[hi | lo]
+
+With 16 bits of the factor kept, what is left of rounding is that of the product's result: none where a device
+multiplies bf16 matrices into an fp32 result (CUDA, XPU), one rounding to bf16 on a CPU. That is no more than the
+rounding which dy and x have been through already. Products that the model's own outputs need are left alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, coarser
+from peft_fx.passes.flow import Flow
+from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.transfer import Layout, Reader, aten, numel, shape, value
+
+MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
+NARROW = 8  # the other factor is at most an eighth of the copy
+
+
+def read_in_place(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> list[Node]:
+    """Rewrites every such product in place; returns the nodes added."""
+    reader, build = Reader(graph), Builder(graph, fake_mode)
+    products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
+    found = {n: (left, copied) for n in products for left in (False, True) if (copied := _copied(reader, n, left))}
+    for node, (left, copied) in found.items():
+        _replace(graph, build, node, left, *copied)
+    return build.added
+
+
+def _copied(reader: Reader, node: Node, left: bool) -> tuple[Matrix, Scale] | None:
+    """The tensor that a product's operand is a wider and much larger copy of."""
+    operand, other = node.args if left else reversed(node.args)
+    assert isinstance(operand, Node) and isinstance(other, Node)  # noqa: PT018
+    term = reader.term(operand, Layout(1, shape(operand)[-1]))
+    source = term.factors[0]
+    if len(term.factors) > 1 or not isinstance(source.name, Node) or term.scale.names:
+        return None
+    narrow = _is_times_smaller(other, operand)
+    held, dtype = (
+        source.precision,
+        value(operand).dtype,
+    )  # what the operand's numbers have been rounded to, and how it holds them
+    is_copy = held in MANTISSA and held != dtype and coarser(held, dtype) is held
+    return (source, term.scale) if narrow and is_copy else None
+
+
+def _is_times_smaller(small: Node, large: Node) -> bool:
+    return bool((numel(shape(large)) / numel(shape(small)) >= NARROW) == True) if 0 not in shape(small) else False  # noqa: E712
+
+
+def _replace(graph: Graph, build: Builder, node: Node, left: bool, wide: Matrix, scale: Scale) -> None:
+    operand, other = node.args if left else reversed(node.args)
+    assert isinstance(operand, Node) and isinstance(other, Node) and isinstance(wide.name, Node)  # noqa: PT018
+    build.like = node
+    with graph.inserting_before(node):
+        dtype = wide.precision
+        plain = build.like_2d(wide, operand, dtype)
+        hi = build.cast(other, dtype)
+        lo = build.cast(build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype)), dtype)
+        both = build.call(aten.cat.default, [hi, lo], 1 if left else 0)
+        result = _product(build, *((plain, both) if left else (both, plain)))
+        dim, r = (1, shape(other)[1]) if left else (0, shape(other)[0])
+        halves = [build.call(aten.slice.Tensor, result, dim, i * r, (i + 1) * r) for i in range(2)]
+        total = build.call(aten.add.Tensor, *(build.cast(h, value(node).dtype) for h in halves))
+        new = total if scale.number == 1 else build.call(aten.mul.Tensor, total, scale.number)
+    node.replace_all_uses_with(new)
+    erase_unused(graph, node)
+
+
+def _product(build: Builder, a: Node, b: Node) -> Node:
+    if value(a).device.type in MIXED:
+        return build.call(aten.mm.dtype, a, b, torch.float32)
+    return build.call(aten.mm.default, a, b)
