@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Size
@@ -59,6 +59,19 @@ class _Adapter:
         group = self.forward or self.grad
         assert group is not None
         return group
+
+    def has_grad(self, flow: Flow) -> bool:
+        """Whether W multiplies anything in backward: an input gradient without a group of its own stays as it is."""
+        seen: set[Node] = set()
+        todo: list[Any] = [self.group.weight.name]
+        while todo:
+            node = todo.pop()
+            if isinstance(node, Node) and node not in seen:
+                seen.add(node)
+                todo += [u for u in node.users if flow.is_weight(u)]
+                if any(u in flow.backward for u in node.users):
+                    return True
+        return False
 
     def name(self, flow: Flow) -> str:
         return flow.site_name(self.group.weight, self.group.adapter_factors)
@@ -143,7 +156,7 @@ def _decide(
         rank=shape.rank,
         dtype=str(shape.base_dtype).removeprefix("torch."),
         forward=decision.forward,
-        input_grad=decision.input_grad,
+        input_grad=decision.input_grad if adapter.grad or not adapter.has_grad(flow) else ACTIVATION,
         adapter_grad="low_rank" if trained else NONE,
         reason=decision.reason,
         flops={k: p.flops for k, p in cost.items()},

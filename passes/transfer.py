@@ -393,15 +393,19 @@ class Reader:
 
     def _shared(self, node: Node) -> Term | None:
         """The one matrix that an expanded batch `[E, m, n]` repeats."""
-        *_, rows, cols = shape(node)
-        if len(shape(node)) < 3:
+        sizes = shape(node)
+        if len(sizes) < 3 or node.op != "call_function":
             return None
-        while node.op == "call_function" and RULES.get(node.target) is _unchanged:
-            node = tensor_arg(node, 0)
-        if node.target is not aten.expand.default:
-            return None
-        source = tensor_arg(node, 0)
-        return self.term(source, Layout(1, cols)) if numel(shape(source)) == rows * cols else None
+        if node.target is aten.expand.default:
+            source = tensor_arg(node, 0)
+            one = numel(shape(source)) == numel(sizes[-2:])
+            return self.term(source, Layout(1, sizes[-1])) if one else None
+        if RULES.get(node.target) is _unchanged and shape(tensor_arg(node, 0)) == sizes:
+            return self._shared(tensor_arg(node, 0))
+        if node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1]:  # type: ignore[arg-type]
+            found = self._shared(tensor_arg(node, 0))
+            return found and found.T
+        return None
 
 
 def split(sizes: Sequence[Size], layout: Layout) -> tuple[int, int] | None:
