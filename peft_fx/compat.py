@@ -30,8 +30,8 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 # the fake mode that a joint pass runs under
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils.weak import WeakIdKeyDictionary
 
 try:  # 2.13 and later
@@ -39,7 +39,11 @@ try:  # 2.13 and later
 except ImportError:  # pragma: no cover
     CustomPartitionerFn = object  # type: ignore[assignment, misc]
 
+# a branch on a value, which a model traced without values cannot take
+BRANCHES_ON_A_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode)
+
 __all__ = [
+    "BRANCHES_ON_A_VALUE",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "FakeTensor",

@@ -67,8 +67,8 @@ def _own_inputs(model: Any) -> dict[str, Any]:
     config = getattr(inner, "config", None)
     if not hasattr(inner, "dummy_inputs") or config is None:
         raise TypeError(
-            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids); "
-            "without them it can tell only of a compiled model that already ran, or of a transformers model"
+            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids)"
+            "; without them it can tell only of a compiled model that already ran, or of a transformers model"
         )
     found = {}
     length = min(2048, getattr(config, "max_position_embeddings", 2048))
@@ -179,8 +179,14 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
     with compat.forgetting(), _nothing_changed(), fake_mode:
-        torch.compile(ghost, backend=capture)(*args, **kwargs)
-    breaks = [b for b, n in compat.counters["graph_break"].items() if n > before.get(b, 0)]
+        try:
+            torch.compile(ghost, backend=capture)(*args, **kwargs)
+            stopped = []
+        except compat.BRANCHES_ON_A_VALUE as error:
+            stopped = [
+                f"the model branches on a value here, and nothing after it can be told without running it: {error}"
+            ]
+    breaks = stopped + [b for b, n in compat.counters["graph_break"].items() if n > before.get(b, 0)]
     return _combine([(r, idle.kept) for r, idle in traced], breaks)
 
 
