@@ -106,7 +106,7 @@ def run(
     added = rewriter.build.added
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
         if settings.numerics == "default":
-            added += read_in_place(graph, Flow(graph, roles), fake_mode)
+            added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
         outcome.rebuilt = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random).mark()
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start

@@ -14,55 +14,57 @@ rounding which dy and x have been through already. Products that the model's own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, coarser
+from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, coarser
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.transfer import Layout, Reader, aten, numel, shape, value
+from peft_fx.passes.transfer import Layout, Reader, aten, numel, shape, tensor_arg, value
 
 MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
 NARROW = 8  # the other factor is at most an eighth of the copy
 
 
-def read_in_place(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> list[Node]:
+def read_in_place(
+    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int]
+) -> list[Node]:
     """Rewrites every such product in place; returns the nodes added."""
     reader, build = Reader(graph), Builder(graph, fake_mode)
     products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
-    found = {n: (left, copied) for n in products for left in (False, True) if (copied := _copied(reader, n, left))}
+    found = {
+        n: (left, copied) for n in products for left in (False, True) if (copied := _copied(reader, n, left, hint))
+    }
     for node, (left, copied) in found.items():
         _replace(graph, build, node, left, *copied)
     return build.added
 
 
-def _copied(reader: Reader, node: Node, left: bool) -> tuple[Matrix, Scale] | None:
-    """The tensor that a product's operand is a wider and much larger copy of."""
-    operand, other = node.args if left else reversed(node.args)
-    assert isinstance(operand, Node) and isinstance(other, Node)  # noqa: PT018
+def _operands(node: Node, left: bool) -> tuple[Node, Node]:
+    """The operand looked at, and the other one."""
+    a, b = tensor_arg(node, 0), tensor_arg(node, 1)
+    return (a, b) if left else (b, a)
+
+
+def _copied(reader: Reader, node: Node, left: bool, hint: Callable[[Size], int]) -> tuple[Matrix, Scale] | None:
+    """The tensor that a product's operand is a wider and much larger copy of; its `precision` is what it can be read
+    in."""
+    operand, other = _operands(node, left)
     term = reader.term(operand, Layout(1, shape(operand)[-1]))
-    source = term.factors[0]
+    source, dtype = term.factors[0], value(operand).dtype
     if len(term.factors) > 1 or not isinstance(source.name, Node) or term.scale.names:
         return None
-    narrow = _is_times_smaller(other, operand)
-    held, dtype = (
-        source.precision,
-        value(operand).dtype,
-    )  # what the operand's numbers have been rounded to, and how it holds them
-    is_copy = held in MANTISSA and held != dtype and coarser(held, dtype) is held
-    return (source, term.scale) if narrow and is_copy else None
-
-
-def _is_times_smaller(small: Node, large: Node) -> bool:
-    return bool((numel(shape(large)) / numel(shape(small)) >= NARROW) == True) if 0 not in shape(small) else False  # noqa: E712
+    is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
+    small, large = (hint(numel(shape(n))) for n in (other, operand))
+    return (source, term.scale) if is_copy and large >= NARROW * small > 0 else None
 
 
 def _replace(graph: Graph, build: Builder, node: Node, left: bool, wide: Matrix, scale: Scale) -> None:
-    operand, other = node.args if left else reversed(node.args)
-    assert isinstance(operand, Node) and isinstance(other, Node) and isinstance(wide.name, Node)  # noqa: PT018
+    operand, other = _operands(node, left)
     build.like = node
     with graph.inserting_before(node):
         dtype = wide.precision
