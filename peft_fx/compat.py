@@ -12,7 +12,7 @@ import torch
 
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend, reset_code
+from torch._dynamo.eval_frame import OptimizedModule, reset_code
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
@@ -92,6 +92,14 @@ def _values(shape_env: Any) -> dict[Any, Any]:
         if found is not None:
             return {k: v for k, v in found.items() if isinstance(v, (int, sympy.Integer))}
     return {}
+
+
+def innermost_backend(callback: Any) -> Any:
+    """What torch.compile was given as its backend, inside Dynamo's wrappers; their attribute has had two names."""
+    for name in ("_torchdynamo_orig_backend", "_torchdynamo_orig_callable"):
+        while hasattr(callback, name):
+            callback = getattr(callback, name)
+    return callback
 
 
 def source_name(placeholder: torch.fx.Node) -> str | None:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,7 +107,9 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
     def apply(self, graph: Graph) -> pipeline.Outcome:
         record, fake_mode = self.record, compat.V.fake_mode
         roles = roles_in(graph, record.roles)
-        settings = record.options.settings(_device(graph))
+        # drawn by eager's generator, a mask drawn again would be another mask; Inductor's own draws start from a seed
+        from_seed = not compat.inductor_config.fallback_random
+        settings = replace(record.options.settings(_device(graph)), rebuild_random=from_seed)
         return pipeline.run(graph, roles, settings, fake_mode, compat.hint_for(fake_mode))
 
     def uuid(self) -> Any:

@@ -39,14 +39,7 @@ class Options:
 
     def settings(self, device: torch.device) -> Settings:
         machine = price.machine_for(device) if self.machine == "auto" else price.MACHINES[self.machine]
-        return Settings(
-            form=self.form,
-            numerics=self.numerics,
-            keep=self.keep,
-            machine=machine,
-            # run by eager ops, a mask drawn again would be another mask
-            rebuild_random=self.lowering == "inductor" and not self.inductor.get("fallback_random", False),
-        )
+        return Settings(form=self.form, numerics=self.numerics, keep=self.keep, machine=machine)
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
