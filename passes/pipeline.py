@@ -102,7 +102,7 @@ def run(
     outcome.sites = _numbered(outcome.sites)
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode)
-    rewriter.rewrite(sorted(chosen, key=analysis.groups.index))
+    rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
     added = rewriter.build.added
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
         if settings.numerics == "default":
