@@ -111,6 +111,7 @@ def _roberta(setup: Setup) -> Any:
         max_position_embeddings=setup.tokens + 2,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        use_cache=False,
     )
     return transformers.RobertaForMaskedLM(config)
 
@@ -142,6 +143,7 @@ def _t5(setup: Setup) -> Any:
         num_heads=setup.heads,
         feed_forward_proj="gated-gelu" if gated else "relu",
         tie_word_embeddings=not gated,
+        decoder_start_token_id=0,
         dropout_rate=0.0,
         use_cache=False,
     )

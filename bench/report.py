@@ -127,7 +127,7 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
     labels = [f"{s.model}\n{s.dtype}" + (f"\ndropout {s.dropout:g}" if s.dropout else "") for s in setups]
     axes[0].set_xticks(range(len(setups)), labels, fontsize=8)
     axes[0].set_ylabel("bytes kept per layer, × the floor")
-    axes[0].legend(frameon=False)
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     _save(figure, folder / "kept_per_layer.png")
 
 
@@ -136,21 +136,26 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
     if content is None:
         return
     rows = _series(content["rows"])
-    figure, (left, right) = _figure(2, (10.0, 4.0))
+    figure, (left, right) = _figure(2, (11.0, 4.0))
+    T = [row["setup"]["tokens"] for row in rows]
+    most = max(m["peak"] for row in rows for m in row["results"].values() if "peak" in m)
+    unit, size = ("GB", 1e9) if most > 1e9 else ("MB", 1e6)
     for name in VARIANTS:
         found = [(r["setup"]["tokens"], m) for r in rows if "times" in (m := r["results"].get(name, {}))]
         if not found:
             continue
-        T = [tokens for tokens, _ in found]
+        x = [tokens for tokens, _ in found]
         plain = name.removesuffix("-ckpt")
-        look = {"color": COLOURS[plain], "marker": "o", "linestyle": "-" if plain == name else ":"}
-        left.plot(T, [m["peak"] / 1e9 for _, m in found], label=VARIANTS[name].title, **look)
-        right.plot(T, [statistics.median(m["times"]) for _, m in found], **look)
-    for axes, text in ((left, "peak of a step, GB"), (right, "seconds of a step")):
-        axes.set(xscale="log", yscale="log", xlabel="T, tokens", ylabel=text)
-        axes.set_xticks([r["setup"]["tokens"] for r in rows], [str(r["setup"]["tokens"]) for r in rows])
-        axes.minorticks_off()
-    left.legend(frameon=False, fontsize=8)
+        look: dict[str, Any] = {"color": COLOURS[plain], "marker": "o", "linestyle": "-" if plain == name else ":"}
+        left.plot(x, [m["peak"] / size for _, m in found], label=VARIANTS[name].title, **look)
+        right.plot(x, [statistics.median(m["times"]) for _, m in found], **look)
+    for axes, text in ((left, f"peak of a step, {unit}"), (right, "seconds of a step")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(T, [str(tokens) for tokens in T])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(xlabel="T, tokens", ylabel=text)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     _save(figure, folder / "against_tokens.png")
 
 

@@ -58,6 +58,14 @@ class Results:
         self._write()
         return row
 
+    def keep_only(self, requests: Sequence[Mapping[str, Any]]) -> None:
+        """Drops the rows of other requests: those that a suite no longer asks for."""
+        keys = [asked(request) for request in requests]
+        kept = [row for row in self.rows if any(all(row.get(k) == v for k, v in key.items()) for key in keys)]
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self._write()
+
     def _write(self) -> None:
         used = sorted({row["run"] for row in self.rows})
         for row in self.rows:

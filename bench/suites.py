@@ -24,6 +24,7 @@ What was measured already, with the same versions on the same device and, for pe
 --fresh measures all of it again. Results: bench/results/cpu.json, gpu.json, gpu-toy.json.
 """
 
+DEPTHS = (1, 2)
 LENGTHS = (2048, 8192, 16384, 32768)
 PLAIN = ("frozen", "eager", "inductor", "peft_fx", "paper", "handwritten")
 OTHERS = ("frozen", "full", *CHECKPOINTED)  # apart from PLAIN: one process of all would not fit in one call's time
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(describe(request) for request in requests))
         return 0
     results = results_of(args, args.suite + ("-toy" if args.toy and args.suite == "gpu" else ""))
+    results.keep_only(requests)
     print_rows(measure_all(requests, results, again=args.fresh, minutes=args.minutes))
     return 0
 
@@ -71,16 +73,16 @@ def unique(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def cpu() -> Iterable[dict[str, Any]]:
     """Small models: on CPU bytes are exact at any size, and a compile costs more than the steps."""
-    compared, against_floor = ("frozen", "eager", "inductor", "peft_fx"), ("frozen", "inductor", "peft_fx")
-    small: dict[str, Any] = {"hidden": 128, "tokens": 256, "vocab": 512}
+    compared, floor = ("frozen", "eager", "inductor", "peft_fx"), ("frozen", "peft_fx")
     llama = [setup_of("llama-256", tokens=512, dtype=dtype) for dtype in ("peft", "bf16", "fp32", "autocast")]
     dropped = [replace(setup, dropout=0.1) for setup in llama if setup.dtype in ("peft", "fp32")]
-    families = [setup_of(name, **small) for name in ("roberta", "gpt2", "t5-v1.1", "vit", "t5", "opt")]
-    yield from memory_requests(llama[:1] + dropped[:1], compared, (1, 3))
-    yield from memory_requests([*llama, *dropped], against_floor, (1, 3))
-    yield from memory_requests(families, against_floor, (1, 2))
+    names = ("roberta", "gpt2", "t5-v1.1", "vit", "t5", "opt")
+    families = [setup_of(name, hidden=128, tokens=256, vocab=512) for name in names]
+    yield from memory_requests(llama[:1], compared, DEPTHS)
+    yield from memory_requests([*llama, *dropped[:1]], ("frozen", "inductor", "peft_fx"), DEPTHS)
+    yield from memory_requests([*dropped[1:], *families], floor, DEPTHS)
     yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
-    for T in (256, 512, 1024, 2048):
+    for T in (512, 1024, 2048):
         yield step_request(setup_of("llama-256", layers=2, tokens=T), compared, rounds=5, cold=False)
 
 
@@ -91,7 +93,7 @@ def gpu(device: str, toy: bool) -> Iterable[dict[str, Any]]:
     if toy:
         setup, lengths, rounds = _toy(setup), (64, 128), 2
     eight = replace(setup, tokens=lengths[1])
-    yield from memory_requests([eight, replace(eight, dropout=0.1)], ("frozen", "inductor", "peft_fx"), (1, 3))
+    yield from memory_requests([eight, replace(eight, dropout=0.1)], ("frozen", "inductor", "peft_fx"), DEPTHS)
     for variants in (PLAIN, OTHERS):
         for T in lengths:
             yield step_request(replace(setup, tokens=T), variants, rounds)

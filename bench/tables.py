@@ -113,7 +113,7 @@ def kept_tensors_table(memories: Memories, setup: Setup, name: str, style: str =
     for t in deep["tensors"]:
         old = before.get((t["dtype"], tuple(t["shape"])), none)
         count, size = (t["count"] - old["count"]) / layers, (t["bytes"] - old["bytes"]) / layers
-        if size > 0:
+        if size > 0.001 * deep["kept"] / layers:  # not the handful of single numbers
             rows.append((size, [t["dtype"], "×".join(map(str, t["shape"])), f"{count:g}", _megabytes(size)]))
     rows.sort(key=lambda row: -row[0])
     return table(["dtype", "shape", "a layer", "MB a layer"], [row for _, row in rows[:most]], style, left=2)

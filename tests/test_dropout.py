@@ -21,7 +21,8 @@ def trained(f, module, x):
 
 
 def test_dropout_is_the_mask_of_plain_inductor():
-    """The loss is bit-equal to plain Inductor's with the same seed, the gradients are its own up to rounding, and the adapters are refused."""
+    """The loss is bit-equal to plain Inductor's with the same seed, the gradients are its own up to rounding, and the
+    adapters are refused."""
     module = adapt(mlp(), r=4, lora_dropout=0.25).train()
     x = torch.randn(64, next(p for p in module.parameters() if p.ndim == 2).shape[1])
     plain = trained(torch.compile(module), module, x)

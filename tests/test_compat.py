@@ -1,0 +1,161 @@
+"""The canary of peft_fx.compat: torch's private names are there, and do what the project takes them to do."""
+
+from __future__ import annotations
+
+import inspect
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo.testing import CompileCounter
+
+from peft_fx import compat
+from peft_fx.compiling import readable
+
+
+@pytest.mark.parametrize("name", compat.__all__)
+def test_name_exists(name: str) -> None:
+    """Every name that the project takes from torch, and none of them None."""
+    assert getattr(compat, name) is not None
+
+
+def test_arguments_are_accepted() -> None:
+    """The parameters that we pass by name."""
+    wanted = {
+        compat.compile_fx: {"inner_compile", "config_patches"},
+        compat.FakeTensorMode: {"allow_non_fake_inputs", "shape_env"},
+        compat.min_cut_rematerialization_partition: {"num_fwd_outputs"},
+        compat.TracingContext: {"fake_mode"},
+    }
+    for f, names in wanted.items():
+        assert names <= set(inspect.signature(f).parameters), f
+
+
+def test_configuration_has_our_keys() -> None:
+    """Of Inductor and of AOTAutograd."""
+    for name in ("joint_custom_pre_pass", "custom_partitioner_fn", "fallback_random", "fx_graph_cache"):
+        assert hasattr(compat.inductor_config, name)
+    assert hasattr(torch._functorch.config, "enable_autograd_cache")
+
+
+def test_a_pass_is_a_pass_with_a_key() -> None:
+    """What Inductor's caches ask for, so that ours are not turned away."""
+    assert {"__call__", "uuid"} <= compat.CustomGraphPass.__abstractmethods__
+    assert {"__call__", "uuid"} <= compat.CustomPartitionerFn.__abstractmethods__
+
+
+def test_every_mode_is_listed() -> None:
+    """list_mode_options knows the modes of torch.compile."""
+    assert compat.list_mode_options("reduce-overhead")["triton.cudagraphs"] is True
+    assert compat.list_mode_options("max-autotune")["max_autotune"] is True
+
+
+@pytest.fixture
+def symbolic() -> tuple[compat.FakeTensorMode, torch.Tensor]:
+    """A fake tensor of sizes 7 and 11, both symbols."""
+    mode = compat.FakeTensorMode(shape_env=compat.ShapeEnv())
+    x = torch.zeros(7, 11)
+    torch._dynamo.mark_dynamic(x, (0, 1))
+    policy = torch.fx.experimental.symbolic_shapes.StatelessSymbolicContext(
+        dynamic_sizes=[torch.fx.experimental.symbolic_shapes.DimDynamic.DYNAMIC] * 2
+    )
+    return mode, mode.from_tensor(x, symbolic_context=policy)
+
+
+def test_hint_is_the_traced_value(symbolic) -> None:
+    """Of a number, a SymInt's expression, and arithmetic on symbols."""
+    mode, x = symbolic
+    hint = compat.hint_for(mode)
+    T, K = (n.node.expr for n in x.shape)
+    assert not T.is_number
+    assert [hint(n) for n in (5, T, K, T * K + 1, T - T + 3)] == [5, 7, 11, 78, 3]
+    assert all(type(hint(n)) is int for n in (5, T, T * K))
+
+
+def test_hint_adds_no_guard(symbolic) -> None:
+    """So the decision never makes a compiled model recompile."""
+    mode, x = symbolic
+    before = list(mode.shape_env.guards)
+    compat.hint_for(mode)(x.shape[0].node.expr)
+    assert mode.shape_env.guards == before
+
+
+def test_hint_of_an_unknown_size_is_a_number(symbolic) -> None:
+    """An unbacked size has no value at all; asking for it must not raise."""
+    mode, _ = symbolic
+    unknown = mode.shape_env.create_unbacked_symint()
+    assert compat.hint_for(mode)(unknown.node.expr) > 0
+
+
+def node_with(source: object) -> torch.fx.Node:
+    node = torch.fx.Graph().placeholder("x")
+    if source is not None:
+        node._dynamo_source = types.SimpleNamespace(name=source)
+    return node
+
+
+@pytest.mark.parametrize("source", ["L['x']", lambda: "L['x']"], ids=["property", "method"])
+def test_source_name_in_every_version(source) -> None:
+    """A property in some versions of torch, a method in others."""
+    assert compat.source_name(node_with(source)) == "L['x']"
+
+
+def test_no_source_has_no_name() -> None:
+    """DDP hands over graphs whose inputs come from nowhere."""
+    assert compat.source_name(node_with(None)) is None
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_source_names_are_what_dynamo_gives() -> None:
+    """A module's parameter by its path, in this version of torch; `readable` makes the user's name of it."""
+    seen: list[str | None] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: list) -> object:
+        seen.extend(compat.source_name(n) for n in gm.graph.nodes if n.op == "placeholder")
+        return gm
+
+    torch.compile(Outer(), backend=backend)(torch.zeros(2, 3))
+    assert [readable(s) for s in seen if s] == ["inner.weight", "x"]
+
+
+def entries(f: object) -> int:
+    return len(_debug_get_cache_entry_list(f.__code__))
+
+
+def test_forgetting_leaves_no_code_behind() -> None:
+    """Compiled inside the block, gone after it; and as often as one likes."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    for _ in range(3):
+        with compat.forgetting():
+            torch.compile(f, backend="eager")(torch.zeros(2))
+            assert entries(f) == 1
+        assert entries(f) == 0
+
+
+def test_forgetting_keeps_what_was_there() -> None:
+    """Code compiled before the block still answers after it, also where the block compiled the same function."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    counter = CompileCounter()
+    compiled = torch.compile(f, backend=counter)
+    compiled(torch.zeros(2))
+    with compat.forgetting():
+        torch.compile(f, backend=lambda gm, inputs: gm)(torch.zeros(2))
+    compiled(torch.zeros(2))
+    assert counter.frame_count == 1
+    assert entries(f) == 1

@@ -1,0 +1,248 @@
+"""The price against closed forms, and what must hold of every decision."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_fx import passes
+from peft_fx.passes import price
+from peft_fx.passes.price import MACHINES, Decision, Machine, Price, Shape, decide, flop_crossover
+
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+CPU = MACHINES["cpu"]
+MODULES = ["algebra", "flow", "keep", "pipeline", "price", "refusals", "rewrite", "sites", "transfer", "transients"]
+
+
+def lora(T: int, K: int, N: int, r: int, base: torch.dtype = FP32, adapter: torch.dtype = FP32) -> Shape:
+    """The forward of one adapted layer."""
+    return Shape(T, K, N, (((K, r), (r, N)),), base, adapter)
+
+
+def both(s: Shape) -> tuple[Shape, Shape]:
+    """Its forward and its input gradient, `dy·(Wᵀ + s·Bᵀ·Aᵀ)`."""
+    terms = tuple(tuple((n, k) for k, n in reversed(term)) for term in s.terms)
+    return s, replace(s, K=s.N, N=s.K, terms=terms)
+
+
+def training(s: Shape, machine: Machine = CPU, form: str = "auto") -> Decision:
+    return decide(machine, *both(s), training=True, form=form)
+
+
+def inference(s: Shape, machine: Machine = CPU, form: str = "auto") -> Decision:
+    return decide(machine, s, None, training=False, form=form)
+
+
+def forms(d: Decision) -> tuple[str, str]:
+    return d.forward, d.input_grad
+
+
+sizes = st.integers(1, 9000)
+dtypes = st.sampled_from([FP32, BF16, FP64])
+machines = st.sampled_from(list(MACHINES.values()))
+layers = st.builds(lora, sizes, sizes, sizes, st.integers(1, 256), dtypes, dtypes)
+
+
+# ------------------------------------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize(("K", "N"), [(512, 512), (4096, 4096), (4096, 11008), (1, 7)])
+@pytest.mark.parametrize("r", [1, 12, 64])
+def test_flops_meet_at_the_crossover(K: int, N: int, r: int) -> None:
+    """There T tokens cost as many FLOPs by the adapter's own products as by building W'; the rank cancels.
+
+    In inference `T·(K+N)·r` meets `K·N·r`. In training both directions save one product each, `T·(K+N)·r` in all, and
+    W' is built twice.
+    """
+    T = flop_crossover(K, N, training=False)
+    assert T * (K + N) * r == pytest.approx(K * N * r, rel=1e-12)
+    T = flop_crossover(K, N, training=True)
+    assert T * (K + N) * r == pytest.approx(2 * K * N * r, rel=1e-12)
+
+
+def test_flops_are_those_of_the_formulas() -> None:
+    """2·m·k·n for each product of a layer with T=10, K=20, N=30, r=4, and none for adding."""
+    s = lora(10, 20, 30, 4)
+    assert price.base(CPU, s).flops == 2 * 10 * 20 * 30
+    assert price.merge(CPU, s).flops == 2 * 20 * 4 * 30
+    assert price.activation(CPU, s, skip_first=False).flops == 2 * 10 * 4 * (20 + 30)
+    assert price.activation(CPU, s, skip_first=True).flops == 2 * 10 * 4 * 30
+    assert price.first_products(CPU, s).flops == 2 * 10 * 20 * 4
+
+
+def test_bytes_are_those_of_the_formulas() -> None:
+    """Each operand and result once: W' in bf16 of fp32 factors reads and writes W, and adds a delta of fp32."""
+    s = lora(10, 20, 30, 4, base=BF16)
+    assert price.base(CPU, s).bytes == 2 * (10 * 20 + 20 * 30 + 10 * 30)
+    assert price.merge(CPU, s).bytes == 4 * (20 * 4 + 4 * 30 + 20 * 30) + 20 * 30 * (2 + 2 + 4)
+    products = 4 * (10 * 20 + 20 * 4 + 10 * 4) + 4 * (10 * 4 + 4 * 30 + 10 * 30)
+    assert price.activation(CPU, s, skip_first=False).bytes == products + 10 * 30 * (4 + 2)
+
+
+def test_seconds_are_a_roofline() -> None:
+    """The slower of arithmetic and memory, and the launches on top."""
+    machine = Machine("m", ((FP32, 100.0), (BF16, 400.0)), bandwidth=10.0, launch=1.0)
+    assert machine.seconds(1000, 10, FP32) == 10 + 1
+    assert machine.seconds(1000, 1000, FP32, launches=3) == 100 + 3
+    assert machine.seconds(1000, 10, BF16) == 2.5 + 1
+    assert machine.rate(FP64) == 100, "a dtype not listed is as slow as the slowest"
+
+
+def test_prices_add_up() -> None:
+    """Seconds, FLOPs and bytes alike."""
+    assert Price(1.0, 2, 3) + Price(10.0, 20, 30) == Price(11.0, 22, 33)
+
+
+def test_a_batch_of_weights_costs_as_many() -> None:
+    """Experts: every number times their number, but for the launches."""
+    one, three = lora(10, 20, 30, 4), replace(lora(10, 20, 30, 4), batch=3)
+    free = replace(CPU, launch=0.0)
+    for part in (price.base, price.merge, price.first_products):
+        assert part(free, three).flops == 3 * part(free, one).flops
+        assert part(free, three).bytes == 3 * part(free, one).bytes
+        assert part(free, three).seconds == pytest.approx(3 * part(free, one).seconds, rel=1e-12)
+
+
+def test_a_merge_is_wider_than_the_weight() -> None:
+    """W' is rounded once."""
+    assert {d: price.merge_dtype(d) for d in (BF16, torch.float16, FP32, FP64)} == {
+        BF16: FP32,
+        torch.float16: FP32,
+        FP32: FP64,
+        FP64: FP64,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- decisions
+
+
+@pytest.mark.parametrize(("base", "adapter"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
+@pytest.mark.parametrize("name", MACHINES)
+def test_few_tokens_keep_the_activation_form(name: str, base: torch.dtype, adapter: torch.dtype) -> None:
+    """T=8 in training at 512×512, r=12: a W' for eight tokens is never worth it."""
+    assert forms(training(lora(8, 512, 512, 12, base, adapter), MACHINES[name])) == ("activation", "activation")
+
+
+@pytest.mark.parametrize(("base", "adapter"), [(FP32, FP32), (BF16, FP32), (BF16, BF16)])
+@pytest.mark.parametrize("name", MACHINES)
+def test_many_tokens_take_the_weight_form(name: str, base: torch.dtype, adapter: torch.dtype) -> None:
+    """T=8192 is 16 times the FLOP crossover of training, 512."""
+    assert flop_crossover(512, 512, training=True) == 512
+    assert forms(training(lora(8192, 512, 512, 12, base, adapter), MACHINES[name])) == ("weight", "weight")
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers, tokens=st.lists(sizes, min_size=2, max_size=12))
+def test_inference_has_one_crossover(machine: Machine, layer: Shape, tokens: list[int]) -> None:
+    """With more tokens the weight form is never left again."""
+    chosen = [inference(replace(layer, T=T), machine).forward for T in sorted(tokens)]
+    assert chosen == sorted(chosen)  # "activation" < "weight"
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers, tokens=st.lists(sizes, min_size=2, max_size=12))
+def test_training_has_one_crossover(machine: Machine, layer: Shape, tokens: list[int]) -> None:
+    """The same of the number of directions in weight form."""
+    chosen = [forms(training(replace(layer, T=T), machine)).count("weight") for T in sorted(tokens)]
+    assert chosen == sorted(chosen)
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers, factor=st.sampled_from([2.0**-20, 0.25, 2.0, 1024.0]))
+def test_a_faster_machine_of_the_same_kind_decides_alike(machine: Machine, layer: Shape, factor: float) -> None:
+    """All rates and launches times a power of two: every price is divided by it, exactly, and no form changes."""
+    rates = tuple((d, r * factor) for d, r in machine.flops)
+    other = Machine(machine.name, rates, machine.bandwidth * factor, machine.launch / factor)
+    for decided in (training, inference):
+        slow, fast = decided(layer, machine), decided(layer, other)
+        assert forms(slow) == forms(fast)
+        assert {k: v / factor for k, v in slow.seconds.items()} == fast.seconds
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers)
+def test_auto_is_never_dearer_than_the_activation_form(machine: Machine, layer: Shape) -> None:
+    """What is chosen costs at most as much as the graph as it was written."""
+    for d in (training(layer, machine), inference(layer, machine)):
+        written = next(v for k, v in d.seconds.items() if set(k) <= {"activation", "none"})
+        assert d.seconds[forms(d)] <= written
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers)
+def test_auto_is_the_cheapest_but_for_a_mix(machine: Machine, layer: Shape) -> None:
+    """A mix of forms is taken where it costs less than `MIX` of either pure choice; else the cheaper of these."""
+    d = training(layer, machine)
+    pure = min(v for k, v in d.seconds.items() if len(set(k)) == 1)
+    mixed = min(v for k, v in d.seconds.items() if len(set(k)) == 2)
+    assert d.seconds[forms(d)] == (mixed if mixed < price.MIX * pure else pure)
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers, form=st.sampled_from(price.FORMS))
+def test_a_form_asked_for_is_taken(machine: Machine, layer: Shape, form: str) -> None:
+    """Whatever it costs, in both directions; and the reason says that it was asked for."""
+    assert forms(training(layer, machine, form)) == (form, form)
+    assert forms(inference(layer, machine, form)) == (form, "none")
+    assert training(layer, machine, form).reason.startswith("asked for")
+    assert not training(layer, machine).reason.startswith("asked for")
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers)
+def test_an_input_gradient_alone_is_decided_too(machine: Machine, layer: Shape) -> None:
+    """A site whose forward was refused."""
+    d = decide(machine, None, both(layer)[1], training=True)
+    assert d.forward == "none"
+    assert d.input_grad == min(price.FORMS, key=lambda f: (d.seconds["none", f], f == "weight"))
+
+
+@settings(deadline=None)
+@given(machine=machines, layer=layers)
+def test_a_tie_changes_nothing(machine: Machine, layer: Shape) -> None:
+    """Where both forms cost the same, the graph stays as it was written."""
+    free = replace(machine, flops=tuple((d, float("inf")) for d, _ in machine.flops), bandwidth=float("inf"), launch=0)
+    assert forms(training(layer, free)) == ("activation", "activation")
+
+
+def test_the_reason_names_both_prices_and_the_machine() -> None:
+    """In microseconds, as the table prints them."""
+    d = inference(lora(8192, 512, 512, 12))
+    weight, activation = (1e6 * d.seconds[f, "none"] for f in price.FORMS)
+    assert d.reason == f"cheaper: weight {weight:.0f} µs vs activation {activation:.0f} µs on cpu"
+
+
+def test_a_machine_is_found_by_its_driver(monkeypatch) -> None:
+    """The table's entry is part of the name that CUDA gives; an unknown card is an average one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA A100-SXM4-40GB": "a100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "Tesla T4": "t4",
+        "NVIDIA Something New": "cuda",
+    }
+    for driver, entry in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, driver=driver: driver)
+        assert price.machine_for(torch.device("cuda")).name == entry
+    assert price.machine_for(torch.device("cpu")) is CPU
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name: str) -> None:
+    """The examples in the passes' docstrings are true."""
+    module = importlib.import_module(f"{passes.__name__}.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_price_and_algebra_have_doctests() -> None:
+    """The two modules whose examples are formulas; a search that finds none would pass above."""
+    from peft_fx.passes import algebra
+
+    assert all(doctest.testmod(module).attempted for module in (price, algebra))
