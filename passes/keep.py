@@ -58,7 +58,8 @@ class Keep:
             self.chosen |= origin.chain
             self.kept |= origin.leaves
             self._origins.clear()
-        self.chosen |= self._masks_behind(self.chosen)
+        if random:
+            self.chosen |= self._masks_behind(self.chosen)
 
     def _is_activation(self, node: Node) -> bool:
         """A value of forward that is no weight."""

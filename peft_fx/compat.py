@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import sympy
 import torch
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
 from torch._dynamo.eval_frame import OptimizedModule, reset_code
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
@@ -53,6 +56,7 @@ __all__ = [
     "TracingContext",
     "V",
     "WeakIdKeyDictionary",
+    "cache_entries",
     "compile_fx",
     "counters",
     "detect_fake_mode",
@@ -113,14 +117,26 @@ def source_name(placeholder: torch.fx.Node) -> str | None:
 
 @contextlib.contextmanager
 def forgetting() -> Iterator[None]:
-    """Code that Dynamo compiled for the first time inside the block is forgotten after it."""
-    seen = set(_codes())
+    """What Dynamo compiled inside the block never answers after it; what was compiled before still does."""
+    before = {code: cache_entries(code) for code in _codes()}
     try:
         yield
     finally:
-        for code in set(_codes()) - seen:
-            reset_code(code)
+        for code in _codes():
+            known = before.get(code, [])
+            if not known:
+                reset_code(code)
+            for entry in cache_entries(code):
+                if not any(entry is k for k in known):
+                    gone = DeletedGuardManagerWrapper("compiled by explain() alone")
+                    entry.guard_manager.extra_state.invalidate(entry, gone)
 
 
-def _codes() -> list[Any]:
+def cache_entries(code: CodeType) -> list[Any]:
+    """A code object's compiled versions that can still answer a call."""
+    entries = _debug_get_cache_entry_list(code)
+    return [e for e in entries if not isinstance(e.guard_manager, DeletedGuardManagerWrapper)]
+
+
+def _codes() -> list[CodeType]:
     return [code for ref in input_codes.seen if (code := ref()) is not None]

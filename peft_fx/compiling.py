@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ log = logging.getLogger("peft_fx")
 
 
 class PassError(Exception):
-    """Our own pass failed; `__cause__` says how."""
+    """Our own pass failed; the text and `__cause__` say how."""
 
 
 @dataclass
@@ -76,7 +77,7 @@ def backend(
     try:
         return _lower(gm, example_inputs, chosen, AdapterPass(record))
     except PassError as error:
-        record.failure = f"{type(error.__cause__).__name__}: {error.__cause__}"
+        record.failure = str(error)
         warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
         log.debug("the pass failed", exc_info=error.__cause__)
         return _lower(copy_of(record.graph_module), example_inputs, chosen, None)
@@ -93,16 +94,16 @@ def records_of(model: torch.nn.Module) -> list[Record]:
 class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
     """The passes as Inductor calls them: once for each joint or inference graph, before its own."""
 
-    def __init__(self, record: Record, after: Any = None):
-        self.record, self.after = record, after
+    def __init__(self, record: Record, others: Sequence[Any] = ()):
+        self.record, self.others = record, others
 
     def __call__(self, graph: Graph) -> None:
-        if self.after is not None:
-            self.after(graph)
+        for other in self.others:
+            other(graph)
         try:
             self.record.outcomes.append(self.apply(graph))
         except Exception as error:
-            raise PassError from error
+            raise PassError(f"{type(error).__name__}: {error}") from error
 
     def apply(self, graph: Graph) -> pipeline.Outcome:
         record, fake_mode = self.record, compat.V.fake_mode
@@ -116,8 +117,8 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         """All that decides what the pass does besides the graph itself, which the caches look at."""
         if self.record.options.lowering != "inductor":
             return None  # not Inductor's code: not for its caches
-        theirs = self.after.uuid() if hasattr(self.after, "uuid") else None
-        if self.after is not None and theirs is None:
+        theirs = [other.uuid() if hasattr(other, "uuid") else None for other in self.others]
+        if None in theirs:
             return None
         options = {k: v for k, v in vars(self.record.options).items() if k != "inductor"}
         device = next((t.device for t in self.record.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
@@ -140,7 +141,8 @@ def source_digest() -> str:
 def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
     patches = dict(options.inductor)
     if ours is not None:
-        ours.after = patches.get("joint_custom_pre_pass") or compat.inductor_config.joint_custom_pre_pass
+        theirs = patches.get("joint_custom_pre_pass") or compat.inductor_config.joint_custom_pre_pass or []
+        ours.others = theirs if isinstance(theirs, (list, tuple)) else [theirs]
         patches["joint_custom_pre_pass"] = ours
     if options.lowering == "aot_eager":
         patches["fallback_random"] = True
@@ -188,7 +190,10 @@ def readable(source: str) -> str:
     >>> readable("L['self'].__dict__['_modules']['base'].w")
     'base.w'
     """
-    for inner in ("_modules", "_parameters", "_buffers"):
+    kinds = ("_modules", "_parameters", "_buffers")
+    if any(f"{kind}[" in source or f"'{kind}'" in source for kind in kinds):
+        source = re.sub(r"^[LG]\['\w+'\]", "", source)  # the module itself, whatever it is called where it is called
+    for inner in kinds:
         source = source.replace(f".__dict__['{inner}']", ".").replace(f"._{inner[1:]}", ".")
     source = source.replace("L['self']", "").replace("']", "").replace("['", ".")
     while ".." in source:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from peft_fx import compat
-from peft_fx.compiling import AdapterPass, Record, _fake, copy_of, records_of, roles_of
+from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, records_of, roles_of
 from peft_fx.options import Options, parse
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.passes.transfer import expr, numel
@@ -65,7 +66,8 @@ def _own_inputs(model: Any) -> dict[str, Any]:
     """A transformers model's own dummy inputs, at a length at which the choice of form matters."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
-    if not hasattr(inner, "dummy_inputs") or config is None:
+    reads_ids = getattr(inner, "main_input_name", "") == "input_ids"  # others' dummies do not fit them
+    if not hasattr(inner, "dummy_inputs") or config is None or not reads_ids:
         raise TypeError(
             "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids)"
             "; without them it can tell only of a compiled model that already ran, or of a transformers model"
@@ -139,9 +141,11 @@ def _storage(node: Node) -> Any:
     return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node
 
 
-def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Any:
-    """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake
-    tensors."""
+def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> tuple[Any, dict[str, int] | None]:
+    """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake tensors.
+
+    Returns the callable and the bytes kept; where our pass fails, the untouched graph's, as the backend would.
+    """
     idle = Idle(record)
     patches = {
         **record.options.inductor,
@@ -149,9 +153,15 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
         "custom_partitioner_fn": Partitioner(idle),
         "fx_graph_cache": False,
     }
+    untouched = copy_of(gm)
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
-    return called, idle
+        try:
+            called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
+        except PassError as error:
+            record.failure = str(error)
+            plain = {**record.options.inductor, "fx_graph_cache": False}
+            called = compat.compile_fx(untouched, example_inputs, inner_compile=_answer, config_patches=plain)
+    return called, idle.kept
 
 
 def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -167,27 +177,36 @@ def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> An
 
 def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
     fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
-    traced: list[tuple[Record, Idle]] = []
+    traced: list[tuple[Record, dict[str, int] | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         record = Record(gm, [], roles_of(gm, example_inputs), options, torch.is_grad_enabled())
-        called, idle = _compile_idly(gm, example_inputs, record)
-        traced.append((record, idle))
+        called, kept = _compile_idly(gm, example_inputs, record)
+        traced.append((record, kept))
         return called
 
     ghost = _ghost(model, fake_mode)
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
-    with compat.forgetting(), _nothing_changed(), fake_mode:
+    unlimited = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+    with compat.forgetting(), _nothing_changed(), unlimited, fake_mode:
         try:
-            torch.compile(ghost, backend=capture)(*args, **kwargs)
+            # in code of its own, so that the model's own code gets no compiled version of a ghost
+            call = FunctionType(_call.__code__.replace(), globals())
+            torch.compile(call, backend=capture)(ghost, args, kwargs)
             stopped = []
         except compat.BRANCHES_ON_A_VALUE as error:
             stopped = [
                 f"the model branches on a value here, and nothing after it can be told without running it: {error}"
             ]
     breaks = stopped + [b for b, n in compat.counters["graph_break"].items() if n > before.get(b, 0)]
-    return _combine([(r, idle.kept) for r, idle in traced], breaks)
+    if not traced and not breaks:
+        raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
+    return _combine(traced, breaks)
+
+
+def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
 
 
 def _report_of(records: list[Record]) -> Report:
@@ -259,6 +278,3 @@ def _copy_graph(graph: Graph) -> Graph:
     (old,) = (n for n in graph.nodes if n.op == "output")
     copied.output(output).meta.update(old.meta)
     return copied
-
-
-__all__ = ["_fake", "explain"]

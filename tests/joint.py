@@ -1,9 +1,9 @@
-"""Joint graphs without a compile: captured once for each module, rewritten and run as often as a test likes, in milliseconds."""
+"""Joint graphs without a compile: captured once for each module, rewritten and run as often as a test likes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ class Joint:
     def rewritten(self, **options: str) -> tuple[Graph, pipeline.Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix."""
         graph = _copy_graph(self.graph)
-        settings = parse({f"peft_fx.{k}": v for k, v in options.items()}).settings(torch.device("cpu"))
+        parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
+        settings = replace(parsed.settings(torch.device("cpu")), rebuild_random=parsed.lowering == "inductor")
         roles = compiling.roles_in(graph, self.roles)
         return graph, pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
 

@@ -437,9 +437,9 @@ def test_a_users_own_pass_is_part_of_the_key() -> None:
     record = compiling.Record(GraphModule({}, Graph()), [torch.zeros(1)], ROLES, parse({}), True)
     noting, other = Noting(), Noting()
     other.uuid = lambda: "other"  # type: ignore[method-assign]
-    keys = [compiling.AdapterPass(record, after).uuid() for after in (None, noting, other)]
+    keys = [compiling.AdapterPass(record, others).uuid() for others in ([], [noting], [other])]
     assert len(set(keys)) == 3
-    assert compiling.AdapterPass(record, lambda graph: None).uuid() is None
+    assert compiling.AdapterPass(record, [lambda graph: None]).uuid() is None
 
 
 TRAIN = """

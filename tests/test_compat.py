@@ -8,7 +8,6 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.testing import CompileCounter
 
 from peft_fx import compat
@@ -129,7 +128,7 @@ def test_source_names_are_what_dynamo_gives() -> None:
 
 
 def entries(f: object) -> int:
-    return len(_debug_get_cache_entry_list(f.__code__))
+    return len(compat.cache_entries(f.__code__))
 
 
 def test_forgetting_leaves_no_code_behind() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -37,12 +35,12 @@ def model(dtype: torch.dtype, autocast: bool) -> nn.Module:
 
 
 @pytest.fixture
-def lowered(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+def lowered(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
     """The partitioned graphs, forward and backward, that would reach code generation."""
     graphs: list[GraphModule] = []
     real = compiling._run_eagerly
     monkeypatch.setattr(compiling, "_run_eagerly", lambda gm, *a, **kw: graphs.append(gm) or real(gm, *a, **kw))
-    yield graphs
+    return graphs
 
 
 def products(gm: GraphModule, *sizes: int) -> int:
