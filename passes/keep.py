@@ -156,7 +156,7 @@ def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
     found: set[Node] = set()
     for node in reversed(graph.nodes):
         parts = addends(node) or ([] if node.target in PARTS else None) if node in flow.backward else None
-        if parts is None or not node.users or not all(u.op == "output" or u in ends for u in node.users):
+        if parts is None or not node.users or not all(u.op == "output" or u in ends or u in found for u in node.users):
             continue
         products = [p.operand for p in parts if isinstance(p.operand, Product)]
         if not products:

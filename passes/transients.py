@@ -7,13 +7,14 @@ tensor itself. So the product reads that, and its other factor, narrow and in fp
 
     x32·F  ->  y[:, :r] + y[:, r:]   with   y = x16·[hi | lo]
 
-With 16 bits of the factor kept, what is left of rounding is that of the product's result: none where a device
-multiplies bf16 matrices into an fp32 result (CUDA, XPU), one rounding to bf16 on a CPU. That is no more than the
-rounding which dy and x have been through already. Products that the model's own outputs need are left alone.
+16 bits of the factor are kept that way. The result is fp32 where a device multiplies half-precision matrices into
+fp32 (CUDA, XPU). A CPU rounds it, so there what the rounded result lacks is computed as a second one, `y + (x16·F -
+y)`: 16 bits again. Products that the model's own outputs need are left alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -72,16 +73,24 @@ def _replace(graph: Graph, build: Builder, node: Node, left: bool, wide: Matrix,
         hi = build.cast(other, dtype)
         lo = build.cast(build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype)), dtype)
         both = build.call(aten.cat.default, [hi, lo], 1 if left else 0)
-        result = _product(build, *((plain, both) if left else (both, plain)))
         dim, r = (1, shape(other)[1]) if left else (0, shape(other)[0])
-        halves = [build.call(aten.slice.Tensor, result, dim, i * r, (i + 1) * r) for i in range(2)]
-        total = build.call(aten.add.Tensor, *(build.cast(h, value(node).dtype) for h in halves))
-        new = total if scale.number == 1 else build.call(aten.mul.Tensor, total, scale.number)
+        results = _products(build, *((plain, both) if left else (both, plain)))
+        halves = [
+            build.cast(build.call(aten.slice.Tensor, result, dim, i * r, (i + 1) * r), value(node).dtype)
+            for result in results
+            for i in range(2)
+        ]
+        new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), halves)
+        if scale.number != 1:
+            new = build.call(aten.mul.Tensor, new, scale.number)
     node.replace_all_uses_with(new)
     erase_unused(graph, node)
 
 
-def _product(build: Builder, a: Node, b: Node) -> Node:
+def _products(build: Builder, a: Node, b: Node) -> list[Node]:
+    """The product of two half-precision matrices, as the sum of these: one fp32 result, or what a first result lacks
+    as a second."""
     if value(a).device.type in MIXED:
-        return build.call(aten.mm.dtype, a, b, torch.float32)
-    return build.call(aten.mm.default, a, b)
+        return [build.call(aten.mm.dtype, a, b, torch.float32)]
+    first = build.call(aten.mm.default, a, b)
+    return [first, build.call(aten.addmm.default, first, a, b, beta=-1)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_fx
-from tests.oracle import Run, assert_bit_equal, gate, run, weight_form
+from tests.oracle import PAIR, Run, assert_bit_equal, gate, run, weight_form
 from tests.spellings import NEAR_MISSES, STRICT, Case
 
 
@@ -35,7 +35,7 @@ def test_dtype_boundary_is_crossed_by_default():
     case = next(case for case in NEAR_MISSES if case.options == STRICT)
     module, inputs = case.make()
     f = weight_form(module)
-    gate(f, module, inputs)
+    gate(f, module, inputs, resolution=PAIR)
     report = peft_fx.explain(f)
     assert [s.forward for s in report.sites] == ["weight"]
     assert report.refusals == []

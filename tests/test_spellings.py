@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_fx
-from tests.oracle import assert_bit_equal, exact, gate, integers, run, to_dtype, weight_form
+from tests.oracle import PAIR, assert_bit_equal, exact, gate, integers, run, to_dtype, weight_form
 from tests.spellings import ANY_RANK, SPELLINGS, Case, K, Lora, N, R, Stack, lora, x
 
 cases = pytest.mark.parametrize("case", SPELLINGS, ids=lambda case: case.id)
@@ -54,7 +54,7 @@ def test_rewritten_is_no_worse_on_floats(case: Case):
     for dtype in (torch.float32,) if case.mixed else (torch.float32, torch.bfloat16):
         module, inputs = case.make(dtype)
         f = weight_form(module)
-        gate(f, module, inputs)
+        gate(f, module, inputs, resolution=PAIR if case.mixed else 0.0)
         assert_rewritten(peft_fx.explain(f), case, inputs)
         if dtype == torch.float32:
             fill(case, module, inputs)
