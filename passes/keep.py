@@ -19,13 +19,12 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.rewrite import REBUILD
 from peft_fx.passes.transfer import LAYOUTS, Product, addends, aten, is_random, is_tensor, numel, prims, shape, value
 
-REBUILD = CheckpointPolicy.MUST_RECOMPUTE
 PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 

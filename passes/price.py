@@ -17,13 +17,14 @@ W' is built twice: once in forward and, never kept, again in backward.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from peft_fx.passes.algebra import Size, Term, cheapest_order, coarser, finer
+from peft_fx.passes.algebra import Size, Term, cheapest_order, finer
 
 FORMS = ("weight", "activation")
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
@@ -222,9 +223,7 @@ def shape_of(
     terms = [t.T if right else t for t in remainders]
     k, n = reversed(weight) if right else weight
     dtypes = [d for t in terms for d in t.dtypes] or [base_dtype]
-    adapter = dtypes[0]
-    for d in dtypes:
-        adapter = d if finer(d, adapter) is d and coarser(d, adapter) is not d else adapter
+    adapter = functools.reduce(finer, dtypes)
     return Shape(
         hint(tokens),
         hint(k),
