@@ -23,10 +23,23 @@ from torch.fx import Graph, Node
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import REBUILD
-from peft_fx.passes.transfer import LAYOUTS, Product, addends, aten, is_random, is_tensor, numel, prims, shape, value
+from peft_fx.passes.transfer import (
+    LAYOUTS,
+    Product,
+    addends,
+    aten,
+    is_random,
+    is_tensor,
+    numel,
+    prims,
+    shape,
+    value,
+    value_numbers,
+)
 
 PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
+SMALL = 8  # a value of this fraction of another's size is no second tensor to keep
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class Keep:
     """
 
     def __init__(self, graph: Graph, flow: Flow, hint: Callable[[Size], int], random: bool = True):
-        self.flow, self.hint, self.random = flow, hint, random
+        self.flow, self.hint, self.random, self.graph = flow, hint, random, graph
         self.kept: set[Node] = set()
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
@@ -127,9 +140,16 @@ class Keep:
         leaves = frozenset().union(*(o.leaves for o in inputs))
         chain = frozenset({node}).union(*(o.chain for o in inputs))
         extra = sum(self._bytes(n) for n in leaves - self.kept)
-        if node.target in SUMS and extra and not any(leaves == o.leaves for o in inputs):
+        if node.target in SUMS and extra and self._joins(node, leaves, inputs):
             return alone
-        return Origin(leaves, chain) if extra < self._bytes(node) else alone
+        saved = self._bytes(node) - extra
+        return Origin(leaves, chain) if saved > 0 or (saved == 0 and node.target in LAYOUTS) else alone
+
+    def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
+        """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are
+        small."""
+        small = {n for n in leaves if SMALL * self._bytes(n) <= self._bytes(node)}
+        return not any(leaves - small == o.leaves - small for o in inputs)
 
     def _masks_behind(self, nodes: set[Node]) -> set[Node]:
         """A dropout mask that is rebuilt for the adapter's gradient is rebuilt for the input's, too."""
@@ -143,9 +163,13 @@ class Keep:
         return found
 
     def mark(self) -> int:
-        for node in self.chosen:
+        """Tags what is chosen and its equals: the partitioner merges them first, and the first one's tag stays."""
+        number = value_numbers(self.graph)
+        equals = {number[node] for node in self.chosen}
+        marked = [node for node in self.graph.nodes if number[node] in equals and "recompute" not in node.meta]
+        for node in marked:
             node.meta["recompute"] = REBUILD
-        return len(self.chosen)
+        return len(marked)
 
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
