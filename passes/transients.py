@@ -7,16 +7,21 @@ tensor itself. So the product reads that, and its other factor, narrow and in fp
 
     x32·F  ->  y[:, :r] + y[:, r:]   with   y = x16·[hi | lo]
 
-16 bits of the factor are kept that way. The result is fp32 where a device multiplies half-precision matrices into
-fp32 (CUDA, XPU). A CPU rounds it, so there what the rounded result lacks is computed as a second one, `y + (x16·F -
-y)`: 16 bits again. Products that the model's own outputs need are left alone.
+16 bits of the factor are kept that way. Layers that read the same x share one product,
+`x16·[hi1 | lo1 | hi2 | ...]`: x is passed over once for the `x·A` of q, k and v, and once for their dA. The result is
+fp32 where a device multiplies half-precision matrices into fp32 (CUDA, XPU). A CPU rounds it, so there what the rounded
+result lacks is computed as a second one, `y + (x16·F - y)`: 16 bits again. Products that the model's own outputs need
+are left alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,57 +39,112 @@ NARROW = 8  # the other factor is at most an eighth of the copy
 def read_in_place(
     graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int]
 ) -> list[Node]:
-    """Rewrites every such product in place; returns the nodes added."""
+    """Rewrites every such product in place, those that read the same tensor in one product; returns the nodes added."""
     reader, build = Reader(graph), Builder(graph, fake_mode)
-    products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
-    found = {
-        n: (left, copied) for n in products for left in (False, True) if (copied := _copied(reader, n, left, hint))
-    }
-    for node, (left, copied) in found.items():
-        _replace(graph, build, node, left, *copied)
+    groups: dict[Any, list[_Copying]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.target is not aten.mm.default or node in flow.forward:
+            continue
+        found = _copying(reader, node, True, hint) or _copying(reader, node, False, hint)
+        if found is not None:
+            groups[found.key].append(found)
+    for members in groups.values():
+        for together, following in _batches(members):
+            last = together[-1].node
+            early = list(itertools.takewhile(lambda n, last=last: n is not last, graph.nodes))
+            for node in reversed([n for n in early if n in following]):
+                last.append(node)
+            _replace(graph, build, together)
     return build.added
 
 
-def _operands(node: Node, left: bool) -> tuple[Node, Node]:
-    """The operand looked at, and the other one."""
+@dataclass(frozen=True)
+class _Copying:
+    """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read
+    in; `left` where that is the left operand."""
+
+    node: Node
+    left: bool
+    source: Matrix
+    scale: Scale
+
+    @property
+    def operands(self) -> tuple[Node, Node]:
+        """The copy and the other one."""
+        a, b = tensor_arg(self.node, 0), tensor_arg(self.node, 1)
+        return (a, b) if self.left else (b, a)
+
+    @property
+    def key(self) -> Any:
+        copied, other = self.operands
+        return self.source, self.source.precision, self.left, shape(copied), value(other).dtype
+
+
+def _copying(reader: Reader, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
-    return (a, b) if left else (b, a)
-
-
-def _copied(reader: Reader, node: Node, left: bool, hint: Callable[[Size], int]) -> tuple[Matrix, Scale] | None:
-    """The tensor that a product's operand is a wider and much larger copy of; its `precision` is what it can be read
-    in."""
-    operand, other = _operands(node, left)
-    term = reader.term(operand, Layout(1, shape(operand)[-1]))
-    source, dtype = term.factors[0], value(operand).dtype
+    copied, other = (a, b) if left else (b, a)
+    term = reader.term(copied, Layout(1, shape(copied)[-1]))
+    source, dtype = term.factors[0], value(copied).dtype
     if len(term.factors) > 1 or not isinstance(source.name, Node) or term.scale.names:
         return None
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
-    small, large = (hint(numel(shape(n))) for n in (other, operand))
-    return (source, term.scale) if is_copy and large >= NARROW * small > 0 else None
+    small, large = (hint(numel(shape(n))) for n in (other, copied))
+    return _Copying(node, left, source, term.scale) if is_copy and large >= NARROW * small > 0 else None
 
 
-def _replace(graph: Graph, build: Builder, node: Node, left: bool, wide: Matrix, scale: Scale) -> None:
-    operand, other = _operands(node, left)
-    build.like = node
-    with graph.inserting_before(node):
-        dtype = wide.precision
-        plain = build.like_2d(wide, operand, dtype)
-        hi = build.cast(other, dtype)
-        lo = build.cast(build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype)), dtype)
-        both = build.call(aten.cat.default, [hi, lo], 1 if left else 0)
-        dim, r = (1, shape(other)[1]) if left else (0, shape(other)[0])
-        results = _products(build, *((plain, both) if left else (both, plain)))
-        halves = [
-            build.cast(build.call(aten.slice.Tensor, result, dim, i * r, (i + 1) * r), value(node).dtype)
-            for result in results
-            for i in range(2)
-        ]
-        new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), halves)
-        if scale.number != 1:
-            new = build.call(aten.mul.Tensor, new, scale.number)
-    node.replace_all_uses_with(new)
-    erase_unused(graph, node)
+def _batches(members: list[_Copying]) -> Iterator[tuple[list[_Copying], set[Node]]]:
+    """Members none of which is computed from another, and what is computed from them."""
+    batch: list[_Copying] = []
+    following: set[Node] = set()
+    for member in members:
+        if batch and not following.isdisjoint({member.node, *member.operands}):
+            yield batch, following
+            batch, following = [], set()
+        batch.append(member)
+        following |= _following(member.node)
+    yield batch, following
+
+
+def _following(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    todo = [node]
+    while todo:
+        new = [u for u in todo.pop().users if u.op != "output" and u not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
+    """`x·[hi1 | lo1 | hi2 | lo2 | ...]`, and each member the sum of its own two parts."""
+    last = members[-1]
+    build.like = last.node
+    dim = 1 if last.left else 0
+    with graph.inserting_before(last.node):
+        plain = build.like_2d(last.source, last.operands[0], last.source.precision)
+        halves: list[Node] = []
+        for member in members:
+            other = member.operands[1]
+            hi = build.cast(other, last.source.precision)
+            rest = build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype))
+            halves += [hi, build.cast(rest, last.source.precision)]
+        both = build.call(aten.cat.default, halves, dim)
+        results = _products(build, *((plain, both) if last.left else (both, plain)))
+        start = 0
+        for member in members:
+            build.like = member.node
+            r, parts = shape(member.operands[1])[dim], []
+            for result in results:
+                for i in range(2):
+                    part = build.call(aten.slice.Tensor, result, dim, start + i * r, start + (i + 1) * r)
+                    parts.append(build.cast(part, value(member.node).dtype))
+            start += 2 * r
+            new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), parts)
+            if member.scale.number != 1:
+                new = build.call(aten.mul.Tensor, new, member.scale.number)
+            member.node.replace_all_uses_with(new)
+    for member in members:
+        erase_unused(graph, member.node)
 
 
 def _products(build: Builder, a: Node, b: Node) -> list[Node]:
