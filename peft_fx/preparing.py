@@ -156,7 +156,7 @@ def _new(cured: type, original: type) -> Any:
 
 class Dora(Cured):
     def forward(self: Any, x: Tensor, *, base_layer: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and type(base_layer.weight) in PLAIN:
+        if torch.compiler.is_compiling() and type(getattr(base_layer, "weight", None)) in PLAIN:
             # transposed, PEFT makes it a parameter of its own, which no gradient comes back from
             weight = base_layer.weight.detach() if self.fan_in_fan_out else base_layer.weight
             base_layer = View(base_layer, weight=weight, W_q=None, dequantize=lambda: weight)  # W_q asks for dequantize
