@@ -10,6 +10,9 @@ from typing import Any
 
 import sympy
 import torch
+
+# a check that stays in the graph
+from torch import _assert_async as assert_async
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
@@ -56,6 +59,7 @@ __all__ = [
     "TracingContext",
     "V",
     "WeakIdKeyDictionary",
+    "assert_async",
     "cache_entries",
     "compile_fx",
     "counters",

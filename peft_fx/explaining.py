@@ -18,6 +18,7 @@ from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, records_o
 from peft_fx.options import Options, parse
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.passes.transfer import expr, numel
+from peft_fx.preparing import curable
 from peft_fx.reports import Report
 
 
@@ -195,11 +196,16 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
             call = FunctionType(_call.__code__.replace(), globals())
             torch.compile(call, backend=capture)(ghost, args, kwargs)
             stopped = []
-        except compat.BRANCHES_ON_A_VALUE as error:
+        except (*compat.BRANCHES_ON_A_VALUE, AssertionError) as error:
+            if isinstance(error, AssertionError) and "data-dependent" not in str(error):
+                raise  # not of Dynamo's guards, which a size that depends on values makes fail
             stopped = [
                 f"the model branches on a value here, and nothing after it can be told without running it: {error}"
             ]
     breaks = stopped + [b for b, n in compat.counters["graph_break"].items() if n > before.get(b, 0)]
+    if isinstance(model, torch.nn.Module) and (names := curable(model)):
+        hint = f"Hint: peft_fx.prepare(model) cures the breaks in {len(names)} of its modules, such as {names[0]}"
+        breaks = [f"{b}\n  {hint}" for b in breaks]
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
     return _combine(traced, breaks)
