@@ -112,7 +112,9 @@ class Flow:
         """The module that holds the weight and its adapter: what their names share; or the weight's own name."""
         own = [self.roles[n].name for n in self.parameters(weight.name)]
         base = own[0] if own else str(weight.name)
-        others = [self.roles[n].name for f in adapters for n in self.parameters(f.name)]
+        others = [
+            self.roles[n].name for f in adapters for n in self.parameters(f.name) if self.roles[n].name not in own
+        ]
         best = max((_common(base, other) for other in others), key=len, default="")
         module, _, name = base.rpartition(".")
         if name != "weight" and module == best:

@@ -6,24 +6,27 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
+from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.keep import Keep
 from peft_fx.passes.refusals import refusals
+from peft_fx.passes.regions import Region, regions, rewrite
 from peft_fx.passes.rewrite import Rewriter
 from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
 from peft_fx.passes.transients import read_in_place
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
+Found = TypeVar("Found", Group, Region)
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,21 @@ class Outcome:
 
 @dataclass
 class _Adapter:
-    """The groups of one site."""
+    """What one site is in forward and in the input gradient: groups of terms, or regions."""
 
-    forward: Group | None = None
-    grad: Group | None = None
+    forward: Group | Region | None = None
+    grad: Group | Region | None = None
 
     @property
-    def group(self) -> Group:
-        group = self.forward or self.grad
-        assert group is not None
-        return group
+    def either(self) -> Group | Region:
+        found = self.forward or self.grad
+        assert found is not None
+        return found
 
     def has_grad(self, flow: Flow) -> bool:
-        """Whether W multiplies anything in backward: an input gradient without a group of its own stays as it is."""
+        """Whether W multiplies anything in backward: an input gradient that was not found stays as it is."""
         seen: set[Node] = set()
-        todo: list[Any] = [self.group.weight.name]
+        todo: list[Any] = [self.either.weight_node]
         while todo:
             node = todo.pop()
             if isinstance(node, Node) and node not in seen:
@@ -72,9 +75,6 @@ class _Adapter:
                 if any(u in flow.backward for u in node.users):
                     return True
         return False
-
-    def name(self, flow: Flow) -> str:
-        return flow.site_name(self.group.weight, self.group.adapter_factors)
 
 
 def run(
@@ -88,22 +88,22 @@ def run(
     that it kept."""
     start = time.perf_counter()
     before = Contract.of(graph)
+    outcome, added = Outcome(), []
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    training = bool(analysis.flow.backward)
-    outcome = Outcome(refusals=refusals(analysis))
-    chosen: list[Group] = []
-    refused = {r.name for r in outcome.refusals}
-    for adapter in _adapters(analysis.groups):
-        if adapter.forward is None and adapter.name(analysis.flow) in refused:
-            continue
-        site, groups = _decide(adapter, analysis.flow, settings, hint, training)
-        outcome.sites.append(site)
-        chosen += groups
+    rows = Rows(graph.nodes, analysis.flow)
+    found, outcome.refusals = regions(graph, rows, analysis)
+    outcome.refusals += refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    if found:
+        replaced = _decided(found, analysis.flow, settings, hint, outcome)
+        added += rewrite(graph, rows, replaced, fake_mode)
+        analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
+    chosen = _decided(analysis.groups, analysis.flow, settings, hint, outcome)
     outcome.sites = _numbered(outcome.sites)
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
-    added = rewriter.build.added
+    added += rewriter.build.added
+    training = bool(analysis.flow.backward)
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
         if settings.numerics == "default":
             added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
@@ -113,6 +113,21 @@ def run(
     return outcome
 
 
+def _decided(
+    found: Sequence[Found], flow: Flow, settings: Settings, hint: Callable[[Size], int], outcome: Outcome
+) -> list[Found]:
+    """Adds a site for each adapter to the outcome; those of its groups or regions that are to be in weight form."""
+    chosen: list[Found] = []
+    refused = {r.name for r in outcome.refusals}
+    for adapter in _adapters(found):
+        if adapter.either.site_name(flow) in refused:
+            continue
+        site, weight_form = _decide(adapter, flow, settings, hint)
+        outcome.sites.append(site)
+        chosen += weight_form
+    return chosen
+
+
 def _log(outcome: Outcome) -> None:
     for s in outcome.sites:
         log.debug("%s: forward %s, input gradient %s (%s)", s.name, s.forward, s.input_grad, s.reason)
@@ -120,36 +135,35 @@ def _log(outcome: Outcome) -> None:
         log.debug("%s: refused, %s (%s)", r.name, r.code, r.detail)
 
 
-def _adapters(groups: list[Group]) -> list[_Adapter]:
-    """Groups by adapter. A weight used twice has as many adapters: backward meets the uses in the reverse order."""
-    found: dict[Any, list[_Adapter]] = {}
-    for group in groups:
-        if not group.backward:
-            found.setdefault(group.key, []).append(_Adapter(forward=group))
-    for group in reversed([g for g in groups if g.backward]):
-        same = found.setdefault(group.key, [])
+def _adapters(found: Sequence[Group | Region]) -> list[_Adapter]:
+    """By adapter. A weight used twice has as many adapters: backward meets the uses in the reverse order."""
+    adapters: dict[Any, list[_Adapter]] = {}
+    for one in found:
+        if not one.backward:
+            adapters.setdefault(one.key, []).append(_Adapter(forward=one))
+    for one in reversed([f for f in found if f.backward]):
+        same = adapters.setdefault(one.key, [])
         free = next((a for a in same if a.grad is None), None)
         if free is None:
-            same.append(_Adapter(grad=group))
+            same.append(_Adapter(grad=one))
         else:
-            free.grad = group
-    return [a for same in found.values() for a in same]
+            free.grad = one
+    return [a for same in adapters.values() for a in same]
 
 
-def _decide(
-    adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int], training: bool
-) -> tuple[Site, list[Group]]:
-    forward, grad = (_shape(g, hint) if g else None for g in (adapter.forward, adapter.grad))
+def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> tuple[Site, list[Any]]:
+    training = bool(flow.backward)
+    forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
     decision = price.decide(settings.machine, forward, grad, training=training, form=settings.form)
     forms = (decision.forward, decision.input_grad)
-    groups = [g for g, f in zip((adapter.forward, adapter.grad), forms, strict=True) if g and f == WEIGHT]
+    chosen = [f for f, form in zip((adapter.forward, adapter.grad), forms, strict=True) if f and form == WEIGHT]
     shape = forward or grad
     assert shape is not None
-    trained = training and any(flow.is_trained(f.name) for f in adapter.group.adapter_factors)
+    trained = training and adapter.either.is_trained(flow)
     cost = _cost(settings.machine, [forward, grad], forms, trained)
     site = Site(
-        name=adapter.name(flow),
-        method="low-rank" if all(len(t.factors) > 1 for t in adapter.group.remainders) else "dense delta",
+        name=adapter.either.site_name(flow),
+        method=adapter.either.method,
         tokens=shape.T,
         in_features=shape.K if forward else shape.N,
         out_features=shape.N if forward else shape.K,
@@ -162,7 +176,7 @@ def _decide(
         flops={k: p.flops for k, p in cost.items()},
         bytes={k: p.bytes for k, p in cost.items()},
     )
-    return site, groups
+    return site, chosen
 
 
 def _cost(
@@ -182,13 +196,6 @@ def _cost(
                 total += price.first_products(machine, shape) + price.first_products(machine, shape)
         costs[label] = total
     return costs
-
-
-def _shape(group: Group, hint: Callable[[Size], int]) -> price.Shape:
-    weight = group.weight
-    return price.shape_of(
-        group.tokens, weight.shape, group.remainders, group.product.dtype, hint, weight.batch, group.right
-    )
 
 
 def _numbered(sites: list[Site]) -> list[Site]:

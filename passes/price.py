@@ -80,9 +80,21 @@ def machine_for(device: torch.device) -> Machine:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A product of a region that is no sum of terms, by `batch` weights [K,N]; `first` where it reads the input as it
+    is, so that for W' it is the weight itself."""
+
+    batch: int
+    K: int
+    N: int
+    first: bool
+    base: bool
+
+
+@dataclass(frozen=True)
 class Shape:
-    """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, and the
-    dtypes."""
+    """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, or the steps of
+    a region, and the dtypes."""
 
     T: int
     K: int
@@ -91,9 +103,12 @@ class Shape:
     base_dtype: torch.dtype
     adapter_dtype: torch.dtype
     batch: int = 1
+    steps: tuple[Step, ...] = ()
 
     @property
     def rank(self) -> int:
+        if self.steps:
+            return min((s.batch * s.N for s in self.steps if not s.base), default=min(self.K, self.N))
         return min((n for term in self.terms for _, n in term[:-1]), default=min(self.K, self.N))
 
 
@@ -133,6 +148,9 @@ def merge(machine: Machine, s: Shape) -> Price:
     """W' = W + s·A·B: the products of each term's own factors in the merge's dtype, then one pass over W and W'."""
     dtype = merge_dtype(s.base_dtype)
     total = Price()
+    for step in s.steps:
+        if not step.first or step.batch > 1:
+            total += product(machine, s.K, step.K, step.N, dtype, step.batch)
     for term in s.terms:
         shapes = list(term)
         for i in cheapest_order(list(shapes)):
@@ -146,6 +164,12 @@ def activation(machine: Machine, s: Shape, skip_first: bool) -> Price:
     """(u·A)·B from the left, and the pass that adds it; without the first product where a gradient needs it in any
     case."""
     total = Price()
+    for step in (step for step in s.steps if not step.base):
+        width = step.batch * step.N
+        if not (skip_first and step.first and 2 * width <= s.N):
+            total += product(machine, s.T, step.K, step.N, s.adapter_dtype, step.batch)
+        if 2 * width > s.N:
+            total += one_pass(machine, s.T * width * (s.adapter_dtype.itemsize + s.base_dtype.itemsize))
     for term in s.terms:
         for i, (k, n) in enumerate(term):
             if not (skip_first and i == 0 and len(term) > 1):
@@ -160,7 +184,9 @@ def base(machine: Machine, s: Shape) -> Price:
 
 def first_products(machine: Machine, s: Shape) -> Price:
     """The products u·A of all terms."""
-    return sum((product(machine, s.T, *t[0], s.adapter_dtype, s.batch) for t in s.terms if len(t) > 1), Price())
+    steps = [(step.batch, step.K, step.N) for step in s.steps if step.first and not step.base]
+    terms = [(s.batch, *t[0]) for t in s.terms if len(t) > 1]
+    return sum((product(machine, s.T, k, n, s.adapter_dtype, batch) for batch, k, n in steps + terms), Price())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ there, and from there to the base's input, say what stands between.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch.fx import Node
@@ -25,16 +25,16 @@ ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 
 
-def refusals(analysis: Analysis) -> list[Refusal]:
-    """Every refused adapter of a graph once, in graph order."""
+def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusal]:
+    """Every refused adapter of a graph once, in graph order; not those of the parameters that have their place."""
     found = [*analysis.refusals]
     for sum_ in analysis.sums:
         if sum_.root not in analysis.flow.backward:
-            found += _suspects(analysis, sum_)
+            found += _suspects(analysis, sum_, placed)
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
-def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
+def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[Refusal]:
     bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
     bases = [t for t in bases if not any(_is_narrow(analysis, f) for f in t.factors)]
     quantized = None if bases else _quantized_base(analysis, sum_)
@@ -47,7 +47,7 @@ def _suspects(analysis: Analysis, sum_: Sum) -> Iterator[Refusal]:
         if not g.backward
         for f in g.adapter_factors
         for n in analysis.flow.parameters(f.name)
-    }
+    } | elsewhere
     for occ in sum_.rest:
         start = _operand(occ)
         way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
@@ -69,8 +69,8 @@ def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
         while node is not None and addends(node) is not None and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
         for n in node.all_input_nodes if node is not None else []:
-            if is_tensor(n) and analysis.flow.is_weight(n) and value(n).ndim > 1 and not value(n).is_floating_point():
-                return n
+            if is_tensor(n) and value(n).ndim > 1 and not value(n).is_floating_point() and analysis.flow.parameters(n):
+                return n if analysis.flow.is_weight(n) else None
     return None
 
 
@@ -92,7 +92,11 @@ def _is_narrow(analysis: Analysis, f: Matrix) -> bool:
 
 
 def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
-    """The trained, not square weight that a product node multiplies by."""
+    """The trained weight that a node multiplies a value by, a vector or a matrix that is not square."""
+    if node.target is aten.mul.Tensor:
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        found = [n for n in operands if analysis.flow.is_weight(n) and value(n).ndim and analysis.flow.is_trained(n)]
+        return found[0] if len(operands) == 2 and len(found) == 1 else None
     for product in _products(node):
         for operand in (product.left, product.right):
             rows, cols = shape(operand)[-2:]
@@ -159,10 +163,9 @@ def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object]) -> tup
         if verdict:
             return verdict
     last, narrow = way[-1]
-    product = _products(last)[0]
     met: list[Node] = []
     reached = False
-    todo = [product.right if product.left is narrow else product.left]
+    todo = [n for n in last.all_input_nodes if n is not narrow and is_tensor(n) and not analysis.flow.is_weight(n)]
     while todo and len(met) < NEAR:
         node = todo.pop(0)
         reached |= analysis.reader.number[node] in sources
@@ -193,7 +196,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         if all(flow.is_weight(n) for n in others):
-            return "unknown_op", f"{label} by a vector between the adapter's products"
+            return None
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"

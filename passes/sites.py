@@ -7,12 +7,13 @@ factors, in forward and in the input gradient. What looks like an adapter and ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.fx import Graph, Node
 
+from peft_fx.passes import price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
@@ -130,6 +131,24 @@ class Group:
         """Equal for the groups of one adapter, forward and input gradient."""
         return self.weight.name, frozenset(f.name for f in self.adapter_factors)
 
+    @property
+    def weight_node(self) -> Any:
+        return self.weight.name
+
+    @property
+    def method(self) -> str:
+        return "low-rank" if all(len(t.factors) > 1 for t in self.remainders) else "dense delta"
+
+    def site_name(self, flow: Flow) -> str:
+        return flow.site_name(self.weight, self.adapter_factors)
+
+    def is_trained(self, flow: Flow) -> bool:
+        return any(flow.is_trained(f.name) for f in self.adapter_factors)
+
+    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
+        weight, dtype = self.weight, self.product.dtype
+        return price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
+
 
 def _factors(occ: Occurrence) -> tuple[Matrix, ...]:
     assert occ.term is not None
@@ -183,7 +202,7 @@ class Analysis:
         backward = root in self.flow.backward
         for group in sorted(self._candidates(root, terms, backward), key=self._preference):
             ways = {occ.path for occ in (group.base, *group.others)}
-            if taken & ways:
+            if taken & ways or not self.flow.of(group.shared):  # of weights alone, u included: no tokens
                 continue
             refusal = self._refusal(group)
             if refusal is None:
@@ -215,7 +234,7 @@ class Analysis:
     def _refusal(self, group: Group) -> Refusal | None:
         """The reason why a group that the algebra allows must stay as it is."""
         factors = group.adapter_factors
-        name = self.flow.site_name(group.weight, factors)
+        name = group.site_name(self.flow)
         bits = self.flow.of(group.shared)
         scales = [n for occ in (group.base, *group.others) if occ.term for n in occ.term.scale.names]
         for node in (group.weight.name, *(f.name for f in factors), *scales):

@@ -17,7 +17,6 @@ are left alone.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -51,7 +50,8 @@ def read_in_place(
     for members in groups.values():
         for together, following in _batches(members):
             last = together[-1].node
-            early = list(itertools.takewhile(lambda n, last=last: n is not last, graph.nodes))
+            nodes = list(graph.nodes)
+            early = nodes[: nodes.index(last)]
             for node in reversed([n for n in early if n in following]):
                 last.append(node)
             _replace(graph, build, together)

@@ -408,11 +408,6 @@ def mutated_between(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]
     return spell
 
 
-def regrouped(x, W, A, B, s):
-    """The adapter reads two tokens as four half tokens: block-diagonal, not a matrix times x."""
-    return x @ W + ((x.reshape(-1, K // 2) @ A[: K // 2]) @ B[:, : N // 2]).reshape(x.shape[0], N) * s
-
-
 class TokenGate(Lora):
     """A gate per token on the adapter's output."""
 
@@ -475,11 +470,9 @@ NEAR_MISSES = [
     miss("dropout_on_input", "dropout", on_input(dropout)),
     miss("dropout_between", "dropout", between(dropout)),
     miss("dropout_on_delta", "dropout", on_delta(dropout)),
-    miss("added_to_between_uses", "mutation", mutated_between(lambda h: h.add_(1))),
     miss("rectified_between_uses", "mutation", mutated_between(lambda h: h.relu_())),
     miss("cumsum_between", "unknown_op", between(lambda h: h.cumsum(-1))),
     miss("sorted_between", "unknown_op", between(lambda h: h.sort(-1).values)),
-    miss("regrouped_input", "shape", regrouped, x(34, K)),
     Case(
         "dtype_boundary",
         mixed(peft_casts, BF16),

@@ -1,0 +1,642 @@
+"""Row-wise affine maps: values each of whose rows is `u·M + c` of the same row of one source `u`.
+
+A LoRA is a sum of products and is read as such (`transfer.py`). Other adapters scale, rotate, pool, permute or
+transform features on the way: `((u·A)*d)·B`, `(u·W)*l`, `rotate(u)·W`. They need no words of their own. Where every op
+between u and y treats all rows alike and is linear in u, y = u·W' + b', and running the same ops on the rows of an
+identity matrix in place of the tokens gives W', on a row of zeros b': `W' = f(I) - f(0)`, `b' = f(0)`. The identity is
+not multiplied: `I·W` is W, `(I*d)·W` is `d[:, None]*W`.
+
+The same holds for a gradient that is a sum over tokens of something linear in u times something linear in dy: it
+depends on `G = uᵀ·dy` alone, so running its ops on the rows of I and of G in place of the tokens gives the same sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from peft_fx.passes.algebra import Size, coarser
+from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.rewrite import Builder
+from peft_fx.passes.transfer import aten, is_tensor, numel, prims, scale_of, shape, tensor_arg, value
+
+
+@dataclass(frozen=True)
+class Token:
+    """One of the source's dimensions that count tokens."""
+
+    index: int
+    size: Size
+
+
+Atom = Token | int  # a token dimension, or the size of a part of the features
+Dims = tuple[tuple[Atom, ...], ...]  # for each dimension of a value, what it is made of, row by row
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of a value: its source, its dimensions, the parameters met on the way.
+
+    `products` are the matrix products by a weight, `frozen` the untrained weights among their operands; `precision`
+    is the coarsest dtype on the way from the source to here, and `read` those in which a product read the source.
+    """
+
+    source: Node
+    dims: Dims
+    trained: frozenset[Node] = frozenset()
+    frozen: frozenset[Node] = frozenset()
+    products: frozenset[Node] = frozenset()
+    precision: torch.dtype = torch.float32
+    read: frozenset[torch.dtype] = frozenset()
+
+    def joined(self, other: Row) -> Row:
+        """What is known of a sum of two values with the same dimensions."""
+        return replace(
+            self,
+            trained=self.trained | other.trained,
+            frozen=self.frozen | other.frozen,
+            products=self.products | other.products,
+            precision=coarser(self.precision, other.precision),
+            read=self.read | other.read,
+        )
+
+
+def fresh(node: Node) -> Row:
+    """A value as a source of its own: its last dimension are features, the others count tokens."""
+    *tokens, features = shape(node) or (1,)
+    dims = tuple((Token(i, n),) if n != 1 else () for i, n in enumerate(tokens))
+    return Row(node, (*dims, (features,) if features != 1 else ()), precision=value(node).dtype)
+
+
+def _size(atom: Atom) -> Size:
+    return atom.size if isinstance(atom, Token) else atom
+
+
+def regroup(dims: Dims, sizes: Iterable[Size]) -> Dims | None:
+    """The dimensions of a reshaped value; None where a token dimension would be torn apart."""
+    atoms = [a for dim in dims for a in dim]
+    found: list[tuple[Atom, ...]] = []
+    for n in sizes:
+        group: list[Atom] = []
+        while (done := numel([_size(a) for a in group])) != n:
+            if not atoms:
+                return None
+            atom = atoms.pop(0)
+            if all(isinstance(v, int) for v in (n, done, atom)):
+                wanted, rest = divmod(n, done)
+                if rest:
+                    return None
+                if atom > wanted:  # type: ignore[operator]
+                    parts, rest = divmod(atom, wanted)  # type: ignore[operator]
+                    if rest:
+                        return None
+                    atoms.insert(0, parts)
+                    atom = wanted
+            if group and isinstance(atom, int) and isinstance(group[-1], int):
+                group[-1] *= atom
+            else:
+                group.append(atom)
+        found.append(tuple(group))
+    return tuple(found) if not atoms else None
+
+
+def _features(dims: Dims, i: int) -> bool:
+    """Whether a dimension holds features alone."""
+    return not any(isinstance(a, Token) for a in dims[i])
+
+
+def _same(weight: Node, dims: Dims) -> bool:
+    """Whether a weight, broadcast to a value, is the same for every token."""
+    sizes = shape(weight)
+    aligned = dims[len(dims) - len(sizes) :] if len(sizes) <= len(dims) else ()
+    return len(sizes) <= len(dims) and all(
+        n == 1 or not any(isinstance(a, Token) for a in dim) for n, dim in zip(sizes, aligned, strict=True)
+    )
+
+
+def _constant(node: object) -> bool:
+    """A tensor of one number, whatever its shape."""
+    return isinstance(node, Node) and node.target is aten.full.default
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+Known = Callable[[Any], "Dims | None"]  # the dimensions of an operand; None for a weight
+Rule = Callable[[Node, Known], "Dims | None"]
+
+
+def _first(node: Node, known: Known) -> Dims | None:
+    return known(node.args[0])
+
+
+def _reshaped(node: Node, known: Known) -> Dims | None:
+    dims = known(node.args[0])
+    found = dims and regroup(dims, shape(node))
+    if not found or (len(found[-1]) > 1 and not _features(found, -1)):
+        return None  # tokens among the features: what an attention's heads are to the layer behind it
+    return found
+
+
+def _permuted(node: Node, known: Known) -> Dims | None:
+    dims = known(node.args[0])
+    if dims is None:
+        return None
+    if node.target is aten.transpose.int:
+        order = list(range(len(dims)))
+        i, j = node.args[1:3]
+        order[i], order[j] = order[j], order[i]  # type: ignore[index]
+    else:
+        order = [d % len(dims) for d in node.args[1]]  # type: ignore[union-attr, operator]
+    return tuple(dims[d] for d in order)
+
+
+def _expanded(node: Node, known: Known) -> Dims | None:
+    dims, sizes = known(node.args[0]), shape(node)
+    if dims is None:
+        return None
+    dims = ((),) * (len(sizes) - len(dims)) + dims
+    new = [d if d or n == 1 else (n,) for d, n in zip(dims, sizes, strict=True)]
+    return tuple(new) if all(isinstance(a, (Token, int)) for d in new for a in d) else None
+
+
+def _added(node: Node, known: Known) -> Dims | None:
+    a, b = node.args[:2]
+    if scale_of(node.kwargs.get("alpha", 1)) is None:
+        return None
+    x, y = known(a), known(b)
+    if x is not None and y is not None:
+        return x if x == y else None
+    dims, other = (x, b) if x is not None else (y, a)
+    if dims is None or len(dims) != len(shape(node)):
+        return None
+    return dims if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
+
+
+def _scaled(node: Node, known: Known) -> Dims | None:
+    a, b = node.args[:2]
+    if node.target is aten.div.Tensor and (known(a) is None or node.kwargs):
+        return None
+    dims, other = (known(a), b) if known(a) is not None else (known(b), a)
+    if dims is None or known(other) is not None or len(dims) != len(shape(node)):
+        return None
+    return dims if not isinstance(other, Node) or (is_tensor(other) and _same(other, dims)) else None
+
+
+def _multiplied(node: Node, known: Known) -> Dims | None:
+    """mm, bmm, addmm, baddbmm of a value and a weight; a bias may be a value of the same source too."""
+    a, b = node.args[-2:]
+    x, y = known(a), known(b)
+    if (x is None) == (y is None) or "beta" in node.kwargs or "alpha" in node.kwargs:
+        return None
+    if x is not None:
+        if not _features(x, -1) or (len(x) == 3 and not _features(x, 0)):
+            return None
+        dims = (*x[:-1], _sized(shape(node)[-1]))
+    else:
+        assert y is not None
+        if not _features(y, -2) or (len(y) == 3 and not _features(y, 0)):
+            return None
+        dims = (*y[:-2], _sized(shape(node)[-2]), y[-1])
+    if len(node.args) == 3:
+        bias = node.args[0]
+        same = known(bias) == dims if known(bias) is not None else _same(bias, dims)  # type: ignore[arg-type]
+        return dims if same else None
+    return dims
+
+
+def _sized(n: Size) -> tuple[Atom, ...]:
+    return () if n == 1 else (n,)
+
+
+def _along(*where: int) -> Rule:
+    """An op along the dimensions that an argument names, which must be features; the others stay."""
+
+    def rule(node: Node, known: Known) -> Dims | None:
+        dims = known(node.args[0])
+        named = next((node.args[i] for i in where if i < len(node.args)), 0)
+        listed = named if isinstance(named, (list, tuple)) else [named]
+        chosen = [d % len(dims) for d in listed if isinstance(d, int)] if dims else []
+        if not dims or not chosen or not all(_features(dims, d) for d in chosen):
+            return None
+        return _resized(node, dims, chosen)
+
+    return rule
+
+
+def _resized(node: Node, dims: Dims, chosen: list[int]) -> Dims | None:
+    """The dimensions of the result, some of features having gone or changed their size."""
+    sizes = shape(node)
+    if len(sizes) == len(dims):
+        return tuple(_sized(n) if i in chosen else dims[i] for i, n in enumerate(sizes))
+    left = [d for i, d in enumerate(dims) if i not in chosen]
+    return tuple(left) if len(left) == len(sizes) else None
+
+
+def _unsqueezed(node: Node, known: Known) -> Dims | None:
+    dims = known(node.args[0])
+    if dims is None:
+        return None
+    i = node.args[1] % (len(dims) + 1)  # type: ignore[operator]
+    return (*dims[:i], (), *dims[i:])
+
+
+def _joined(node: Node, known: Known) -> Dims | None:
+    parts = [known(p) for p in node.args[0]]  # type: ignore[union-attr]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if None in parts:
+        return None
+    first = parts[0]
+    assert first is not None
+    i = dim % len(first)  # type: ignore[operator]
+    if not all(_features(p, i) for p in parts if p) or len({(*p[:i], *p[i + 1 :]) for p in parts if p}) > 1:
+        return None
+    return (*first[:i], _sized(shape(node)[i]), *first[i + 1 :])
+
+
+def _placed(node: Node, known: Known) -> Dims | None:
+    """A value put into a tensor of zeros along a dimension of features."""
+    target, part = node.args[:2]
+    dims, sizes = known(part), shape(node)
+    if dims is None or not (_constant(target) and target.args[1] == 0):  # type: ignore[union-attr]
+        return None
+    i = node.args[2] % len(sizes)  # type: ignore[operator]
+    if len(dims) < len(sizes):
+        dims = (*dims[:i], (), *dims[i:])
+    return (*dims[:i], _sized(sizes[i]), *dims[i + 1 :]) if _features(dims, i) else None
+
+
+def _copied(node: Node, known: Known) -> Dims | None:
+    return known(node.args[1]) if shape(node) == shape(tensor_arg(node, 1)) else None
+
+
+def _complex(node: Node, known: Known) -> Dims | None:
+    dims = known(node.args[0])
+    return dims and (*dims, (2,))
+
+
+VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+UNCHANGED = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+}
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys(VIEWS, _reshaped),
+    **dict.fromkeys(UNCHANGED, _first),
+    **dict.fromkeys(PRODUCTS, _multiplied),
+    aten.neg.default: _first,
+    aten._conj.default: _first,
+    aten.permute.default: _permuted,
+    aten.transpose.int: _permuted,
+    aten.expand.default: _expanded,
+    aten.unsqueeze.default: _unsqueezed,
+    aten.squeeze.dim: _along(1),
+    aten.squeeze.dims: _along(1),
+    aten.add.Tensor: _added,
+    aten.sub.Tensor: _added,
+    aten.mul.Tensor: _scaled,
+    aten.mul.Scalar: _scaled,
+    aten.div.Tensor: _scaled,
+    aten.sum.dim_IntList: _along(1),
+    aten.mean.dim: _along(1),
+    aten.select.int: _along(1),
+    aten.slice.Tensor: _along(1),
+    aten.flip.default: _along(1),
+    aten.index_select.default: _along(1),
+    aten._fft_r2c.default: _along(1),
+    aten._fft_c2c.default: _along(1),
+    aten._fft_c2r.default: _along(1),
+    aten.view_as_real.default: _complex,
+    aten.cat.default: _joined,
+    aten.select_scatter.default: _placed,
+    aten.slice_scatter.default: _placed,
+    aten.copy.default: _copied,
+}
+
+
+class Rows:
+    """The rows of the activations of a graph, or of what follows one node of it. Pure."""
+
+    def __init__(self, nodes: Iterable[Node], flow: Flow, source: Node | None = None):
+        self.flow = flow
+        self.of: dict[Node, Row] = {} if source is None else {source: fresh(source)}
+        self._parameters: dict[Node, list[Node]] = {}
+        for node in nodes:
+            if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
+                self.of.setdefault(node, self._row(node) or fresh(node))
+
+    def from_source(self, ends: Iterable[Node], source: Node) -> Rows:
+        """The same of the nodes between a source and the ends alone."""
+        between = self.between(ends, source)
+        return Rows([n for n in self.of if n in between], self.flow, source)
+
+    def _row(self, node: Node) -> Row | None:
+        rule = RULES.get(node.target)
+        if rule is None:
+            return None
+        operands = self.operands(node)
+        rows = [self.of[n] for n in operands if n in self.of]
+        if len(rows) != len(operands) or not rows:
+            return None
+        trained, frozen = self.brought(node)
+        rows = [self._cut(n, r, trained, frozen) for n, r in zip(operands, rows, strict=True)]
+        if len({r.source for r in rows}) != 1:
+            return None
+        known = dict(zip(operands, rows, strict=True))
+        dims = rule(node, lambda n: known[n].dims if isinstance(n, Node) and n in known else None)
+        if dims is None:
+            return None
+        row = functools.reduce(Row.joined, rows)
+        dtype = value(node).dtype
+        read = frozenset({row.precision}) if node.target in PRODUCTS and not row.products else frozenset()
+        return replace(
+            row,
+            dims=dims,
+            trained=row.trained | trained,
+            frozen=row.frozen | frozen,
+            products=row.products | ({node} if node.target in PRODUCTS else set()),
+            precision=coarser(row.precision, dtype) if dtype.is_floating_point else row.precision,
+            read=row.read | read,
+        )
+
+    def brought(self, node: Node) -> tuple[frozenset[Node], frozenset[Node]]:
+        """Of the weights that an op multiplies a value by: the trained parameters behind them, or a frozen one."""
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+            return frozenset(), frozenset()
+        read = node.args[-2:] if node.target in PRODUCTS else node.all_input_nodes
+        weights = [n for n in read if isinstance(n, Node) and self.flow.is_weight(n)]
+        parameters = [p for w in weights for p in self.parameters(w)]
+        trained = frozenset(p for p in parameters if self.flow.roles[p].trainable)
+        frozen = frozenset() if trained or node.target not in PRODUCTS else frozenset(parameters[:1])
+        return trained, frozen
+
+    def _cut(self, node: Node, row: Row, trained: frozenset[Node], frozen: frozenset[Node]) -> Row:
+        """A layer ends where the next begins: the result of an adapted layer is a source to a weight of another."""
+        new = trained | frozen
+        if not new or not self.is_adapted(row) or any(self.in_one_module(p, f) for p in new for f in row.frozen):
+            return row
+        start = node
+        while start.target in UNCHANGED | VIEWS and shape(tensor_arg(start, 0))[-1:] == shape(start)[-1:]:
+            start = tensor_arg(start, 0)
+        dims = regroup(fresh(start).dims, shape(node))
+        return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
+
+    def is_adapted(self, row: Row) -> bool:
+        """Whether a trained parameter of the same module acts beside a frozen weight."""
+        return any(self.in_one_module(t, f) for t in row.trained for f in row.frozen)
+
+    def in_one_module(self, parameter: Node, frozen: Node) -> bool:
+        """Whether a parameter belongs to the module that holds a weight, itself (`W`) or in a layer (`base.weight`)."""
+        a, b = (self.flow.roles[n].name for n in (parameter, frozen))
+        return shared_path(a, b) >= b.count(".") - 1
+
+    def parameters(self, weight: Node) -> list[Node]:
+        if weight not in self._parameters:
+            self._parameters[weight] = self.flow.parameters(weight)
+        return self._parameters[weight]
+
+    def operands(self, node: Node) -> list[Node]:
+        """The activations that a node's value is computed from; a copy's target lends its shape alone."""
+        read = node.args[1:2] if node.target is aten.copy.default else node.all_input_nodes
+        return [n for n in read if is_tensor(n) and not self.flow.is_weight(n)]
+
+    def between(self, ends: Iterable[Node], source: Node) -> set[Node]:
+        """The nodes on the way from a source to the ends."""
+        found: set[Node] = set()
+        todo = list(ends)
+        while todo:
+            node = todo.pop()
+            if node is not source and node not in found:
+                found.add(node)
+                todo += self.operands(node)
+        return found
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The rows of a diagonal matrix, not written out; of the identity where `of` is None."""
+
+    of: Node | None = None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value replayed: `rows` in place of the tokens, and the constant that is added to each of them."""
+
+    rows: Node | Diagonal
+    constant: Node | None = None
+
+
+@dataclass
+class Replay:
+    """Runs the ops between `source` and a value again, on `count` rows in the place of its tokens, in `dtype`."""
+
+    build: Builder
+    rows: Rows
+    source: Node
+    count: int
+    dtype: torch.dtype
+    values: dict[Node, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.values.setdefault(self.source, Value(Diagonal()))
+        tokens = [a for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)]
+        self.lead = tokens[0].index if tokens else -1
+
+    def matrix(self, node: Node) -> tuple[Node, Node | None]:
+        """A value's rows as a matrix, and its constant as `[1, N]`."""
+        found = self.value(node)
+        dims = self.rows.of[node].dims
+        n = int(numel([a for dim in dims for a in dim if isinstance(a, int)]))
+        rows = self._written(found.rows, dims)
+        flat = self.build.call(aten.reshape.default, rows, [self.count, n])
+        return flat, found.constant and self.build.call(aten.reshape.default, found.constant, [1, n])
+
+    def value(self, node: Node) -> Value:
+        todo = [node]
+        while todo:
+            n = todo[-1]
+            missing = [] if n in self.values else [i for i in self.rows.operands(n) if i not in self.values]
+            todo += missing
+            if not missing:
+                todo.pop()
+                if n not in self.values:
+                    self.values[n] = self._again(n)
+        return self.values[node]
+
+    def _again(self, node: Node) -> Value:
+        if node.target in PRODUCTS:
+            return self._product(node)
+        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+            return self._sum(node)
+        operands = self.rows.operands(node)
+        whole = [self.values[n] for n in operands]
+        diagonal = self._diagonal(node, whole[0]) if len(whole) == 1 else None
+        rows = diagonal or self._call(node, {n: self._written_of(n) for n in operands}, self.count)
+        constants = {n: v.constant for n, v in zip(operands, whole, strict=True)}
+        return Value(rows, self._constant(node, constants))
+
+    def _constant(self, node: Node, constants: dict[Node, Node | None]) -> Node | None:
+        """An op on the constants of its operands: zero where one of them has none and another has."""
+        if all(c is None for c in constants.values()):
+            return None
+        filled = {n: c if c is not None else self._zeros(n) for n, c in constants.items()}
+        return self._call(node, filled, 1)
+
+    def _zeros(self, node: Node) -> Node:
+        sizes = self._sizes(self.rows.of[node].dims, 1)
+        return self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
+
+    def _diagonal(self, node: Node, found: Value) -> Diagonal | None:
+        """What leaves a diagonal matrix diagonal: another layout of the same rows, a scale of each feature."""
+        if not isinstance(found.rows, Diagonal) or not _plain(self.rows.of[node].dims):
+            return None
+        if node.target in UNCHANGED | VIEWS | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}:
+            return found.rows
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
+            other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
+            d = found.rows.of or self._ones(node)
+            return Diagonal(self.build.call(node.target, d, self._vector(other, self.count)))
+        return None
+
+    def _ones(self, node: Node) -> Node:
+        return self.build.call(aten.full.default, [self.count], 1, dtype=self._wide(node), device=value(node).device)
+
+    def _vector(self, other: Any, n: int) -> Any:
+        if not isinstance(other, Node):
+            return other
+        weight = self._weight(other)
+        return weight if value(weight).numel() == 1 and not value(weight).ndim else self._flat(weight, n)
+
+    def _flat(self, weight: Node, n: int) -> Node:
+        size = int(numel(shape(weight)))
+        return self.build.call(aten.reshape.default, weight, [n if size == n else 1])
+
+    def _sum(self, node: Node) -> Value:
+        a, b = node.args[:2]
+        kwargs = node.kwargs
+        inside = [n for n in (a, b) if isinstance(n, Node) and n in self.values]
+        if len(inside) == 2 or (len(inside) == 1 and a is b):
+            rows = self._call(node, {n: self._written_of(n) for n in inside}, self.count)
+            return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
+        (x,) = inside
+        constant = self.values[x].constant or self._zeros(x)
+        found = self.values[x].rows
+        if x is b:  # weight + s·x, of which the rows are s·x
+            scale = (1 if node.target is aten.add.Tensor else -1) * node.kwargs.get("alpha", 1)  # type: ignore[operator]
+            found = found if scale == 1 else self.build.call(aten.mul.Tensor, self._written_of(x), scale)
+        other = a if x is b else b
+        if isinstance(other, Node):
+            other = other.args[1] if _constant(other) else self._weight(other)
+        pair = (other, constant) if x is b else (constant, other)
+        if not isinstance(pair[0], Node):
+            pair = (self.build.call(aten.full.default, [1], pair[0], dtype=self._wide(node)), pair[1])
+        return Value(found, self.build.call(node.target, *pair, **kwargs))
+
+    def _product(self, node: Node) -> Value:
+        *bias, a, b = node.args
+        x, on_left = (a, True) if isinstance(a, Node) and a in self.values else (b, False)
+        assert isinstance(x, Node)
+        weight = self._weight(b if on_left else a)  # type: ignore[arg-type]
+        product = aten.mm.default if value(weight).ndim == 2 else aten.bmm.default
+        found = self.values[x]
+        rows: Node
+        if isinstance(found.rows, Diagonal) and on_left and product is aten.mm.default:
+            d = found.rows.of
+            rows = weight
+            if d is not None:
+                rows = self.build.call(aten.mul.Tensor, weight, self.build.call(aten.unsqueeze.default, d, 1))
+        else:
+            written = self._written_of(x)
+            rows = self.build.call(product, *((written, weight) if on_left else (weight, written)))
+        constant = found.constant
+        if constant is not None:
+            constant = self.build.call(product, *((constant, weight) if on_left else (weight, constant)))
+        if bias:
+            (c,) = bias
+            assert isinstance(c, Node)
+            if c in self.values:
+                rows = self.build.call(aten.add.Tensor, rows, self._written_of(c))
+                added = self.values[c].constant
+            else:
+                added = self._weight(c)
+            if added is not None:
+                start = constant if constant is not None else self._zeros(node)
+                constant = self.build.call(aten.add.Tensor, start, added)
+        return Value(rows, constant)
+
+    def _call(self, node: Node, operands: dict[Node, Node], count: int) -> Node:
+        """The node's op on other operands, with sizes for so many rows."""
+        sizes = self._sizes(self.rows.of[node].dims, count)
+        if node.target in VIEWS:
+            return self.build.call(aten.reshape.default, operands[tensor_arg(node, 0)], sizes)
+        if node.target is aten.expand.default:
+            return self.build.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
+        if node.target is aten.copy.default or node.target in UNCHANGED:
+            return operands[tensor_arg(node, 1 if node.target is aten.copy.default else 0)]
+        args = [self._argument(a, operands) for a in node.args]
+        if node.target in (aten.select_scatter.default, aten.slice_scatter.default):
+            args[0] = self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
+        kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
+        return self.build.call(node.target, *args, **kwargs)
+
+    def _argument(self, arg: Any, operands: dict[Node, Node]) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [self._argument(a, operands) for a in arg]
+        if isinstance(arg, Node):
+            return operands[arg] if arg in operands else self._weight(arg)
+        return arg
+
+    def _sizes(self, dims: Dims, count: int) -> list[int]:
+        def size(atom: Atom) -> int:
+            return atom if isinstance(atom, int) else count if atom.index == self.lead else 1
+
+        return [int(numel([size(a) for a in dim])) for dim in dims]
+
+    def _wide(self, node: Node) -> torch.dtype:
+        return self.dtype.to_complex() if value(node).dtype.is_complex else self.dtype
+
+    def _weight(self, node: Node) -> Node:
+        dtype = value(node).dtype
+        return self.build.cast(node, self._wide(node)) if dtype.is_floating_point or dtype.is_complex else node
+
+    def _written_of(self, node: Node) -> Node:
+        return self._written(self.values[node].rows, self.rows.of[node].dims)
+
+    def _written(self, rows: Node | Diagonal, dims: Dims) -> Node:
+        if isinstance(rows, Node):
+            return rows
+        n = self.count
+        device = value(self.source).device
+        iota = self.build.call(
+            prims.iota.default, n, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
+        )
+        column = self.build.call(aten.unsqueeze.default, iota, 1)
+        eye = self.build.cast(self.build.call(aten.eq.Tensor, column, iota), self.dtype)
+        if rows.of is not None:
+            eye = self.build.call(aten.mul.Tensor, eye, rows.of)
+        return self.build.call(aten.reshape.default, eye, self._sizes(dims, n))
+
+
+def _plain(dims: Dims) -> bool:
+    """All tokens first, then the features in one piece."""
+    atoms = [a for dim in dims for a in dim]
+    return len(atoms) > 0 and isinstance(atoms[-1], int) and all(isinstance(a, Token) for a in atoms[:-1])
+
+
+def in_order(dims: Dims) -> bool:
+    """All tokens first, in the source's order, then the features."""
+    atoms = [a for dim in dims for a in dim]
+    tokens = [a for a in atoms if isinstance(a, Token)]
+    return atoms[: len(tokens)] == sorted(tokens, key=lambda t: t.index)

@@ -1,0 +1,330 @@
+"""Adapters that are no sums of products: regions of row-wise affine ops with a frozen product and trained parameters.
+
+A *region* is what lies between a source u and a value y = u·W' + b' of it, or between u and several addends of one sum
+of a backward graph. What `sites.py` reads as terms is left to it: there W' is shared between forward and backward, and
+the sum keeps its spelling.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes import price
+from peft_fx.passes.affine import PRODUCTS, UNCHANGED, VIEWS, Replay, Row, Rows, Token, fresh, in_order
+from peft_fx.passes.algebra import MANTISSA, Size
+from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.transfer import aten, expr, is_tensor, numel, shape, tensor_arg, value
+
+SUMS = (aten.add.Tensor, aten.sub.Tensor)
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one source contributes to one sum: `ends` are its addends there, or the one value that it ends in."""
+
+    ends: tuple[Node, ...]
+    row: Row
+    nodes: frozenset[Node]
+    base: Node
+    backward: bool
+
+    @property
+    def source(self) -> Node:
+        return self.row.source
+
+    @property
+    def weight(self) -> Node:
+        """The base product's operand."""
+        return next(n for n in _operands(self.base) if n not in self.nodes and n is not self.source)
+
+    @property
+    def tokens(self) -> Size:
+        return numel([a.size for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """K and N."""
+        n = numel([a for dim in self.row.dims for a in dim if isinstance(a, int)])
+        return int(expr(value(self.source).shape[-1])), int(n)
+
+    @property
+    def weight_node(self) -> Node:
+        return self.weight
+
+    @property
+    def key(self) -> Any:
+        """Equal for the regions of one adapter, forward and input gradient."""
+        return self.row.frozen
+
+    @property
+    def method(self) -> str:
+        return "affine"
+
+    def site_name(self, flow: Flow) -> str:
+        """The module that holds the base weight and the trained parameters."""
+        frozen = [flow.roles[p].name for p in flow.parameters(self.weight)[:1]] or [str(self.weight)]
+        base = frozen[0].split(".")
+        best = max((shared_path(frozen[0], flow.roles[t].name) for t in self.row.trained), default=0)
+        return ".".join(base[:best]) or frozen[0].removesuffix(".weight")
+
+    def is_trained(self, flow: Flow) -> bool:
+        return True
+
+    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
+        """The region's sizes, its products other than the base, and what of them is done for W'."""
+        dtypes = [value(n).dtype for n in self.row.products]
+        adapter = max((d for d in dtypes if d in MANTISSA), key=MANTISSA.__getitem__)
+        K, N = self.features
+        steps = tuple(self._step(n) for n in sorted(self.row.products, key=lambda n: n.name))
+        return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
+
+    def _step(self, node: Node) -> price.Step:
+        a, b = _operands(node)
+        weight = next(n for n in (a, b) if n not in self.nodes and n is not self.source)
+        *batch, k, n = shape(weight)
+        if weight is a:
+            k, n = n, k
+        x = b if weight is a else a
+        first = all(m.target in UNCHANGED | VIEWS for m in _way(x, self.source))
+        return price.Step(int(numel(batch)), int(k), int(n), first, node is self.base)
+
+
+def _way(node: Node, source: Node) -> Iterator[Node]:
+    while node is not source:
+        yield node
+        inputs = [n for n in node.all_input_nodes if is_tensor(n)]
+        if len(inputs) != 1:
+            return
+        (node,) = inputs
+
+
+def _operands(product: Node) -> tuple[Node, Node]:
+    i = len(product.args) - 2
+    return tensor_arg(product, i), tensor_arg(product, i + 1)
+
+
+def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region], list[Refusal]]:
+    """The regions that no group of terms accounts for, the largest ones, in graph order; and those refused."""
+    every: list[Region] = []
+    covered: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in covered or node not in rows.of:
+            continue
+        for ends in _ends(node, rows):
+            region = _region(ends, rows)
+            if region is not None and covered.isdisjoint(region.nodes):
+                covered |= region.nodes
+                every.append(region)
+    ours = {region.key for region in every if not _read_as_terms(region, rows, analysis)}
+    found, refused = [], []
+    for region in reversed([r for r in every if r.key in ours]):  # forward and backward alike
+        refusal = _refusal(region, rows, analysis)
+        if refusal is None:
+            found.append(region)
+        elif not region.backward:
+            refused.append(refusal)
+    return found, refused
+
+
+def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
+    """What may be the ends of a region: a value in which arithmetic ends; or addends of a sum that share a source."""
+    row = rows.of[node]
+    if row.source is not node:
+        if _is_arithmetic(node, rows):
+            yield (node,)
+        return
+    by_source: dict[Node, list[Node]] = defaultdict(list)
+    for end in _addends(node, rows):
+        if shape(end) == shape(node) and rows.of[end].source is not end:
+            by_source[rows.of[end].source].append(end)
+    yield from (tuple(ends) for ends in by_source.values() if len(ends) > 1)
+
+
+def _addends(node: Node, rows: Rows) -> Iterator[Node]:
+    """The addends of a sum of several sources, through the sums that serve it alone."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return
+    for operand in node.args[:2]:
+        if not (is_tensor(operand) and operand in rows.of):
+            continue
+        if rows.of[operand].source is operand and operand.target is aten.add.Tensor and len(operand.users) == 1:
+            yield from _addends(operand, rows)
+        else:
+            yield operand
+
+
+def _is_arithmetic(node: Node, rows: Rows) -> bool:
+    """Whether an op does more than to lay out, cast or scale by a number: what follows it is not the adapter's."""
+    trained, _ = rows.brought(node)
+    inside = [n for n in node.args[:3] if isinstance(n, Node) and n in rows.of]
+    return bool(trained) or len(inside) > 1 or node.target in PRODUCTS
+
+
+def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
+    flow = rows.flow
+    row = functools.reduce(Row.joined, (rows.of[end] for end in ends))
+    bases = [n for n in row.products if not set(rows.brought(n)[1]).isdisjoint(row.frozen)]
+    if not bases or not rows.is_adapted(row) or any(not in_order(rows.of[end].dims) for end in ends):
+        return None
+    if not all(isinstance(a, (int, Token)) for dim in row.dims for a in dim) or not fresh(row.source).dims[-1:]:
+        return None
+    nodes = frozenset(rows.between(ends, row.source))
+    backward = ends[0] in flow.backward
+    K, N = shape(row.source)[-1], numel([a for dim in row.dims for a in dim if isinstance(a, int)])
+    base = max(bases, key=lambda n: _likeness(n, row, {K, N}, rows))
+    if 2 * min(_weight_sizes(base, rows)) < min(K, N):
+        return None  # no product of full width: an adapter without its base
+    behind = {n for n in nodes - set(ends) if base in rows.of[n].products}
+    readers = {u for n in behind for u in n.users if backward or u in flow.forward}
+    if not readers <= nodes:
+        return None  # the base product's result is used elsewhere, too
+    if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
+        return None  # part of an adapter whose base is elsewhere
+    return Region(ends, row, nodes, base, backward)
+
+
+def _likeness(product: Node, row: Row, sizes: set[Size], rows: Rows) -> tuple[Any, ...]:
+    """How much a product looks like the base's: its weight beside the trained parameters, of the whole map's size, and
+    the source itself read by it."""
+    own = any(rows.in_one_module(t, f) for t in row.trained for f in _weights(product, rows)[:1])
+    weight = _weight_sizes(product, rows)
+    return own, set(weight) == sizes, -len(rows.of[product].products), numel(weight), product.name
+
+
+def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
+    """Whether another weight of the base's module acts on the result, or on what is added to it."""
+    todo, seen = [end], {end}
+    while todo:
+        node = todo.pop()
+        for user in node.users:
+            if user in seen or user not in rows.of or (user in rows.flow.backward) != (end in rows.flow.backward):
+                continue
+            seen.add(user)
+            beside = {p for n in user.all_input_nodes if n in rows.of and n not in seen for p in rows.of[n].frozen}
+            if user.target in SUMS and _in_module(beside, base, rows):
+                return True
+            if user.target in PRODUCTS and _in_module(_weights(user, rows), base, rows):
+                return True
+            if rows.of[user].source is rows.of[end].source and user.target not in PRODUCTS:
+                todo.append(user)
+    return False
+
+
+def _is_beside(base: Node, nodes: frozenset[Node], rows: Rows) -> bool:
+    """Whether a larger frozen weight of the base's module reads the same source, on its own."""
+    source, size = rows.of[base].source, numel(_weight_sizes(base, rows))
+    return any(
+        row.source is source
+        and node not in nodes
+        and numel(_weight_sizes(node, rows)) > size
+        and _in_module(rows.brought(node)[1], base, rows)
+        for node, row in rows.of.items()
+        if node in row.products
+    )
+
+
+def _in_module(parameters: Iterable[Node], base: Node, rows: Rows) -> bool:
+    return any(rows.in_one_module(p, f) for p in parameters for f in _weights(base, rows)[:1])
+
+
+def _weights(product: Node, rows: Rows) -> list[Node]:
+    return [p for n in _operands(product) if rows.flow.is_weight(n) for p in rows.parameters(n)]
+
+
+def _weight_sizes(product: Node, rows: Rows) -> list[int]:
+    return [int(n) for n in shape(next(n for n in _operands(product) if n not in rows.of))]
+
+
+def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
+    """Whether a group of terms accounts for every use of a trained parameter in a region."""
+    group = next((g for g in analysis.groups if g.base.path[-1][0] is region.base), None)
+    uses = sum(bool(rows.brought(n)[0]) for n in region.nodes)
+    return group is not None and uses <= sum(analysis.flow.is_trained(f.name) for f in group.adapter_factors)
+
+
+def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
+    row = region.row
+    name = region.site_name(rows.flow)
+    reads = sorted(row.read, key=lambda d: MANTISSA.get(d, 0))
+    base = _precision(region, rows)
+    if reads and MANTISSA.get(reads[-1], 0) > MANTISSA.get(base, 0):
+        finer, own = (str(d).removeprefix("torch.") for d in (reads[-1], base))
+        return Refusal(name, "dtype", f"the adapter reads its input in {finer}, the base product in {own}")
+    dtypes = {value(n).dtype for n in row.products}
+    real = {d for d in dtypes if not d.is_complex}
+    if not real <= MANTISSA.keys():
+        return Refusal(name, "dtype", f"products in {' and '.join(sorted(map(str, dtypes)))}")
+    if analysis.strict and len(real) > 1:
+        return Refusal(name, "dtype", "strict numerics, and the products are written in different dtypes")
+    return None
+
+
+def _precision(region: Region, rows: Rows) -> torch.dtype:
+    x = next(n for n in _operands(region.base) if n in rows.of)
+    return rows.of[x].precision
+
+
+# -------------------------------------------------------------------------------------------------------------- rewrite
+
+
+def rewrite(graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: AbstractContextManager[Any]) -> list[Node]:
+    """Makes each region one product `u·W' + b'`; returns the nodes added."""
+    build = Builder(graph, fake_mode)
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
+        last = max(region.ends, key=position.__getitem__)
+        with graph.inserting_before(last):
+            new = _product(build, rows, region, last)
+        for end in region.ends:
+            if end is not last:
+                _drop(build, end)
+        last.replace_all_uses_with(new)
+        erase_unused(graph, last)
+    return build.added
+
+
+def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
+    build.like, build.rebuild = region.base, True
+    K, N = region.features
+    dtype = value(region.base).dtype
+    wide = price.merge_dtype(dtype)
+    replay = Replay(build, rows.from_source(region.ends, region.source), region.source, K, wide)
+    parts = [replay.matrix(end) for end in region.ends]
+    merged = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), [m for m, _ in parts])
+    constants = [c for _, c in parts if c is not None]
+    merged = build.cast(merged, dtype)
+    bias = None
+    if constants:
+        total = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), constants)
+        bias = build.call(aten.reshape.default, build.cast(total, dtype), [N])
+    build.rebuild = False
+    u = build.call(aten.reshape.default, build.cast(region.source, dtype), [-1, K])
+    y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
+    return build.cast(build.call(aten.reshape.default, y, _sizes(build, last, region.source)), value(last).dtype)
+
+
+def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:
+    """A node's sizes as arguments, the dynamic ones read from the source."""
+    known = dict(zip(shape(source), build.sizes_of(source), strict=True))
+    return [n if isinstance(n, int) else known.get(expr(n), -1) for n in value(node).shape]
+
+
+def _drop(build: Builder, end: Node) -> None:
+    """Takes an addend out of its sum."""
+    (total,) = (u for u in end.users if u.target is aten.add.Tensor and end in u.args[:2])
+    other = next(a for a in total.args[:2] if a is not end)
+    assert isinstance(other, Node)
+    with build.graph.inserting_before(total):
+        build.like = total
+        total.replace_all_uses_with(build.cast(other, value(total).dtype))
+    erase_unused(build.graph, total)
