@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bench import fitting, tables
-from bench.models import DTYPES, FAMILIES, TARGETS, Setup, setup_of
+from bench.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, setup_of
 from bench.results import FOLDER, Results, request
 from bench.running import measure_all
 from bench.variants import VARIANTS
@@ -89,6 +89,9 @@ def setup_arguments(command: argparse.ArgumentParser, many: bool, variants: tupl
     command.add_argument("--dropout", type=float, default=[0.0], help=dropout_help, **count | {"metavar": "P"})
     for name, text in SIZES.items():
         command.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    command.add_argument(
+        "--method", choices=METHODS, help=f"of PEFT: {', '.join(METHODS)} (default: lora)", metavar="NAME"
+    )
     command.add_argument("--targets", choices=TARGETS, help="layers that get adapters (default: all-linear)")
     command.add_argument("--optimizer", choices=("adamw", "sgd"), help="(default: adamw)")
     command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
@@ -100,7 +103,7 @@ def setup_arguments(command: argparse.ArgumentParser, many: bool, variants: tupl
 
 def setups_of(args: argparse.Namespace) -> list[Setup]:
     """Every combination of the models, dtypes and dropouts asked for."""
-    names = (*SIZES, "targets", "optimizer")
+    names = (*SIZES, "method", "targets", "optimizer")
     given = {name: getattr(args, name) for name in names} | {"device": device_of(args)}
     return [
         setup_of(model, **given, dtype=dtype, dropout=dropout)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+import peft_fx
+
 DTYPES = {
     "peft": "bf16 base, fp32 adapters (what PEFT does by default)",
     "bf16": "bf16 base and adapters",
@@ -21,6 +23,19 @@ DTYPES = {
     "autocast": "fp32 base and adapters under bf16 autocast",
 }
 TARGETS = ("all-linear", "attention")
+METHODS = {
+    "lora": "LoraConfig",
+    "dora": "LoraConfig",
+    "ia3": "IA3Config",
+    "vera": "VeraConfig",
+    "loha": "LoHaConfig",
+    "lokr": "LoKrConfig",
+    "hira": "HiraConfig",
+    "fourierft": "FourierFTConfig",
+    "oft": "OFTConfig",
+    "boft": "BOFTConfig",
+    "miss": "MissConfig",
+}  # PEFT's classes
 PATCH = 16  # pixels of ViT's patches, each way
 
 
@@ -35,6 +50,7 @@ class Setup:
     vocab: int
     batch: int = 1
     rank: int = 16
+    method: str = "lora"
     targets: str = "all-linear"
     dtype: str = "peft"
     dropout: float = 0.0
@@ -226,22 +242,39 @@ def _pixels(setup: Setup) -> int:
 
 
 def with_adapters(base: Any, setup: Setup) -> Any:
-    """The model with PEFT's LoRA. B is not zero: an untrained adapter would be a special case of every kernel."""
-    from peft import LoraConfig, get_peft_model
+    """The model with PEFT's adapters, without graph breaks. None is zero: an untrained adapter would be a special case
+    of every kernel."""
+    from peft import get_peft_model
 
     torch.manual_seed(2)
-    config = LoraConfig(
-        r=setup.rank,
-        lora_alpha=2 * setup.rank,
-        lora_dropout=setup.dropout,
-        target_modules="all-linear" if setup.targets == "all-linear" else _attention(setup),
-    )
-    model = get_peft_model(base, config, autocast_adapter_dtype=setup.dtype == "peft")
+    model = get_peft_model(base, _config(setup), autocast_adapter_dtype=setup.dtype == "peft")
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
+        if setup.method not in ("lora", "dora") and parameter.requires_grad:
+            parameter.data.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        elif "lora_B" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return model.train()
+    return peft_fx.prepare(model.train())
+
+
+def _config(setup: Setup) -> Any:
+    """PEFT's configuration of a method: its own defaults, but for the rank where it has one."""
+    import peft
+
+    chosen: dict[str, Any] = {
+        "target_modules": "all-linear" if setup.targets == "all-linear" else _attention(setup),
+    }
+    if setup.method in ("lora", "dora"):
+        chosen |= {"lora_alpha": 2 * setup.rank, "lora_dropout": setup.dropout, "use_dora": setup.method == "dora"}
+    elif setup.dropout:
+        raise ValueError(f"dropout is for lora and dora, not for {setup.method}")
+    if setup.method == "oft":
+        chosen |= {"oft_block_size": 32, "r": 0}
+    elif setup.method == "ia3":
+        chosen |= {"feedforward_modules": []}
+    elif setup.method not in ("fourierft", "boft"):
+        chosen |= {"r": setup.rank}
+    return getattr(peft, METHODS[setup.method])(**chosen)
 
 
 def _attention(setup: Setup) -> str:

@@ -86,7 +86,7 @@ def request(kind: str, setup: Setup, variants: Sequence[str], **more: Any) -> di
     """What to measure. Without adapters their settings do not matter, and one row serves all of them."""
     fields = asdict(setup)
     if all(name in FLOORS for name in variants) and kind == "memory":
-        fields |= {"rank": 0, "dropout": 0.0, "targets": "none"}
+        fields |= {"rank": 0, "dropout": 0.0, "method": "none", "targets": "none"}
         fields["dtype"] = "bf16" if setup.dtype == "peft" else setup.dtype
     return {"kind": kind, "setup": fields, "variants": list(variants), **more}
 

@@ -100,6 +100,7 @@ def _named(memories: Memories) -> list[str]:
 
 def _label(setup: Setup) -> tuple[str, ...]:
     size = f"{setup.model} {setup.layers}×{setup.hidden}" + (", attention" if setup.targets == "attention" else "")
+    size += f", {setup.method}" if setup.method != "lora" else ""
     return size, str(setup.tokens * setup.batch), setup.dtype, f"{setup.dropout:g}"
 
 
@@ -158,7 +159,7 @@ def step_table(row: Row, style: str = "simple") -> str:
 def step_title(row: Row) -> str:
     """What the step is of, for the line above the table."""
     s = setup_in(row)
-    adapters = f"rank {s.rank} on {s.targets}, dropout {s.dropout:g}"
+    adapters = f"{s.method} of rank {s.rank} on {s.targets}, dropout {s.dropout:g}"
     return f"{s.model}, {s.layers} layers × {s.hidden}, T = {s.tokens * s.batch}, {s.dtype}, {adapters}, {s.optimizer}"
 
 

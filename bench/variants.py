@@ -46,17 +46,18 @@ class Trainee:
 
 @dataclass(frozen=True)
 class Variant:
-    """`prepare` makes the model of the base; `compile` what is called; `lacks` is what the variant cannot do."""
+    """`prepare` makes the model of the base; `compile` what is called; `plain_lora` says
+    that it is written for LoRA without dropout."""
 
     title: str
     prepare: Callable[[Any, Setup], Any]
     compile: Callable[[Any], Callable[..., Any]]
     compiled: bool = True
-    lacks_dropout: bool = False
+    plain_lora: bool = False
 
     def refuses(self, setup: Setup) -> str:
         """Why this variant cannot be had in a setup, or nothing."""
-        return "no dropout in this form" if self.lacks_dropout and setup.dropout else ""
+        return "for LoRA without dropout" if self.plain_lora and (setup.dropout or setup.method != "lora") else ""
 
 
 def make(name: str, base: Any, setup: Setup, batch: dict[str, torch.Tensor]) -> Trainee:
@@ -181,8 +182,8 @@ VARIANTS = {
     "peft_fx": Variant("PEFT, peft_fx", with_adapters, by_peft_fx),
     "frozen": Variant("no adapter, Inductor", frozen, by_inductor),
     "full": Variant("full fine-tuning, Inductor", full, by_inductor),
-    "paper": Variant("weight form, eager", paper, eagerly, compiled=False, lacks_dropout=True),
-    "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, lacks_dropout=True),
+    "paper": Variant("weight form, eager", paper, eagerly, compiled=False, plain_lora=True),
+    "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, plain_lora=True),
     "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
     "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
     "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),

@@ -172,7 +172,7 @@ def _added(node: Node, known: Known) -> Dims | None:
     if x is not None and y is not None:
         return x if x == y else None
     dims, other = (x, b) if x is not None else (y, a)
-    if dims is None or len(dims) != len(shape(node)):
+    if dims is None or shape(a if x is not None else b) != shape(node):
         return None
     return dims if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
 
@@ -181,8 +181,9 @@ def _scaled(node: Node, known: Known) -> Dims | None:
     a, b = node.args[:2]
     if node.target is aten.div.Tensor and (known(a) is None or node.kwargs):
         return None
-    dims, other = (known(a), b) if known(a) is not None else (known(b), a)
-    if dims is None or known(other) is not None or len(dims) != len(shape(node)):
+    own, other = (a, b) if known(a) is not None else (b, a)
+    dims = known(own)
+    if dims is None or known(other) is not None or shape(own) != shape(node):
         return None
     return dims if not isinstance(other, Node) or (is_tensor(other) and _same(other, dims)) else None
 
@@ -483,7 +484,7 @@ class Replay:
         operands = self.rows.operands(node)
         whole = [self.values[n] for n in operands]
         diagonal = self._diagonal(node, whole[0]) if len(whole) == 1 else None
-        rows = diagonal or self._call(node, {n: self._written_of(n) for n in operands}, self.count)
+        rows = diagonal or self._call(node, {n: self.written(n) for n in operands}, self.count)
         constants = {n: v.constant for n, v in zip(operands, whole, strict=True)}
         return Value(rows, self._constant(node, constants))
 
@@ -528,14 +529,14 @@ class Replay:
         kwargs = node.kwargs
         inside = [n for n in (a, b) if isinstance(n, Node) and n in self.values]
         if len(inside) == 2 or (len(inside) == 1 and a is b):
-            rows = self._call(node, {n: self._written_of(n) for n in inside}, self.count)
+            rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
             return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
         (x,) = inside
         constant = self.values[x].constant or self._zeros(x)
         found = self.values[x].rows
         if x is b:  # weight + s·x, of which the rows are s·x
             scale = (1 if node.target is aten.add.Tensor else -1) * node.kwargs.get("alpha", 1)  # type: ignore[operator]
-            found = found if scale == 1 else self.build.call(aten.mul.Tensor, self._written_of(x), scale)
+            found = found if scale == 1 else self.build.call(aten.mul.Tensor, self.written(x), scale)
         other = a if x is b else b
         if isinstance(other, Node):
             other = other.args[1] if _constant(other) else self._weight(other)
@@ -558,7 +559,7 @@ class Replay:
             if d is not None:
                 rows = self.build.call(aten.mul.Tensor, weight, self.build.call(aten.unsqueeze.default, d, 1))
         else:
-            written = self._written_of(x)
+            written = self.written(x)
             rows = self.build.call(product, *((written, weight) if on_left else (weight, written)))
         constant = found.constant
         if constant is not None:
@@ -567,7 +568,7 @@ class Replay:
             (c,) = bias
             assert isinstance(c, Node)
             if c in self.values:
-                rows = self.build.call(aten.add.Tensor, rows, self._written_of(c))
+                rows = self.build.call(aten.add.Tensor, rows, self.written(c))
                 added = self.values[c].constant
             else:
                 added = self._weight(c)
@@ -611,7 +612,9 @@ class Replay:
         dtype = value(node).dtype
         return self.build.cast(node, self._wide(node)) if dtype.is_floating_point or dtype.is_complex else node
 
-    def _written_of(self, node: Node) -> Node:
+    def written(self, node: Node) -> Node:
+        """A value's rows in its own layout."""
+        self.value(node)
         return self._written(self.values[node].rows, self.rows.of[node].dims)
 
     def _written(self, rows: Node | Diagonal, dims: Dims) -> Node:

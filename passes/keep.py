@@ -14,7 +14,7 @@ and rebuilding one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 import torch
@@ -53,15 +53,23 @@ class Origin:
 class Keep:
     """Finds the nodes to rebuild, `chosen`. Pure but for `mark`, which writes the tags.
 
-    `random` is whether a random draw may be repeated from its seed.
+    `random` is whether a random draw may be repeated from its seed; `reading` are products of backward known to serve
+    parameter gradients alone.
     """
 
-    def __init__(self, graph: Graph, flow: Flow, hint: Callable[[Size], int], random: bool = True):
+    def __init__(
+        self,
+        graph: Graph,
+        flow: Flow,
+        hint: Callable[[Size], int],
+        random: bool = True,
+        reading: Set[Node] = frozenset(),
+    ):
         self.flow, self.hint, self.random, self.graph = flow, hint, random, graph
         self.kept: set[Node] = set()
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
-        gradients = parameter_gradients(graph, flow)
+        gradients = parameter_gradients(graph, flow) | reading
         frozen = {n for g in flow.backward - gradients for n in g.all_input_nodes}
         self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one known before
         reads = {n for g in gradients for n in g.all_input_nodes if self._is_activation(n)}
@@ -174,16 +182,24 @@ class Keep:
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
     """The products of backward that make a parameter's gradient: only layout, scale, cast and sum follow on the way
-    out."""
+    out. Elementwise products count where they are summed."""
     ends: set[Node] = set()
     found: set[Node] = set()
     for node in reversed(graph.nodes):
-        parts = addends(node) or ([] if node.target in PARTS else None) if node in flow.backward else None
-        if parts is None or not node.users or not all(u.op == "output" or u in ends or u in found for u in node.users):
+        if node not in flow.backward or not node.users:
             continue
-        products = [p.operand for p in parts if isinstance(p.operand, Product)]
-        if not products:
+        if not all(u.op == "output" or u in ends or u in found for u in node.users):
+            continue
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        parts = addends(node) or ([] if node.target in PARTS else None)
+        products = [p.operand for p in parts or [] if isinstance(p.operand, Product)]
+        if node.target is aten.sum.dim_IntList or (parts is not None and not products):
             ends.add(node)
-        elif not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products):
+        elif node.target is aten.mul.Tensor and len(operands) == 2:
+            if any(flow.is_weight(n) for n in operands):
+                ends.add(node)
+            elif all(u.target is aten.sum.dim_IntList for u in node.users):
+                found.add(node)
+        elif products and not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products):
             found.add(node)
     return found

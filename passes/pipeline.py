@@ -18,6 +18,8 @@ from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.moments import Moments, from_moments
+from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
 from peft_fx.passes.regions import Region, regions, rewrite
 from peft_fx.passes.rewrite import Rewriter
@@ -89,10 +91,12 @@ def run(
     start = time.perf_counter()
     before = Contract.of(graph)
     outcome, added = Outcome(), []
+    unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     rows = Rows(graph.nodes, analysis.flow)
-    found, outcome.refusals = regions(graph, rows, analysis)
-    outcome.refusals += refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    found, refused = regions(graph, rows, analysis)
+    outcome.refusals = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    outcome.refusals += [r for r in refused if r.name not in {other.name for other in outcome.refusals}]
     if found:
         replaced = _decided(found, analysis.flow, settings, hint, outcome)
         added += rewrite(graph, rows, replaced, fake_mode)
@@ -102,12 +106,18 @@ def run(
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
-    added += rewriter.build.added
+    added += rewriter.build.added + unfused.settle()
     training = bool(analysis.flow.backward)
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
+        moments = Moments([])
         if settings.numerics == "default":
+            moments = from_moments(graph, Flow(graph, roles), fake_mode)
+            added += moments.added
             added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
-        outcome.rebuilt = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random).mark()
+        weights = {roles[p].name for p in moments.weights}
+        outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
+        keep = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading)
+        outcome.rebuilt = keep.mark()
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
@@ -119,13 +129,18 @@ def _decided(
     """Adds a site for each adapter to the outcome; those of its groups or regions that are to be in weight form."""
     chosen: list[Found] = []
     refused = {r.name for r in outcome.refusals}
-    for adapter in _adapters(found):
+    for adapter in _adapters(found, flow):
         if adapter.either.site_name(flow) in refused:
             continue
         site, weight_form = _decide(adapter, flow, settings, hint)
         outcome.sites.append(site)
         chosen += weight_form
     return chosen
+
+
+def _with_dense_gradient(site: Site, weights: set[str]) -> Site:
+    """The site, whose adapter's gradients come from xᵀ·dy where that is said of its weight."""
+    return replace(site, adapter_grad="dense") if any(w.startswith(site.name + ".") for w in weights) else site
 
 
 def _log(outcome: Outcome) -> None:
@@ -135,7 +150,7 @@ def _log(outcome: Outcome) -> None:
         log.debug("%s: refused, %s (%s)", r.name, r.code, r.detail)
 
 
-def _adapters(found: Sequence[Group | Region]) -> list[_Adapter]:
+def _adapters(found: Sequence[Group | Region], flow: Flow) -> list[_Adapter]:
     """By adapter. A weight used twice has as many adapters: backward meets the uses in the reverse order."""
     adapters: dict[Any, list[_Adapter]] = {}
     for one in found:
@@ -148,7 +163,27 @@ def _adapters(found: Sequence[Group | Region]) -> list[_Adapter]:
             same.append(_Adapter(grad=one))
         else:
             free.grad = one
-    return [a for same in adapters.values() for a in same]
+    return _paired([a for same in adapters.values() for a in same], flow)
+
+
+def _paired(adapters: list[_Adapter], flow: Flow) -> list[_Adapter]:
+    """Forward and backward may compute the same weight each for itself, from one parameter."""
+
+    def alone(direction: str) -> dict[Any, list[_Adapter]]:
+        found: dict[Any, list[_Adapter]] = {}
+        for a in adapters:
+            other = {"forward": "grad", "grad": "forward"}[direction]
+            if getattr(a, direction) is not None and getattr(a, other) is None:
+                found.setdefault(frozenset(flow.parameters(a.either.weight_node)), []).append(a)
+        return found
+
+    grads = alone("grad")
+    for parameters, (first, *others) in alone("forward").items():
+        matching = grads.get(parameters, [])
+        if parameters and not others and len(matching) == 1:
+            first.grad = matching[0].grad
+            adapters.remove(matching[0])
+    return adapters
 
 
 def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> tuple[Site, list[Any]]:

@@ -176,8 +176,9 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     bases = [n for n in row.products if not set(rows.brought(n)[1]).isdisjoint(row.frozen)]
     if not bases or not rows.is_adapted(row) or any(not in_order(rows.of[end].dims) for end in ends):
         return None
-    if not all(isinstance(a, (int, Token)) for dim in row.dims for a in dim) or not fresh(row.source).dims[-1:]:
-        return None
+    start = [a for dim in fresh(row.source).dims for a in dim]
+    if not any(isinstance(a, Token) for a in start) or not isinstance(start[-1], int):
+        return None  # a single token, or a single feature
     nodes = frozenset(rows.between(ends, row.source))
     backward = ends[0] in flow.backward
     K, N = shape(row.source)[-1], numel([a for dim in row.dims for a in dim if isinstance(a, int)])

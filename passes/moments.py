@@ -1,0 +1,197 @@
+"""Parameter gradients that read a product's result, from `G = uᵀ·dy` instead.
+
+The gradient of a vector behind a layer, `dl = Σ_t dy·(u·W)`, and of a matrix behind it, `(u·W)ᵀ·dz`, read u·W: a tensor
+that the frozen model does not keep, and that takes the layer's own product to compute again. Both are sums over tokens
+of something linear in u times something linear in dy, so they depend on `G = uᵀ·dy` alone (see `affine.py`):
+`dl = Σ_k W·G`, `Wᵀ·(uᵀ·dz)`. G costs what u·W costs, is no larger than W, and several gradients of a layer share it. u
+is the narrowest value on the way: where the product is `z·B` with z = x·A of rank r, G = zᵀ·dy has r rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from peft_fx.passes import price
+from peft_fx.passes.affine import Replay, Row, Rows, Token, in_order
+from peft_fx.passes.algebra import MANTISSA, finer
+from peft_fx.passes.flow import Flow
+from peft_fx.passes.rewrite import CAST, Builder, erase_unused
+from peft_fx.passes.transfer import aten, is_tensor, numel, shape, tensor_arg, value
+
+NARROW = 4  # a product with a quarter of its input's columns is computed again
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A sum over tokens: `Σ_t read·other`, elementwise, or `readᵀ·other`; `source` is what read is computed from."""
+
+    node: Node
+    read: Node
+    other: Node
+    source: Node
+
+
+@dataclass
+class Moments:
+    """What was done: the nodes added, those among them that read activations, and the frozen weights whose products
+    are not computed again."""
+
+    added: list[Node]
+    reading: frozenset[Node] = frozenset()
+    weights: frozenset[Node] = frozenset()
+
+
+def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> Moments:
+    """Replaces such gradients in place."""
+    rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
+    shared: dict[Any, Node] = {}
+    weights: set[Node] = set()
+    for found in list(_contractions(graph, rows, flow)):
+        with graph.inserting_before(found.node):
+            new = _Moments(build, rows, found, shared).gradient()
+        found.node.replace_all_uses_with(new)
+        erase_unused(graph, found.node)
+        row = rows.of[found.read]
+        weights |= row.frozen if found.source is row.source else set()
+    return Moments(build.added, frozenset(shared.values()), frozenset(weights))
+
+
+def _contractions(graph: Graph, rows: Rows, flow: Flow) -> Iterator[Contraction]:
+    for node in graph.nodes:
+        if node not in flow.backward:
+            continue
+        a, b = _factors(node)
+        for read, other in ((a, b), (b, a)):
+            if read is None or other is None or other not in flow.backward or read in flow.backward:
+                continue
+            row = rows.of.get(read)
+            source = _narrowest(read, rows) if row is not None and row.products else None
+            if row is not None and source is not None and _sums_over_tokens(node, read, row):
+                yield Contraction(node, read, other, source)
+
+
+def _factors(node: Node) -> tuple[Node | None, Node | None]:
+    """What is multiplied and then summed over tokens."""
+    if node.target is aten.mm.default:
+        return tensor_arg(node, 0), tensor_arg(node, 1)
+    if node.target is aten.sum.dim_IntList:
+        product = _uncast(tensor_arg(node, 0))
+        operands = [n for n in product.args[:2] if is_tensor(n)] if product.target is aten.mul.Tensor else []
+        if len(operands) == 2 and shape(operands[0]) == shape(operands[1]):
+            return operands[0], operands[1]
+    return None, None
+
+
+def _uncast(node: Node) -> Node:
+    """A value before it was cast to a finer dtype: the same numbers."""
+    while node.target is CAST and MANTISSA.get(value(tensor_arg(node, 0)).dtype, 99) <= MANTISSA[value(node).dtype]:
+        node = tensor_arg(node, 0)
+    return node
+
+
+def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
+    tokens = [i for i, dim in enumerate(row.dims) if any(isinstance(a, Token) for a in dim)]
+    if any(isinstance(a, int) for i in tokens for a in row.dims[i]):
+        return False
+    if node.target is aten.mm.default:
+        return tokens == [1 if node.args[0] is read else 0]
+    dims = {d % len(row.dims) for d in node.args[1]}  # type: ignore[union-attr, operator]
+    return in_order(row.dims) and set(tokens) <= dims and all(shape(read)[d] == 1 for d in dims - set(tokens))
+
+
+def _narrowest(read: Node, rows: Rows) -> Node | None:
+    """The value of fewest features that a product's wide result is computed from, and nothing else is."""
+    row = rows.of[read]
+    best, node = None, read
+    while node is not row.source:
+        operands = {n for n in rows.operands(node) if n in rows.of}
+        if len(operands) != 1:
+            node = row.source  # several ways lead here: they meet at the source
+        else:
+            (node,) = operands
+        earlier = rows.of[node].products < row.products and in_order(rows.of[node].dims)
+        if earlier and (best is None or _width(node, rows) <= _width(best, rows)):
+            best = node
+    if best is None or NARROW * _width(read, rows) <= _width(best, rows):
+        return None
+    return best
+
+
+def _width(node: Node, rows: Rows) -> int:
+    return int(numel([a for dim in rows.of[node].dims for a in dim if isinstance(a, int)]))
+
+
+class _Moments:
+    """One gradient from G."""
+
+    def __init__(self, build: Builder, rows: Rows, found: Contraction, shared: dict[Any, Node]):
+        self.build, self.rows, self.found, self.shared = build, rows, found, shared
+        build.like = found.node
+
+    def gradient(self) -> Node:
+        node, read, source = self.found.node, self.found.read, self.found.source
+        count, dtype = _width(source, self.rows), price.merge_dtype(value(source).dtype)
+        self.build.rebuild = True
+        replay = Replay(self.build, self.rows.from_source([read], source), source, count, dtype)
+        if node.target is aten.mm.default:
+            rows, constant = replay.written(read), replay.value(read).constant
+        else:
+            rows, constant = replay.matrix(read)
+        self.build.rebuild = False
+        if node.target is aten.mm.default:
+            result = self._product(rows, constant, dtype)
+        else:
+            result = self.build.call(aten.mul.Tensor, rows, self._second(dtype))
+            result = self.build.call(aten.sum.dim_IntList, result, [0])
+            if constant is not None:
+                total = self.build.call(aten.mul.Tensor, constant, self._first(dtype))
+                result = self.build.call(aten.add.Tensor, result, self.build.call(aten.squeeze.dim, total, 0))
+        result = self.build.call(aten.reshape.default, result, list(shape(node)))
+        return self.build.cast(result, value(node).dtype)
+
+    def _product(self, rows: Node, constant: Node | None, dtype: Any) -> Node:
+        """`readᵀ·other`, read being rows of features: `[N, K]·[K, M]`; or `otherᵀ·read`."""
+        left = self.found.node.args[0] is self.found.read
+        G, total = self._second(dtype), (None if constant is None else self._first(dtype))
+        if not left:
+            G = self.build.flip(G)
+        result = self.build.call(aten.mm.default, *((rows, G) if left else (G, rows)))
+        if constant is not None and total is not None:
+            total = total if left else self.build.flip(total)
+            outer = self.build.call(aten.mul.Tensor, constant, total)
+            result = self.build.call(aten.add.Tensor, result, outer)
+        return result
+
+    def _tokens(self) -> tuple[Node, Node]:
+        """u as [T,K] and what it meets as [T,M], in one dtype, that of the coarser unless they hold more."""
+        node, source = self.found.node, self.found.source
+        other = _uncast(self.found.other)
+        if node.target is aten.mm.default and node.args[0] is not self.found.read:
+            other = self.build.flip(other)
+        u = _uncast(source)
+        dtype = finer(value(u).dtype, value(other).dtype)
+        M = shape(other)[-1] if node.target is aten.mm.default else _width(self.found.read, self.rows)
+        u = self.build.call(aten.reshape.default, u, [-1, _width(source, self.rows)])
+        other = self.build.call(aten.reshape.default, other, [-1, M])
+        return self.build.cast(u, dtype), self.build.cast(other, dtype)
+
+    def _second(self, dtype: Any) -> Node:
+        """G = uᵀ·dy [K,M]."""
+        key = "G", self.found.source, _uncast(self.found.other), self.found.node.target
+        if key not in self.shared:
+            u, dy = self._tokens()
+            self.shared[key] = self.build.call(aten.mm.default, self.build.flip(u), dy)
+        return self.build.cast(self.shared[key], dtype)
+
+    def _first(self, dtype: Any) -> Node:
+        """Σ_t dy [1,M]: what a constant beside u·W meets."""
+        key = "sum", _uncast(self.found.other), self.found.node.target
+        if key not in self.shared:
+            _, dy = self._tokens()
+            self.shared[key] = self.build.call(aten.sum.dim_IntList, self.build.cast(dy, dtype), [0], True)
+        return self.build.cast(self.shared[key], dtype)
