@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.results import FOLDER
+from bench.results import FOLDER, ROOT
 from bench.variants import VARIANTS
 
 Row = dict[str, Any]
@@ -25,12 +25,16 @@ COLOURS = {
     "handwritten": "#12a4af",
 }
 
+README = ROOT.parent / "README.md"
+
 REPORT = """\
 Reads bench/results/cpu.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
   against_tokens.png   peak memory and time of a step against T
+
+and, between its `<!-- bench: ... -->` marks, the tables of README.md.
 """
 
 
@@ -55,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     text = "\n".join(section(path.stem, content) for path, content in stored)
     (args.folder / "tables.md").write_text(text)
     print(text)
+    if args.folder == FOLDER:
+        README.write_text(with_tables(README.read_text(), stored[0][1]))
     _draw_kept(next(({"rows": r} for _, c in stored if (r := _of_kind(c["rows"], "memory"))), None), args.folder)
     _draw_tokens(next((c for _, c in stored if _series(c["rows"])), None), args.folder)
     return 0
@@ -104,6 +110,35 @@ def _breakdown(memories: tables.Memories, style: str, heading: str) -> list[str]
     return parts
 
 
+def with_tables(text: str, content: dict[str, Any]) -> str:
+    """A page with the tables between its marks made anew, each followed by where its numbers come from."""
+    for name, make in README_TABLES.items():
+        begin, end = f"<!-- bench: {name} -->", "<!-- end -->"
+        before, mark, rest = text.partition(begin)
+        if mark:
+            body = make(content["rows"])
+            made = f"\n{body}\n\n{_provenance(content['runs'][-1])}\n" if body else rest.partition(end)[0]
+            text = before + mark + made + end + rest.partition(end)[2]
+    return text
+
+
+def _headline(rows: Iterable[Row]) -> str:
+    """The step with the most variants, in the columns that matter most."""
+    steps = [row for row in _of_kind(rows, "step") if "error" not in row]
+    if not steps:
+        return ""
+    row = max(steps, key=lambda row: len(row["variants"]))
+    return f"A step of {tables.step_title(row)}:\n\n{tables.headline_table(row)}"
+
+
+def _kept(rows: Iterable[Row]) -> str:
+    memory = _of_kind(rows, "memory")
+    return tables.kept_table(tables.Memories(memory), "github") if memory else ""
+
+
+README_TABLES = {"step": _headline, "kept": _kept}
+
+
 def _of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
     return [row for row in rows if row["kind"] == kind]
 
@@ -124,7 +159,10 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
         places = [j + 0.8 * (i + 0.5) / len(names) - 0.4 for j in range(len(setups))]
         axes[0].bar(places, heights, 0.8 / len(names), label=VARIANTS[name].title, color=COLOURS[name])
     axes[0].axhline(1, color=COLOURS["frozen"], linewidth=1, label="floor: the frozen model")
-    labels = [f"{s.model}\n{s.dtype}" + (f"\ndropout {s.dropout:g}" if s.dropout else "") for s in setups]
+    labels = [
+        f"{s.model}\n{s.dtype if s.method == 'lora' else s.method}" + (f"\ndropout {s.dropout:g}" if s.dropout else "")
+        for s in setups
+    ]
     axes[0].set_xticks(range(len(setups)), labels, fontsize=8)
     axes[0].set_ylabel("bytes kept per layer, × the floor")
     figure.legend(frameon=False, loc="outside upper center", ncols=4)

@@ -15,8 +15,8 @@ from bench.running import describe, measure_all
 from bench.variants import CHECKPOINTED, VARIANTS
 
 SUITE = """\
-cpu   under 20 minutes on two idle cores: kept bytes per layer in every dtype setting and model family, a step of a
-      Llama of 8 layers by every variant, and memory and time against T
+cpu   under 20 minutes on two idle cores: kept bytes per layer in every dtype setting and model family, of DoRA, IA3 and
+      VeRA, a step of a Llama of 8 layers by every variant, and memory and time against T
 gpu   the shape of Llama-3.2-1B at T = 2048, 8192, 16384 and 32768, every variant. In calls of --minutes each: the same
       command again goes on where the last one stopped. --toy runs the same code small, on a CPU if need be
 
@@ -78,8 +78,10 @@ def cpu() -> Iterable[dict[str, Any]]:
     dropped = [replace(setup, dropout=0.1) for setup in llama if setup.dtype in ("peft", "fp32")]
     names = ("roberta", "gpt2", "t5-v1.1", "vit", "t5", "opt")
     families = [setup_of(name, hidden=128, tokens=256, vocab=512) for name in names]
+    methods = [replace(llama[0], method=method) for method in ("dora", "ia3", "vera")]
     yield from memory_requests(llama[:1], compared, DEPTHS)
     yield from memory_requests([*llama, *dropped[:1]], ("frozen", "inductor", "peft_fx"), DEPTHS)
+    yield from memory_requests(methods, ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests([*dropped[1:], *families], floor, DEPTHS)
     yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
     for T in (512, 1024, 2048):

@@ -156,6 +156,23 @@ def step_table(row: Row, style: str = "simple") -> str:
     return table([*head, "× inductor", "tokens/s", "first step, s", "our passes, s"], rows, style)
 
 
+def headline_table(row: Row) -> str:
+    """Of a `time` row, for a page: memory kept, peak, and time, each with its ratio."""
+    results = row["results"]
+    frozen, inductor = results.get("frozen", {}), results.get("inductor", {})
+    lines = []
+    for name in row["variants"]:
+        m = results[name]
+        if "error" in m:
+            continue
+        kept_ratio, peak_ratio = (_ratio(m[k], frozen.get(k, 0)) for k in ("kept", "peak"))
+        times = f"{1e3 * statistics.median(m['times']):.0f} ms"
+        sizes = [f"{_megabytes(m['kept'])} MB", kept_ratio, f"{_megabytes(m['peak'])} MB", peak_ratio]
+        lines.append([VARIANTS[name].title, *sizes, times, _paired(m, frozen), _paired(m, inductor)])
+    head = ["", "kept", "× frozen", "peak", "× frozen", "step", "× frozen", "× Inductor"]
+    return table(head, lines, "github")
+
+
 def step_title(row: Row) -> str:
     """What the step is of, for the line above the table."""
     s = setup_in(row)

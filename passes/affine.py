@@ -529,7 +529,13 @@ class Replay:
         kwargs = node.kwargs
         inside = [n for n in (a, b) if isinstance(n, Node) and n in self.values]
         if len(inside) == 2 or (len(inside) == 1 and a is b):
-            rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
+            ends = [self.values[n].rows for n in (a, b)]  # type: ignore[index]
+            rows: Node | Diagonal
+            if all(isinstance(end, Diagonal) for end in ends) and _plain(self.rows.of[node].dims):
+                of = [end.of or self._ones(node) for end in ends]  # type: ignore[union-attr]
+                rows = Diagonal(self.build.call(node.target, *of, **kwargs))
+            else:
+                rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
             return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
         (x,) = inside
         constant = self.values[x].constant or self._zeros(x)

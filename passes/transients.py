@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.passes.affine import VIEWS
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, coarser
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.transfer import Layout, Reader, aten, numel, shape, tensor_arg, value
+from peft_fx.passes.rewrite import CAST, Builder, erase_unused
+from peft_fx.passes.transfer import LAYOUTS, Layout, Reader, aten, is_tensor, numel, shape, tensor_arg, value
 
 MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
 NARROW = 8  # the other factor is at most an eighth of the copy
@@ -44,7 +45,7 @@ def read_in_place(
     for node in graph.nodes:
         if node.target is not aten.mm.default or node in flow.forward:
             continue
-        found = _copying(reader, node, True, hint) or _copying(reader, node, False, hint)
+        found = _copying(reader, flow, node, True, hint) or _copying(reader, flow, node, False, hint)
         if found is not None:
             groups[found.key].append(found)
     for members in groups.values():
@@ -61,12 +62,15 @@ def read_in_place(
 @dataclass(frozen=True)
 class _Copying:
     """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read
-    in; `left` where that is the left operand."""
+    in; `left` where that is the left operand. `vector` are factors of the copy's features, as behind a magnitude: they
+    go to the other operand where these are summed over, else (`outside`) to the result."""
 
     node: Node
     left: bool
     source: Matrix
     scale: Scale
+    vector: Node | None = None
+    outside: bool = False
 
     @property
     def operands(self) -> tuple[Node, Node]:
@@ -80,16 +84,38 @@ class _Copying:
         return self.source, self.source.precision, self.left, shape(copied), value(other).dtype
 
 
-def _copying(reader: Reader, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
+def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
     copied, other = (a, b) if left else (b, a)
-    term = reader.term(copied, Layout(1, shape(copied)[-1]))
+    read, vector, flipped = _without_vector(copied, flow)
+    term = reader.term(read, Layout(1, shape(read)[-1]))
     source, dtype = term.factors[0], value(copied).dtype
+    if flipped:
+        source = source.T
     if len(term.factors) > 1 or not isinstance(source.name, Node) or term.scale.names:
         return None
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
     small, large = (hint(numel(shape(n))) for n in (other, copied))
-    return _Copying(node, left, source, term.scale) if is_copy and large >= NARROW * small > 0 else None
+    if not is_copy or large < NARROW * small or not small:
+        return None
+    return _Copying(node, left, source, term.scale, vector, flipped == left)
+
+
+def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, bool]:
+    """What a factor for each feature was multiplied to, the factors, and whether the result was transposed since."""
+    start, flipped = node, False
+    while node.target in LAYOUTS or node.target is CAST:
+        source = tensor_arg(node, 0)
+        if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+            flipped = not flipped
+        elif node.target is not CAST and (node.target not in VIEWS or shape(source)[-1] != shape(node)[-1]):
+            return start, None, False
+        node = source
+    if node.target is aten.mul.Tensor and is_tensor(node.args[0]) and is_tensor(node.args[1]):
+        for x, vector in (node.args[:2], node.args[1::-1]):
+            if flow.is_weight(vector) and shape(vector)[-1:] == shape(x)[-1:] and numel(shape(vector)) == shape(x)[-1]:
+                return x, vector, flipped  # type: ignore[return-value]
+    return start, None, False
 
 
 def _batches(members: list[_Copying]) -> Iterator[tuple[list[_Copying], set[Node]]]:
@@ -125,6 +151,8 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
         halves: list[Node] = []
         for member in members:
             other = member.operands[1]
+            if member.vector is not None and not member.outside:
+                other = build.call(aten.mul.Tensor, other, _vector(build, member, other))
             hi = build.cast(other, last.source.precision)
             rest = build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype))
             halves += [hi, build.cast(rest, last.source.precision)]
@@ -140,11 +168,20 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
                     parts.append(build.cast(part, value(member.node).dtype))
             start += 2 * r
             new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), parts)
+            if member.vector is not None and member.outside:
+                new = build.call(aten.mul.Tensor, new, _vector(build, member, new))
             if member.scale.number != 1:
                 new = build.call(aten.mul.Tensor, new, member.scale.number)
             member.node.replace_all_uses_with(new)
     for member in members:
         erase_unused(graph, member.node)
+
+
+def _vector(build: Builder, member: _Copying, factor: Node) -> Node:
+    """The factors of the copy's features, as they multiply the other operand, or the result."""
+    assert member.vector is not None
+    sizes = [-1, 1] if member.left else [1, -1]
+    return build.cast(build.call(aten.reshape.default, member.vector, sizes), value(factor).dtype)
 
 
 def _products(build: Builder, a: Node, b: Node) -> list[Node]:

@@ -153,6 +153,10 @@ def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, our
 
 def _run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Instead of generating code: the graph's ATen ops, one by one."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.prims.iota.default):
+        if node.kwargs["dtype"] in (torch.uint16, torch.uint32, torch.uint64):  # eager ops know these only by name
+            node.kwargs = {**node.kwargs, "dtype": torch.int64}
+    gm.recompile()
 
     def run(args: list[Any]) -> Any:
         inputs, args[:] = list(args), []
