@@ -61,12 +61,16 @@ class Matrix:
 
     Two are equal if they hold the same numbers, whatever casts lie between name and use; `precision` is the coarsest
     dtype on that way. Sizes in the name's own orientation; a `batch` of 1 stands for every matrix of a larger batch.
+
+    A convolution is the product of its kernel and the windows of its input, its input gradient that of the transposed
+    kernel and dy, folded back: `window` says how the matrix is made of windows, or folded into a value.
     """
 
     name: Hashable
     cols: Size
     batch: Size = 1
     flipped: bool = False
+    window: Hashable = None
     rows: Size = field(default=0, compare=False)
     precision: torch.dtype = field(default=torch.float32, compare=False)
 

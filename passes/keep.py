@@ -133,7 +133,7 @@ class Keep:
     def _is_narrow_product(self, node: Node) -> bool:
         """`u·A` with few columns: redoing it costs little next to the layer's own product."""
         for part in addends(node) or []:
-            if isinstance(part.operand, Product):
+            if isinstance(part.operand, Product) and part.operand.window is None:
                 k, n = shape(part.operand.right)[-2:]
                 narrow = isinstance(k, int) and isinstance(n, int) and 4 * n <= k
                 return narrow and self.flow.is_weight(part.operand.right)

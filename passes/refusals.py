@@ -99,7 +99,7 @@ def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
         return found[0] if len(operands) == 2 and len(found) == 1 else None
     for product in _products(node):
         for operand in (product.left, product.right):
-            rows, cols = shape(operand)[-2:]
+            rows, cols = shape(operand)[:2] if product.window is not None else shape(operand)[-2:]
             if rows != cols and analysis.flow.is_weight(operand) and analysis.flow.is_trained(operand):
                 return operand
     return None

@@ -7,9 +7,11 @@ backward, and marked to be rebuilt in backward. W itself is never written.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -108,6 +110,13 @@ class Rewriter:
             by_root[group.root].append(group)
         for root, members in by_root.items():
             self._rewrite_sum(root, members)
+        for node in self.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+            wanted = {u.args[1] for u in node.users}
+            mask = [asked and i in wanted for i, asked in enumerate(node.args[-1])]  # type: ignore[arg-type]
+            if mask != node.args[-1]:  # an adapter's input gradient that is part of the base's by now
+                node.args = (*node.args[:-1], mask)
+                with self.build.fake_mode:
+                    node.meta["val"] = node.target(*map(fake, node.args), **node.kwargs)  # type: ignore[operator]
 
     def _rewrite_sum(self, root: Node, groups: list[Group]) -> None:
         edits: dict[Path, tuple[Node, bool] | None] = {}
@@ -154,12 +163,22 @@ class Rewriter:
 
     def _base(self, node: Node, merged: Node, left: bool, bias_gone: bool, copies: dict[Node, Node]) -> Node:
         """The base product with W' for W; its alpha stays, and its bias where that was no adapter's product."""
+        if node.target is operator.getitem:
+            return self._input_gradient(node, merged)
         args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
-        args[-2 if left else -1] = merged
+        args[1 if node.target is aten.convolution.default else -2 if left else -1] = merged
         if not bias_gone:
             return self.build.call(node.target, *args, **node.kwargs)
         scale = next(part.scale for part in addends(node) or [] if isinstance(part.operand, Product))
         return self._scaled(self.build.call(PLAIN[node.target], *args[-2:]), scale)
+
+    def _input_gradient(self, node: Node, merged: Node) -> Node:
+        """A convolution's backward with another kernel, for the input's gradient alone."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        dy, x, _, _, *rest, _ = source.args
+        results = self.build.call(source.target, dy, x, merged, None, *rest, [True, False, False])
+        return self.build.call(operator.getitem, results, 0)
 
     def _without(self, node: Node, i: int, copies: dict[Node, Node]) -> Node:
         """A sum of two that lost addend `i`: the other, in the sum's dtype and shape."""
@@ -200,15 +219,19 @@ class Rewriter:
     def _merged_operand(self, group: Group) -> Node:
         """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and
         backward too."""
-        weight, dtype = group.weight, value(group.operand).dtype
+        weight, dtype = _unfolded(group.weight), value(group.operand).dtype
         terms = [(s, t.T if weight.flipped else t) for s, t in zip(group.ratios, group.remainders, strict=True) if s]
+        terms = [(s, replace(t, factors=tuple(map(_unfolded, t.factors)))) for s, t in terms]
         summands = frozenset((s.key(), t.factors) for s, t in terms)
         key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
             self._merged[key] = self._merge(weight, group.inner, terms, dtype)
-        read = weight.T if group.base.flipped else weight
-        result = self._as_operand(self._merged[key], read, group.operand)
+        if group.product.window is not None:
+            result = self.build.call(aten.reshape.default, self._merged[key], list(shape(group.operand)))
+        else:
+            read = weight.T if group.base.flipped else weight
+            result = self._as_operand(self._merged[key], read, group.operand)
         self.build.rebuild = False
         return result
 
@@ -256,6 +279,11 @@ class Rewriter:
             first = shape(operand)[0]
             return batched if first == 1 else self.build.call(aten.expand.default, batched, [first, *shape(node)])
         return self.build.call(aten.reshape.default, node, _static(shape(operand)))
+
+
+def _unfolded(f: Matrix) -> Matrix:
+    """A kernel by itself, whatever becomes of its product."""
+    return replace(f, window=None)
 
 
 def _static(sizes: Iterable[Size]) -> list[int]:

@@ -221,6 +221,9 @@ class Analysis:
                 product = base.product
                 if not others or product is None or base.term is None:
                     continue
+                others = tuple(o for o in others if _folds_like(o, factors[-1], right, len(factors) - 1))
+                if not others:
+                    continue
                 read = self.reader.operand(product.left if right != base.flipped else product.right)
                 if len(read.factors) == 1:  # W alone, not a product of W with part of what is shared
                     shared = tuple(f.T for f in reversed(factors[:-1])) if right else factors[:-1]
@@ -259,6 +262,12 @@ class Analysis:
         if None in group.ratios:
             return Refusal(name, "unknown_op", "the base product carries a scale that cannot be divided out")
         return None
+
+
+def _folds_like(occ: Occurrence, weight: Matrix, right: bool, shared: int) -> bool:
+    """Whether a term is folded back as the base's product is, in the gradient of a convolution's input, and no more."""
+    *inner, last = _oriented(occ, right).factors[shared:]
+    return last.window == weight.window and all(f.window is None for f in inner)
 
 
 def _oriented(occ: Occurrence, right: bool) -> Term:

@@ -9,6 +9,7 @@ done twice.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -52,12 +53,35 @@ def numel(sizes: Sequence[Size]) -> Size:
 
 
 @dataclass(frozen=True)
+class Window:
+    """How a convolution reads its input."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def is_point(self) -> bool:
+        """Each position is its own window."""
+        point = {*self.kernel, *self.stride, *self.dilation} == {1}
+        return point and set(self.padding) == {0} and self.groups == 1
+
+
+@dataclass(frozen=True)
 class Product:
-    """The matrix product of two nodes over their last two dimensions, computed in `dtype`."""
+    """The matrix product of two nodes over their last two dimensions, computed in `dtype`.
+
+    With a `window`, a convolution: `left` is its kernel [N,K·window], `right` its input, or, `folded`, the gradient of
+    its output, and the product with the transposed kernel is folded back to the input's shape.
+    """
 
     left: Node
     right: Node
     dtype: torch.dtype
+    window: Window | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +193,40 @@ def _plus_product(node: Node) -> list[Addend] | None:
     return [Addend(tensor_arg(node, 0), beta), Addend(product, alpha)]
 
 
+def _window(kernel: Node, args: Sequence[Any]) -> Window | None:
+    """Of `stride, padding, dilation, transposed, output_padding, groups`; None for a transposed convolution."""
+    stride, padding, dilation, transposed, _, groups = args
+    sizes = shape(kernel)[2:]
+    stride, padding, dilation = (tuple(v) * (len(sizes) if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    if transposed or not all(isinstance(n, int) for n in (*sizes, *stride, *padding, *dilation)):
+        return None
+    return Window(sizes, stride, padding, dilation, groups)
+
+
+def _convolution(node: Node) -> list[Addend] | None:
+    kernel = tensor_arg(node, 1)
+    window = _window(kernel, node.args[3:9])
+    if window is None or value(node).ndim != value(kernel).ndim:
+        return None
+    product = Addend(Product(kernel, tensor_arg(node, 0), value(node).dtype, window))
+    return [product] if node.args[2] is None else [Addend(None), product]
+
+
+def _result(node: Node) -> list[Addend] | None:
+    """The input gradient among the results of a convolution's backward."""
+    source, i = node.args[:2]
+    if not isinstance(source, Node) or source.target is not aten.convolution_backward.default or i != 0:
+        return None
+    kernel = tensor_arg(source, 2)
+    window = _window(kernel, source.args[4:10])
+    if window is None or value(node).ndim != value(kernel).ndim:
+        return None
+    return [Addend(Product(kernel, tensor_arg(source, 0), value(node).dtype, window, folded=True))]
+
+
 RULES: dict[Any, Rule] = {
+    operator.getitem: _result,
+    aten.convolution.default: _convolution,
     aten.view.default: _unchanged,
     aten.reshape.default: _unchanged,
     aten._unsafe_view.default: _unchanged,
@@ -285,8 +342,8 @@ class Reader:
         """The terms of a sum, in the layout in which most of them are products."""
         sizes = shape(root)
         layouts = [Layout(1, sizes[-1] if sizes else 1)]
-        if len(sizes) == 3 and sizes[0] != 1:
-            layouts.append(Layout(sizes[0], sizes[-1]))
+        if len(sizes) > 2:  # a batch of matrices, the channels of an image being rows
+            layouts.append(Layout(sizes[0], numel(sizes[2:])))
         found = [self._sum(root, layout, top=True) for layout in layouts]
         return max(found, key=lambda occs: sum(o.term is not None and len(o.term.factors) > 1 for o in occs))
 
@@ -373,6 +430,8 @@ class Reader:
         batch."""
         left, right = product.left, product.right
         ls, rs = shape(left), shape(right)
+        if product.window is not None:
+            return self._convolved(product, product.window, layout)
         if layout.cols != rs[-1]:
             return None
         if len(rs) == 2:
@@ -390,6 +449,24 @@ class Reader:
         else:
             return None
         return (a @ b).computed_in(product.dtype)
+
+    def _convolved(self, product: Product, window: Window, layout: Layout) -> Term | None:
+        """The kernel as a matrix times the windows of the input; or transposed times dy, folded."""
+        kernel, source = product.left, product.right
+        batch, positions = shape(source)[0], numel(shape(source)[2:])
+        if layout.batch != batch or (window.is_point and layout.cols != positions):
+            return None
+        K = numel(shape(kernel)[1:])
+        W = self._name(kernel, Layout(1, K))
+        values = self.term(source, Layout(batch, positions))
+        if product.folded:
+            tag = None if window.is_point else window
+            (matrix,) = W.factors
+            return (replace(W, factors=(replace(matrix.T, window=tag),)) @ values).computed_in(product.dtype)
+        if not window.is_point:
+            only = self._name(source, Layout(batch, positions)).factors[0]
+            values = Term((replace(only, cols=layout.cols, rows=K, window=window),))
+        return (W @ values).computed_in(product.dtype)
 
     def _shared(self, node: Node) -> Term | None:
         """The one matrix that an expanded batch `[E, m, n]` repeats."""
