@@ -243,7 +243,8 @@ def _weights(product: Node, rows: Rows) -> list[Node]:
 
 
 def _weight_sizes(product: Node, rows: Rows) -> list[int]:
-    return [int(n) for n in shape(next(n for n in _operands(product) if n not in rows.of))]
+    *batch, k, n = shape(next(n for n in _operands(product) if n not in rows.of))
+    return [int(m) for m in (*(m for m in batch if m != 1), k, n)]
 
 
 def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
