@@ -166,7 +166,7 @@ def _addends(node: Node, rows: Rows) -> Iterator[Node]:
 def _is_arithmetic(node: Node, rows: Rows) -> bool:
     """Whether an op does more than to lay out, cast or scale by a number: what follows it is not the adapter's."""
     trained, _ = rows.brought(node)
-    inside = [n for n in node.args[:3] if isinstance(n, Node) and n in rows.of]
+    inside = [n for n in rows.operands(node) if n in rows.of]
     return bool(trained) or len(inside) > 1 or node.target in PRODUCTS
 
 
