@@ -174,7 +174,7 @@ def _added(node: Node, known: Known) -> Dims | None:
     dims, other = (x, b) if x is not None else (y, a)
     if dims is None or shape(a if x is not None else b) != shape(node):
         return None
-    return dims if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
+    return _broadcast(dims, node) if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
 
 
 def _scaled(node: Node, known: Known) -> Dims | None:
@@ -185,7 +185,13 @@ def _scaled(node: Node, known: Known) -> Dims | None:
     dims = known(own)
     if dims is None or known(other) is not None or shape(own) != shape(node):
         return None
-    return dims if not isinstance(other, Node) or (is_tensor(other) and _same(other, dims)) else None
+    same = not isinstance(other, Node) or (is_tensor(other) and _same(other, dims))
+    return _broadcast(dims, node) if same else None
+
+
+def _broadcast(dims: Dims, node: Node) -> Dims:
+    """The dimensions of a value that a weight has repeated along those of size one."""
+    return tuple(d or _sized(n) for d, n in zip(dims, shape(node), strict=True))
 
 
 def _multiplied(node: Node, known: Known) -> Dims | None:
