@@ -179,7 +179,7 @@ def _added(node: Node, known: Known) -> Dims | None:
 
 def _scaled(node: Node, known: Known) -> Dims | None:
     a, b = node.args[:2]
-    if node.target is aten.div.Tensor and (known(a) is None or node.kwargs):
+    if node.target in (aten.div.Tensor, aten.div.Scalar) and (known(a) is None or node.kwargs):
         return None
     own, other = (a, b) if known(a) is not None else (b, a)
     dims = known(own)
@@ -312,6 +312,7 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: _scaled,
     aten.mul.Scalar: _scaled,
     aten.div.Tensor: _scaled,
+    aten.div.Scalar: _scaled,
     aten.sum.dim_IntList: _along(1),
     aten.mean.dim: _along(1),
     aten.select.int: _along(1),
@@ -511,7 +512,7 @@ class Replay:
             return None
         if node.target in UNCHANGED | VIEWS | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}:
             return found.rows
-        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
             d = found.rows.of or self._ones(node)
             return Diagonal(self.build.call(node.target, d, self._vector(other, self.count)))
