@@ -252,6 +252,17 @@ def _unsqueezed(node: Node, known: Known) -> Dims | None:
     return (*dims[:i], (), *dims[i:])
 
 
+def _indexed(node: Node, known: Known) -> Dims | None:
+    """Features taken in an order that a tensor of numbers gives."""
+    dims, given = known(node.args[0]), node.args[1]
+    chosen = [(i, n) for i, n in enumerate(given) if n is not None]  # type: ignore[union-attr, arg-type, var-annotated]
+    if dims is None or len(chosen) != 1:
+        return None
+    i, order = chosen[0]
+    numbers = value(order).ndim == 1 and not value(order).dtype == torch.bool and known(order) is None
+    return _resized(node, dims, [i]) if numbers and _features(dims, i) else None
+
+
 def _joined(node: Node, known: Known) -> Dims | None:
     parts = [known(p) for p in node.args[0]]  # type: ignore[union-attr]
     dim = node.args[1] if len(node.args) > 1 else 0
@@ -317,8 +328,8 @@ RULES: dict[Any, Rule] = {
     aten.mean.dim: _along(1),
     aten.select.int: _along(1),
     aten.slice.Tensor: _along(1),
-    aten.flip.default: _along(1),
-    aten.index_select.default: _along(1),
+    prims.rev.default: _along(1),
+    aten.index.Tensor: _indexed,
     aten._fft_r2c.default: _along(1),
     aten._fft_c2c.default: _along(1),
     aten._fft_c2r.default: _along(1),
