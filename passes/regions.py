@@ -26,6 +26,7 @@ from peft_fx.passes.sites import Analysis, Refusal
 from peft_fx.passes.transfer import aten, expr, is_tensor, numel, shape, tensor_arg, value
 
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
+LAYOUTS = {*VIEWS, *UNCHANGED, aten.permute.default, aten.transpose.int}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
     """What may be the ends of a region: a value in which arithmetic ends; or addends of a sum that share a source."""
     row = rows.of[node]
     if row.source is not node:
-        if _is_arithmetic(node, rows):
+        if _is_arithmetic(node, rows) or _puts_in_order(node, rows):
             yield (node,)
         return
     by_source: dict[Node, list[Node]] = defaultdict(list)
@@ -168,6 +169,16 @@ def _is_arithmetic(node: Node, rows: Rows) -> bool:
     trained, _ = rows.brought(node)
     inside = [n for n in rows.operands(node) if n in rows.of]
     return bool(trained) or len(inside) > 1 or node.target in PRODUCTS
+
+
+def _puts_in_order(node: Node, rows: Rows) -> bool:
+    """Whether the tokens come first again here, which they did not where the arithmetic ended."""
+    start = node
+    while start.target in LAYOUTS and rows.of[start].source is not start and in_order(rows.of[node].dims):
+        (start,) = rows.operands(start)
+        if not in_order(rows.of[start].dims):
+            return True
+    return False
 
 
 def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
