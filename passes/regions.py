@@ -323,7 +323,20 @@ def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
     build.rebuild = False
     u = build.call(aten.reshape.default, build.cast(region.source, dtype), [-1, K])
     y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
-    return build.cast(build.call(aten.reshape.default, y, _sizes(build, last, region.source)), value(last).dtype)
+    y = build.call(aten.reshape.default, y, _sizes(build, last, region.source))
+    return _laid_out(build, build.cast(y, value(last).dtype), value(last).stride())
+
+
+def _laid_out(build: Builder, node: Node, strides: tuple[Any, ...]) -> Node:
+    """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
+    if not all(isinstance(n, int) for n in (*strides, *value(node).stride())) or value(node).stride() == strides:
+        return node
+    order = sorted(range(len(strides)), key=lambda i: -strides[i])
+    if order == sorted(order):
+        return node
+    node = build.call(aten.permute.default, node, order)
+    node = build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return build.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
 
 
 def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:
