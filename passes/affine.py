@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.algebra import Size, coarser
-from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import Builder
 from peft_fx.passes.transfer import aten, is_tensor, numel, prims, scale_of, shape, tensor_arg, value
 
@@ -414,8 +414,16 @@ class Rows:
 
     def in_one_module(self, parameter: Node, frozen: Node) -> bool:
         """Whether a parameter belongs to the module that holds a weight, itself (`W`) or in a layer (`base.weight`)."""
-        a, b = (self.flow.roles[n].name for n in (parameter, frozen))
-        return shared_path(a, b) >= b.count(".") - 1
+        return self.flow.roles[parameter].name.startswith(self._module(self.flow.roles[frozen].name))
+
+    def _module(self, name: str) -> str:
+        """The adapted module of a weight: the weight's own, where that holds trained parameters beside a bias, or the
+        one around it."""
+        own = name[: name.rfind(".") + 1]
+        trained = (r.name for r in self.flow.roles.values() if r.trainable)
+        if any(n.startswith(own) and n != f"{own}bias" for n in trained):
+            return own
+        return own[: own.rstrip(".").rfind(".") + 1]
 
     def parameters(self, weight: Node) -> list[Node]:
         if weight not in self._parameters:
