@@ -402,9 +402,13 @@ class Rows:
         new = trained | frozen
         if not new or not self.is_adapted(row) or any(self.in_one_module(p, f) for p in new for f in row.frozen):
             return row
-        start = node
-        while start.target in UNCHANGED | VIEWS and shape(tensor_arg(start, 0))[-1:] == shape(start)[-1:]:
-            start = tensor_arg(start, 0)
+        layouts = [node]
+        while layouts[-1].target in UNCHANGED | VIEWS:
+            before = tensor_arg(layouts[-1], 0)
+            if shape(before)[-1:] != shape(node)[-1:]:
+                break
+            layouts.append(before)
+        start = max(reversed(layouts), key=lambda n: len(shape(n)))  # the one that tells most tokens apart
         dims = regroup(fresh(start).dims, shape(node))
         return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
 
