@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.affine import PRODUCTS, UNCHANGED, VIEWS, Replay, Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Size
-from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.algebra import MANTISSA, Matrix, Size
+from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.sites import Analysis, Refusal
 from peft_fx.passes.transfer import aten, expr, is_tensor, numel, shape, tensor_arg, value
@@ -72,11 +72,7 @@ class Region:
         return "affine"
 
     def site_name(self, flow: Flow) -> str:
-        """The module that holds the base weight and the trained parameters."""
-        frozen = [flow.roles[p].name for p in flow.parameters(self.weight)[:1]] or [str(self.weight)]
-        base = frozen[0].split(".")
-        best = max((shared_path(frozen[0], flow.roles[t].name) for t in self.row.trained), default=0)
-        return ".".join(base[:best]) or frozen[0].removesuffix(".weight")
+        return flow.site_name(Matrix(self.weight, 0), [Matrix(t, 0) for t in self.row.trained])
 
     def is_trained(self, flow: Flow) -> bool:
         return True
