@@ -259,7 +259,7 @@ def _indexed(node: Node, known: Known) -> Dims | None:
     if dims is None or len(chosen) != 1:
         return None
     i, order = chosen[0]
-    numbers = value(order).ndim == 1 and not value(order).dtype == torch.bool and known(order) is None
+    numbers = value(order).ndim == 1 and value(order).dtype != torch.bool and known(order) is None
     return _resized(node, dims, [i]) if numbers and _features(dims, i) else None
 
 

@@ -243,7 +243,9 @@ def _joined(sites: list[Site]) -> list[Site]:
         if i is None:
             found.append(site)
             continue
-        flops, bytes = ({k: n + b[k] for k, n in a.items()} for a, b in ((found[i].flops, site.flops), (found[i].bytes, site.bytes)))
+        flops, bytes = (
+            {k: n + b[k] for k, n in a.items()} for a, b in ((found[i].flops, site.flops), (found[i].bytes, site.bytes))
+        )
         found[i] = replace(found[i], input_grad=site.input_grad, flops=flops, bytes=bytes)
     return found
 
