@@ -226,8 +226,9 @@ def oft(m, x):
 
 def oft_after(m, x):
     """A block-diagonal matrix on the output, in one bmm."""
-    h = (x @ m.W + m.b).reshape(-1, 8, N // 8).transpose(0, 1)
-    return torch.bmm(h, m.M).transpose(0, 1).reshape(*x.shape[:-1], N)
+    h = x @ m.W + m.b
+    blocks = h.reshape(-1, 8, h.shape[-1] // 8).transpose(0, 1)
+    return torch.bmm(blocks, m.M).transpose(0, 1).reshape(h.shape)
 
 
 def bdlora(m, x):
@@ -467,7 +468,7 @@ def tokens_in_pairs(m, x):
 
 
 def tokens_flipped(m, x):
-    return (x @ m.W).flip(-2) * m.l + x @ m.W
+    return (x @ m.W).flip(-2) * m.l
 
 
 def cumsum_over_tokens(m, x):
