@@ -142,7 +142,9 @@ def _decided(
 
 def _with_dense_gradient(site: Site, weights: set[str]) -> Site:
     """The site, whose adapter's gradients come from xᵀ·dy where that is said of its weight."""
-    return replace(site, adapter_grad="dense") if any(w.startswith(site.name + ".") for w in weights) else site
+    name = site.name.partition("#")[0]
+    dense = any(w == name or w.startswith(f"{name}.") for w in weights)
+    return replace(site, adapter_grad="dense") if dense else site
 
 
 def _log(outcome: Outcome) -> None:
