@@ -174,7 +174,7 @@ def _added(node: Node, known: Known) -> Dims | None:
     dims, other = (x, b) if x is not None else (y, a)
     if dims is None or shape(a if x is not None else b) != shape(node):
         return None
-    return _broadcast(dims, node) if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
+    return dims if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
 
 
 def _scaled(node: Node, known: Known) -> Dims | None:
@@ -183,14 +183,14 @@ def _scaled(node: Node, known: Known) -> Dims | None:
         return None
     own, other = (a, b) if known(a) is not None else (b, a)
     dims = known(own)
-    if dims is None or known(other) is not None or shape(own) != shape(node):
+    if dims is None or known(other) is not None or len(dims) != len(shape(node)):
         return None
     same = not isinstance(other, Node) or (is_tensor(other) and _same(other, dims))
     return _broadcast(dims, node) if same else None
 
 
 def _broadcast(dims: Dims, node: Node) -> Dims:
-    """The dimensions of a value that a weight has repeated along those of size one."""
+    """The dimensions of a value that a factor has repeated along those of size one."""
     return tuple(d or _sized(n) for d, n in zip(dims, shape(node), strict=True))
 
 
