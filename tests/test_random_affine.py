@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests import joint
 from tests.oracle import integers
 
-EXAMPLES = 80
+EXAMPLES = 50
 
 Shape = tuple[int, ...]
 
