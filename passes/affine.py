@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.algebra import Size, coarser
-from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import Builder
 from peft_fx.passes.transfer import aten, is_tensor, numel, prims, scale_of, shape, tensor_arg, value
 
@@ -179,13 +179,19 @@ def _added(node: Node, known: Known) -> Dims | None:
 
 def _scaled(node: Node, known: Known) -> Dims | None:
     a, b = node.args[:2]
-    if node.target is aten.div.Tensor and (known(a) is None or node.kwargs):
+    if node.target in (aten.div.Tensor, aten.div.Scalar) and (known(a) is None or node.kwargs):
         return None
     own, other = (a, b) if known(a) is not None else (b, a)
     dims = known(own)
-    if dims is None or known(other) is not None or shape(own) != shape(node):
+    if dims is None or known(other) is not None or len(dims) != len(shape(node)):
         return None
-    return dims if not isinstance(other, Node) or (is_tensor(other) and _same(other, dims)) else None
+    same = not isinstance(other, Node) or (is_tensor(other) and _same(other, dims))
+    return _broadcast(dims, node) if same else None
+
+
+def _broadcast(dims: Dims, node: Node) -> Dims:
+    """The dimensions of a value that a factor has repeated along those of size one."""
+    return tuple(d or _sized(n) for d, n in zip(dims, shape(node), strict=True))
 
 
 def _multiplied(node: Node, known: Known) -> Dims | None:
@@ -244,6 +250,17 @@ def _unsqueezed(node: Node, known: Known) -> Dims | None:
         return None
     i = node.args[1] % (len(dims) + 1)  # type: ignore[operator]
     return (*dims[:i], (), *dims[i:])
+
+
+def _indexed(node: Node, known: Known) -> Dims | None:
+    """Features taken in an order that a tensor of numbers gives."""
+    dims, given = known(node.args[0]), node.args[1]
+    chosen = [(i, n) for i, n in enumerate(given) if n is not None]  # type: ignore[union-attr, arg-type, var-annotated]
+    if dims is None or len(chosen) != 1:
+        return None
+    i, order = chosen[0]
+    numbers = value(order).ndim == 1 and value(order).dtype != torch.bool and known(order) is None
+    return _resized(node, dims, [i]) if numbers and _features(dims, i) else None
 
 
 def _joined(node: Node, known: Known) -> Dims | None:
@@ -306,12 +323,13 @@ RULES: dict[Any, Rule] = {
     aten.mul.Tensor: _scaled,
     aten.mul.Scalar: _scaled,
     aten.div.Tensor: _scaled,
+    aten.div.Scalar: _scaled,
     aten.sum.dim_IntList: _along(1),
     aten.mean.dim: _along(1),
     aten.select.int: _along(1),
     aten.slice.Tensor: _along(1),
-    aten.flip.default: _along(1),
-    aten.index_select.default: _along(1),
+    prims.rev.default: _along(1),
+    aten.index.Tensor: _indexed,
     aten._fft_r2c.default: _along(1),
     aten._fft_c2c.default: _along(1),
     aten._fft_c2r.default: _along(1),
@@ -384,9 +402,13 @@ class Rows:
         new = trained | frozen
         if not new or not self.is_adapted(row) or any(self.in_one_module(p, f) for p in new for f in row.frozen):
             return row
-        start = node
-        while start.target in UNCHANGED | VIEWS and shape(tensor_arg(start, 0))[-1:] == shape(start)[-1:]:
-            start = tensor_arg(start, 0)
+        layouts = [node]
+        while layouts[-1].target in UNCHANGED | VIEWS:
+            before = tensor_arg(layouts[-1], 0)
+            if shape(before)[-1:] != shape(node)[-1:]:
+                break
+            layouts.append(before)
+        start = max(reversed(layouts), key=lambda n: len(shape(n)))  # the one that tells most tokens apart
         dims = regroup(fresh(start).dims, shape(node))
         return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
 
@@ -396,8 +418,16 @@ class Rows:
 
     def in_one_module(self, parameter: Node, frozen: Node) -> bool:
         """Whether a parameter belongs to the module that holds a weight, itself (`W`) or in a layer (`base.weight`)."""
-        a, b = (self.flow.roles[n].name for n in (parameter, frozen))
-        return shared_path(a, b) >= b.count(".") - 1
+        return self.flow.roles[parameter].name.startswith(self._module(self.flow.roles[frozen].name))
+
+    def _module(self, name: str) -> str:
+        """The adapted module of a weight: the weight's own, where that holds trained parameters beside a bias, or the
+        one around it."""
+        own = name[: name.rfind(".") + 1]
+        trained = (r.name for r in self.flow.roles.values() if r.trainable)
+        if any(n.startswith(own) and n != f"{own}bias" for n in trained):
+            return own
+        return own[: own.rstrip(".").rfind(".") + 1]
 
     def parameters(self, weight: Node) -> list[Node]:
         if weight not in self._parameters:
@@ -505,7 +535,7 @@ class Replay:
             return None
         if node.target in UNCHANGED | VIEWS | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}:
             return found.rows
-        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor):
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
             d = found.rows.of or self._ones(node)
             return Diagonal(self.build.call(node.target, d, self._vector(other, self.count)))

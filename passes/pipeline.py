@@ -101,8 +101,10 @@ def run(
         replaced = _decided(found, analysis.flow, settings, hint, outcome)
         added += rewrite(graph, rows, replaced, fake_mode)
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    chosen = _decided(analysis.groups, analysis.flow, settings, hint, outcome)
-    outcome.sites = _numbered(outcome.sites)
+    # a region's own sums stay for its parameters' gradients: no sites
+    groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
+    chosen = _decided(groups, analysis.flow, settings, hint, outcome)
+    outcome.sites = _numbered(_joined(outcome.sites))
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
@@ -140,7 +142,9 @@ def _decided(
 
 def _with_dense_gradient(site: Site, weights: set[str]) -> Site:
     """The site, whose adapter's gradients come from xᵀ·dy where that is said of its weight."""
-    return replace(site, adapter_grad="dense") if any(w.startswith(site.name + ".") for w in weights) else site
+    name = site.name.partition("#")[0]
+    dense = any(w == name or w.startswith(f"{name}.") for w in weights)
+    return replace(site, adapter_grad="dense") if dense else site
 
 
 def _log(outcome: Outcome) -> None:
@@ -231,6 +235,25 @@ def _cost(
                 total += price.first_products(machine, shape) + price.first_products(machine, shape)
         costs[label] = total
     return costs
+
+
+def _joined(sites: list[Site]) -> list[Site]:
+    """Where the forward is a region and the input gradient a sum of terms, they are one site."""
+    found: list[Site] = []
+    for site in sites:
+        i = next((i for i, s in enumerate(found) if _is_half_of(site, s)), None)
+        if i is None:
+            found.append(site)
+            continue
+        flops, bytes = (
+            {k: n + b[k] for k, n in a.items()} for a, b in ((found[i].flops, site.flops), (found[i].bytes, site.bytes))
+        )
+        found[i] = replace(found[i], input_grad=site.input_grad, flops=flops, bytes=bytes)
+    return found
+
+
+def _is_half_of(site: Site, region: Site) -> bool:
+    return (site.name, site.forward, region.method, region.input_grad) == (region.name, NONE, "affine", ACTIVATION)
 
 
 def _numbered(sites: list[Site]) -> list[Site]:

@@ -96,8 +96,11 @@ def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
     if node.target is aten.mul.Tensor:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         found = [n for n in operands if analysis.flow.is_weight(n) and value(n).ndim and analysis.flow.is_trained(n)]
-        return found[0] if len(operands) == 2 and len(found) == 1 else None
+        same = all(analysis.flow.is_weight(n) for n in operands)  # a product of weights reads nothing
+        return found[0] if len(operands) == 2 and len(found) == 1 and not same else None
     for product in _products(node):
+        if analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right):
+            continue
         for operand in (product.left, product.right):
             rows, cols = shape(operand)[:2] if product.window is not None else shape(operand)[-2:]
             if rows != cols and analysis.flow.is_weight(operand) and analysis.flow.is_trained(operand):

@@ -19,13 +19,14 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.affine import PRODUCTS, UNCHANGED, VIEWS, Replay, Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Size
-from peft_fx.passes.flow import Flow, shared_path
+from peft_fx.passes.algebra import MANTISSA, Matrix, Size
+from peft_fx.passes.flow import Flow
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.sites import Analysis, Refusal
 from peft_fx.passes.transfer import aten, expr, is_tensor, numel, shape, tensor_arg, value
 
 SUMS = (aten.add.Tensor, aten.sub.Tensor)
+LAYOUTS = {*VIEWS, *UNCHANGED, aten.permute.default, aten.transpose.int}
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ class Region:
         return "affine"
 
     def site_name(self, flow: Flow) -> str:
-        """The module that holds the base weight and the trained parameters."""
-        frozen = [flow.roles[p].name for p in flow.parameters(self.weight)[:1]] or [str(self.weight)]
-        base = frozen[0].split(".")
-        best = max((shared_path(frozen[0], flow.roles[t].name) for t in self.row.trained), default=0)
-        return ".".join(base[:best]) or frozen[0].removesuffix(".weight")
+        return flow.site_name(Matrix(self.weight, 0), [Matrix(t, 0) for t in self.row.trained])
 
     def is_trained(self, flow: Flow) -> bool:
         return True
@@ -140,7 +137,7 @@ def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
     """What may be the ends of a region: a value in which arithmetic ends; or addends of a sum that share a source."""
     row = rows.of[node]
     if row.source is not node:
-        if _is_arithmetic(node, rows):
+        if _is_arithmetic(node, rows) or _puts_in_order(node, rows):
             yield (node,)
         return
     by_source: dict[Node, list[Node]] = defaultdict(list)
@@ -166,8 +163,18 @@ def _addends(node: Node, rows: Rows) -> Iterator[Node]:
 def _is_arithmetic(node: Node, rows: Rows) -> bool:
     """Whether an op does more than to lay out, cast or scale by a number: what follows it is not the adapter's."""
     trained, _ = rows.brought(node)
-    inside = [n for n in node.args[:3] if isinstance(n, Node) and n in rows.of]
+    inside = [n for n in rows.operands(node) if n in rows.of]
     return bool(trained) or len(inside) > 1 or node.target in PRODUCTS
+
+
+def _puts_in_order(node: Node, rows: Rows) -> bool:
+    """Whether the tokens come first again here, which they did not where the arithmetic ended."""
+    start = node
+    while start.target in LAYOUTS and rows.of[start].source is not start and in_order(rows.of[node].dims):
+        (start,) = rows.operands(start)
+        if not in_order(rows.of[start].dims):
+            return True
+    return False
 
 
 def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
@@ -243,7 +250,8 @@ def _weights(product: Node, rows: Rows) -> list[Node]:
 
 
 def _weight_sizes(product: Node, rows: Rows) -> list[int]:
-    return [int(n) for n in shape(next(n for n in _operands(product) if n not in rows.of))]
+    *batch, k, n = shape(next(n for n in _operands(product) if n not in rows.of))
+    return [int(m) for m in (*(m for m in batch if m != 1), k, n)]
 
 
 def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
@@ -311,7 +319,20 @@ def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
     build.rebuild = False
     u = build.call(aten.reshape.default, build.cast(region.source, dtype), [-1, K])
     y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
-    return build.cast(build.call(aten.reshape.default, y, _sizes(build, last, region.source)), value(last).dtype)
+    y = build.call(aten.reshape.default, y, _sizes(build, last, region.source))
+    return _laid_out(build, build.cast(y, value(last).dtype), value(last).stride())
+
+
+def _laid_out(build: Builder, node: Node, strides: tuple[Any, ...]) -> Node:
+    """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
+    if not all(isinstance(n, int) for n in (*strides, *value(node).stride())) or value(node).stride() == strides:
+        return node
+    order = sorted(range(len(strides)), key=lambda i: -strides[i])
+    if order == sorted(order):
+        return node
+    node = build.call(aten.permute.default, node, order)
+    node = build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+    return build.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
 
 
 def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:

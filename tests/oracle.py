@@ -76,13 +76,22 @@ def signs(y: Tensor, seed: int) -> Tensor:
     return (2 * torch.randint(0, 2, y.shape, generator=g) - 1).to(y.dtype)
 
 
-def run(f: Callable, module: nn.Module, inputs: Inputs, cotangent: int | list[Tensor] = 7) -> Run:
-    """One forward and backward of `f` (`module` itself or its compiled form); a number seeds the cotangents."""
+def numbers(y: Tensor, seed: int) -> Tensor:
+    """A cotangent of normal numbers that bf16 holds: a product with one rounds, where a product with ±1 does not."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(y.shape, generator=g).bfloat16().to(y.dtype)
+
+
+Draw = Callable[[Tensor, int], Tensor]
+
+
+def run(f: Callable, module: nn.Module, inputs: Inputs, cotangent: int | list[Tensor] = 7, draw: Draw = signs) -> Run:
+    """One forward and backward of `f` (`module` itself or its compiled form); a number seeds the cotangents drawn."""
     inputs = to_dtype(inputs, None)
     module.zero_grad(set_to_none=True)
     y = leaves(apply(f, inputs))
     if isinstance(cotangent, int):
-        cotangent = [signs(t, cotangent + i) for i, t in enumerate(y)]
+        cotangent = [draw(t, cotangent + i) for i, t in enumerate(y)]
     pairs = [(t, c) for t, c in zip(y, cotangent, strict=True) if t.requires_grad]
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))
@@ -173,6 +182,7 @@ def gate(
     eager: Callable | None = None,
     seeds: int = 8,
     resolution: float = 0.0,
+    draw: Draw = signs,
 ) -> float:
     """`f`, a compiled form of `module`, is no further from fp64 than `eager` (the module); returns the worst ratio.
 
@@ -183,7 +193,7 @@ def gate(
     for seed in range(seeds):
         shuffle(module, seed)
         ref = exact(module)
-        ref64 = run(ref, ref, to_dtype(inputs, torch.float64), seed)
-        triples.append((ref64, run(eager or module, module, inputs, seed), run(f, module, inputs, seed)))
+        ref64 = run(ref, ref, to_dtype(inputs, torch.float64), seed, draw)
+        triples.append((ref64, *(run(g, module, inputs, seed, draw) for g in (eager or module, f))))
     pooled = (stack(list(runs)) for runs in zip(*triples, strict=True))
     return assert_no_worse(*pooled, resolution=resolution)

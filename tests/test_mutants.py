@@ -12,10 +12,12 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch.fx import Node
 
-from peft_fx.passes import algebra, rewrite, sites, transfer
+from peft_fx.passes import affine, algebra, regions, rewrite, sites, transfer
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
-from tests import joint
+from tests import affine_spellings, joint, spellings
+from tests.spellings import Case
 
 K = 24  # square weights, so that a lost transpose still has the right shape
 
@@ -230,3 +232,230 @@ def test_a_mutant_turns_the_oracle_red(name: str) -> None:
     assert holds()
     with applied(name):
         assert not holds(), f"the mutant {name} lives"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# row-wise affine maps
+
+
+def affine_cases() -> list[tuple[str, Case]]:
+    """Spellings with K = N, so that what is done at the wrong side still has the right shape, and near misses."""
+    vectors = {"l": (K,), "c": (K,)}
+    low_rank = {"A": (K, 4), "B": (4, K)}
+    x = spellings.x(2, 5, K)
+    spells: dict[str, tuple[Any, Any]] = {
+        "scale_and_shift": (affine_spellings.scale_and_shift, vectors),
+        "shift_then_scale": (affine_spellings.shift_then_scale, vectors),
+        "scale_both_sides": (affine_spellings.scale_both_sides, {"g": (K,), "l": (K,)}),
+        "constant_between": (affine_spellings.constant_between, low_rank | {"g": (K,)}),
+        "loreft": (affine_spellings.loreft, {"R": (K, 4), "R2": (K, 4), "c": (4,)}),
+        "rotation_of_pairs": (affine_spellings.rotation_of_pairs, vectors),
+        "oft_after": (affine_spellings.oft_after, {"M": (8, K // 8, K // 8)}),
+        "gralora": (affine_spellings.gralora, {"M": (2, K // 2, 4), "P": (2, 4, K // 2)}),
+        "roll": (affine_spellings.roll, {"l": (K,)}),
+        "vector_along_tokens": (affine_spellings.vector_along_tokens, {"t": (5, 1)}),
+        "tokens_flipped": (affine_spellings.tokens_flipped, {"l": (K,)}),
+        "frozen_vectors": (affine_spellings.frozen_vectors, {"l": (K,)}),
+    }
+
+    def build(spell: Any, trained: Any) -> Callable[[], nn.Module]:
+        return lambda: affine_spellings.Layer(spell, trained, {"f": (K,)}, K=K, N=K)
+
+    whole = ("index_select", "qkv", "chained", "x_transposed")
+    return [
+        *((name, Case(name, build(*spec), x)) for name, spec in spells.items()),
+        *((case.id, case) for case in affine_spellings.SPELLINGS if case.id in whole),
+    ]
+
+
+def _sites(outcome: Any) -> list[tuple[str, str, str]]:
+    return [(s.name, s.forward, s.input_grad) for s in outcome.sites]
+
+
+@cache
+def affine_captured() -> list[tuple[joint.Joint, list[tuple[str, str, str]]]]:
+    """Joint graphs, and the sites that the rules as they are find in them."""
+    found = []
+    for _, case in affine_cases():
+        torch._dynamo.reset()
+        module, inputs = case.make(torch.float64)
+        captured = joint.capture(module, *inputs)
+        found.append((captured, _sites(captured.rewritten(form="weight")[1])))
+    return found
+
+
+def affine_holds() -> bool:
+    """The integer oracle on y and every gradient, and the same sites."""
+    captured = affine_captured()
+    try:
+        for case, sites in captured:
+            graph, outcome = case.rewritten(form="weight")
+            if _sites(outcome) != sites or not joint.equal(case.run(case.graph), case.run(graph)):
+                return False
+    except Exception:
+        return False
+    return True
+
+
+AFFINE_MUTANTS: dict[str, Mutation] = {}
+
+
+def affine_mutant(make: Mutation) -> Mutation:
+    AFFINE_MUTANTS[make.__name__] = make
+    return make
+
+
+def _again(op: Any, change: Callable[[affine.Replay, Node, dict[Node, Node], int], Any]) -> Any:
+    """The replay of one op, done another way."""
+    real = affine.Replay._call
+
+    def call(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+        return (change if node.target is op else real)(self, node, operands, count)
+
+    return patch.object(affine.Replay, "_call", call)
+
+
+def _product(change: Callable[[affine.Replay, Node, affine.Value], Any]) -> Any:
+    real = affine.Replay._product
+    return patch.object(affine.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
+
+
+@affine_mutant
+def constant_dropped() -> Any:
+    real = affine.Replay.matrix
+    return patch.object(affine.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
+
+
+@affine_mutant
+def constant_of_a_product_left_unmultiplied() -> Any:
+    """`(x+1)·W` as `x·W + 1`."""
+
+    def change(self: affine.Replay, node: Node, found: affine.Value) -> affine.Value:
+        (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
+        if before is None or affine.numel(affine.shape(before)) != affine.numel(affine.shape(found.constant)):
+            return found
+        return replace(
+            found, constant=self.build.call(affine.aten.reshape.default, before, affine.shape(found.constant))
+        )
+
+    return _product(change)
+
+
+@affine_mutant
+def bias_of_a_product_lost() -> Any:
+    return _product(lambda self, node, found: replace(found, constant=None) if len(node.args) == 3 else found)
+
+
+@affine_mutant
+def diagonal_on_the_wrong_side() -> Any:
+    """`W·d` for `d·W`."""
+
+    def change(self: affine.Replay, node: Node, found: affine.Value) -> affine.Value:
+        rows = found.rows
+        if rows.target is not affine.aten.mul.Tensor or len(set(affine.shape(rows))) > 1:  # type: ignore
+            return found
+        return replace(found, rows=self.build.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
+
+    return _product(change)
+
+
+@affine_mutant
+def vector_before_the_product_ignored() -> Any:
+    real = affine.Replay._diagonal
+    return patch.object(affine.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows)
+
+
+@affine_mutant
+def difference_taken_for_a_sum() -> Any:
+    sub, add = affine.aten.sub.Tensor, affine.aten.add.Tensor
+    return _again(sub, lambda self, node, operands, count: self.build.call(add, *(operands[n] for n in node.args)))
+
+
+@affine_mutant
+def subtracted_rows_keep_their_sign() -> Any:
+    real = affine.Replay._sum
+
+    def sum_(self: affine.Replay, node: Node) -> affine.Value:
+        found = real(self, node)
+        a, b = node.args[:2]
+        return replace(found, rows=self.values[b].rows) if self.rows.flow.is_weight(a) else found  # type: ignore
+
+    return patch.object(affine.Replay, "_sum", sum_)
+
+
+@affine_mutant
+def negation_of_features_ignored() -> Any:
+    return _again(affine.aten.neg.default, lambda self, node, operands, count: operands[node.args[0]])
+
+
+@affine_mutant
+def order_of_dimensions_ignored() -> Any:
+    def change(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+        sizes = self._sizes(self.rows.of[node].dims, count)
+        return self.build.call(affine.aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
+
+    return _again(affine.aten.permute.default, change)
+
+
+@affine_mutant
+def order_of_features_ignored() -> Any:
+    return _again(affine.aten.index.Tensor, lambda self, node, operands, count: operands[node.args[0]])
+
+
+@affine_mutant
+def joined_in_the_wrong_order() -> Any:
+    def change(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+        parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
+        return self.build.call(node.target, parts, *node.args[1:])
+
+    return _again(affine.aten.cat.default, change)
+
+
+@affine_mutant
+def tokens_taken_for_features() -> Any:
+    return patch.object(affine, "_features", lambda dims, i: True)
+
+
+@affine_mutant
+def every_weight_taken_for_the_same_at_all_tokens() -> Any:
+    return patch.object(affine, "_same", lambda weight, dims: True)
+
+
+@affine_mutant
+def order_of_tokens_not_looked_at() -> Any:
+    return patch.object(regions, "in_order", lambda dims: True)
+
+
+@affine_mutant
+def next_layer_taken_for_the_same() -> Any:
+    return patch.object(affine.Rows, "_cut", lambda self, node, row, trained, frozen: row)
+
+
+@affine_mutant
+def frozen_vectors_taken_for_adapters() -> Any:
+    return patch.object(affine.Rows, "is_adapted", lambda self, row: bool(row.frozen))
+
+
+@affine_mutant
+def addend_kept_beside_the_merged_product() -> Any:
+    return patch.object(regions, "_drop", lambda build, end: None)
+
+
+@affine_mutant
+def strides_not_kept() -> Any:
+    return patch.object(regions, "_laid_out", lambda build, node, strides: node)
+
+
+def test_the_affine_rules_as_they_are_hold() -> None:
+    forward = [[f for _, f, _ in sites] for _, sites in affine_captured()]
+    left = {"vector_along_tokens", "tokens_flipped", "frozen_vectors"}
+    for (name, _), forms in zip(affine_cases(), forward, strict=True):
+        assert set(forms) == (set() if name in left else {"weight"}), name
+    assert affine_holds()
+
+
+@pytest.mark.parametrize("name", AFFINE_MUTANTS)
+def test_an_affine_mutant_turns_the_oracle_red(name: str) -> None:
+    affine_captured()  # by the rules as they are
+    with AFFINE_MUTANTS[name]():
+        assert not affine_holds(), f"the mutant {name} lives"
