@@ -21,7 +21,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.flow import Flow, is_tangent
 from peft_fx.passes.rewrite import REBUILD
 from peft_fx.passes.transfer import (
     LAYOUTS,
@@ -181,25 +181,33 @@ class Keep:
 
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
-    """The products of backward that make a parameter's gradient: only layout, scale, cast and sum follow on the way
-    out. Elementwise products count where they are summed."""
-    ends: set[Node] = set()
+    """The products in which backward sums over tokens for the gradient of a trained parameter alone."""
+    (output,) = graph.find_nodes(op="output")
+    returned = list(output.args[0])
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and not is_tangent(n)]
+    others = set(returned)
+    for node, gradient in zip(reversed(inputs), reversed(returned), strict=False):  # one for each input, at the end
+        if node in flow.roles and flow.roles[node].trainable and returned.count(gradient) == 1:
+            others.discard(gradient)
     found: set[Node] = set()
+    ends: set[Node] = set()  # on the way from such a product to the output
     for node in reversed(graph.nodes):
-        if node not in flow.backward or not node.users:
+        if node not in flow.backward or node in others:
             continue
-        if not all(u.op == "output" or u in ends or u in found for u in node.users):
-            continue
-        operands = [n for n in node.all_input_nodes if is_tensor(n)]
-        parts = addends(node) or ([] if node.target in PARTS else None)
-        products = [p.operand for p in parts or [] if isinstance(p.operand, Product)]
-        if node.target is aten.sum.dim_IntList or (parts is not None and not products):
+        if _sums_over_tokens(node, flow):  # one may be the start of another, as the two halves of a product are
+            found |= {node} if all(u is output or u in ends or u in found for u in node.users) else set()
+        elif all(u is output or u in ends for u in node.users):
             ends.add(node)
-        elif node.target is aten.mul.Tensor and len(operands) == 2:
-            if any(flow.is_weight(n) for n in operands):
-                ends.add(node)
-            elif all(u.target is aten.sum.dim_IntList for u in node.users):
-                found.add(node)
-        elif products and not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products):
-            found.add(node)
     return found
+
+
+def _sums_over_tokens(node: Node, flow: Flow) -> bool:
+    """Whether two values meet that are no weights; an elementwise product counts where it is summed."""
+    if node.target is aten.sum.dim_IntList:
+        (source,) = (n for n in node.all_input_nodes if is_tensor(n))
+        return source.target is not aten.mul.Tensor
+    operands = [n for n in node.all_input_nodes if is_tensor(n)]
+    if node.target is aten.mul.Tensor:
+        return len(operands) == 2 and any(n not in flow.backward and not flow.is_weight(n) for n in operands)
+    products = [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
+    return bool(products) and not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products)
