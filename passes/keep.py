@@ -71,7 +71,9 @@ class Keep:
         self._origins: dict[Node, Origin] = {}
         gradients = parameter_gradients(graph, flow) | reading
         frozen = {n for g in flow.backward - gradients for n in g.all_input_nodes}
+        self.kept_known = False  # until then of two that are as large the earlier one is taken for kept
         self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one known before
+        self.kept_known = True
         reads = {n for g in gradients for n in g.all_input_nodes if self._is_activation(n)}
         for node in sorted(reads, key=self._bytes, reverse=True):
             origin = self._origin(node)
@@ -151,7 +153,8 @@ class Keep:
         if node.target in SUMS and extra and self._joins(node, leaves, inputs):
             return alone
         saved = self._bytes(node) - extra
-        return Origin(leaves, chain) if saved > 0 or (saved == 0 and node.target in LAYOUTS) else alone
+        as_good = saved == 0 and (node.target in LAYOUTS or not self.kept_known)
+        return Origin(leaves, chain) if saved > 0 or as_good else alone
 
     def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
         """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are
