@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def section(name: str, content: dict[str, Any]) -> str:
     """All tables of one file of results, in Markdown."""
-    parts = [f"## {name}\n", *(f"{_provenance(run)}\n" for run in content["runs"])]
+    parts = [f"## {name}\n", *(f"{provenance(run)}\n" for run in content["runs"])]
     return "\n".join([*parts, *_tables(content["rows"], "github", "### ")])
 
 
@@ -80,7 +80,7 @@ def print_rows(rows: Iterable[Row]) -> None:
     print("\n".join(["", *_tables(list(rows), "simple", "")]))
 
 
-def _provenance(run: dict[str, Any]) -> str:
+def provenance(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "transformers", "peft", "peft_fx"))
     commit = f", commit {run['commit'][:10]}" if run["commit"] else ""
     return f"`{run['command']}` on {run['device']}, {run['threads']} threads; {versions}{commit}; {run['date']}."
