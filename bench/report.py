@@ -117,7 +117,7 @@ def with_tables(text: str, content: dict[str, Any]) -> str:
         before, mark, rest = text.partition(begin)
         if mark:
             body = make(content["rows"])
-            made = f"\n{body}\n\n{_provenance(content['runs'][-1])}\n" if body else rest.partition(end)[0]
+            made = f"\n{body}\n\n{provenance(content['runs'][-1])}\n" if body else rest.partition(end)[0]
             text = before + mark + made + end + rest.partition(end)[2]
     return text
 
