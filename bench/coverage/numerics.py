@@ -31,7 +31,15 @@ class Double(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = {Tensor.float: Tensor.double, Tensor.half: Tensor.double, Tensor.bfloat16: Tensor.double}.get(func, func)
         args, kwargs = tree_map(lambda a: WIDER.get(a, a) if isinstance(a, torch.dtype) else a, (args, kwargs or {}))
+        if getattr(func, "__name__", "") in ("_grouped_mm", "grouped_mm"):  # has no float64
+            return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _grouped(x: Tensor, W: Tensor, offs: Tensor, **_: Any) -> Tensor:
+    """x's rows times W [groups, K, N], each by the W of its group; `offs` are where the groups end."""
+    ends = offs.tolist()
+    return torch.cat([x[a:b] @ w for a, b, w in zip([0, *ends], ends, W, strict=False)])
 
 
 def gate(model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Module:
 
     @property
     def packages(self) -> tuple[str, ...]:
-        return (self.package,)
+        return (self.package, "torchao") if self.package == "torchtune" else (self.package,)
 
 
 class Beside(nn.Module):
