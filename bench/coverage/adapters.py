@@ -200,7 +200,11 @@ METHODS = {
     "lora, embedding": lora("W[i] + s·A[i]B, and LoRA", "embedding", **EMBED),
     "dora, embedding": lora("DoRA of an embedding, and DoRA", "embedding", use_dora=True, **EMBED),
     "lora, attention": Method(
-        "LoraConfig", "merged into attention's weights and back", {"target_modules": ["attention"]}, "attention", WEIGHT
+        "LoraConfig",
+        "merged into attention's weights and back; no backend compiles that",
+        {"target_modules": ["attention"]},
+        "attention",
+        WEIGHT,
     ),
     "lora, target_parameters": Method(
         "LoraConfig", "x(W + sAB) for each expert", {"r": 8, **EXPERTS}, "experts", WEIGHT

@@ -50,14 +50,10 @@ def gate(model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, An
     """
     if draws_random_numbers(model, inputs):
         return {"ratio": None}
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.is_floating_point()}
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     for seed in range(draws):
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in start:
-                    parameter.copy_(start[name])
-        disturb(model, seed)
+        draw(model, start, seed)
         given = shuffled(inputs, seed)
         exact = reference(model, given, seed)
         for name, *found in _together(exact, step(model, model, given, seed), step(compiled, model, given, seed)):
@@ -66,6 +62,19 @@ def gate(model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, An
     ratios = {name: _ratio(found, eps) for name, found in squares.items()}
     worst = max(ratios, key=ratios.__getitem__)
     return {"ratio": round(ratios[worst], 3), "tensor": worst}
+
+
+@torch.no_grad()
+def draw(model: nn.Module, start: Mapping[str, Tensor], seed: int) -> None:
+    """Other parameters of the same distribution: noise on the trained ones, the frozen ones' elements reordered."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name in start and not parameter.requires_grad:
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.copy_(start[name].flatten()[order].view_as(parameter))
+        elif name in start:
+            parameter.copy_(start[name])
+    disturb(model, seed)
 
 
 def _squares(exact: Tensor, eager: Tensor, got: Tensor) -> Tensor:
@@ -136,12 +145,12 @@ def signs(y: Tensor, seed: int) -> Tensor:
 
 
 def shuffled(inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The floating-point inputs with their elements in another order."""
+    """The inputs with their elements in another order."""
     generator = torch.Generator().manual_seed(seed)
 
     def shuffle(t: Tensor) -> Tensor:
         order = torch.randperm(t.numel(), generator=generator)
-        return t.flatten()[order].view_as(t) if t.is_floating_point() else t
+        return t.flatten()[order].view_as(t)
 
     return _mapped(inputs, shuffle)
 

@@ -26,9 +26,10 @@ Made by `python -m bench coverage`; `tests/test_coverage.py` holds the counts to
 
 {summary}
 
-- *weight*: adapters whose forward is in weight form, of all. An adapter counts as told here where it is a site; what
-  is rewritten can be more than one site of one layer, where that is called more than once.
-- *input gradient*: those of them whose gradient of the layer's input is in weight form too; a first layer has none.
+- *weight*: sites whose forward is in weight form, of the layers with an adapter. There are more sites than layers
+  where a layer is called more than once, or an adapter has an adapter's form inside.
+- *input gradient*: those of them whose gradient of the layer's input is in weight form too. A first layer has none, and
+  where the adapter comes before the weight it is no sum.
 - *refused*: adapters without a weight form, by the code of the reason.
 - *error*: against float64, as a multiple of the same model's error in eager mode, the worst of the output and of
   every gradient, pooled over several draws of parameters and inputs. Up to {gate} is held to be no worse. *random*:
