@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 def section(name: str, content: dict[str, Any]) -> str:
     """All tables of one file of results, in Markdown."""
-    parts = [f"## {name}\n", *(f"{_provenance(run)}\n" for run in content["runs"])]
+    parts = [f"## {name}\n", *(f"{provenance(run)}\n" for run in content["runs"])]
     return "\n".join([*parts, *_tables(content["rows"], "github", "### ")])
 
 
@@ -80,7 +80,7 @@ def print_rows(rows: Iterable[Row]) -> None:
     print("\n".join(["", *_tables(list(rows), "simple", "")]))
 
 
-def _provenance(run: dict[str, Any]) -> str:
+def provenance(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "transformers", "peft", "peft_fx"))
     commit = f", commit {run['commit'][:10]}" if run["commit"] else ""
     return f"`{run['command']}` on {run['device']}, {run['threads']} threads; {versions}{commit}; {run['date']}."
@@ -117,7 +117,7 @@ def with_tables(text: str, content: dict[str, Any]) -> str:
         before, mark, rest = text.partition(begin)
         if mark:
             body = make(content["rows"])
-            made = f"\n{body}\n\n{_provenance(content['runs'][-1])}\n" if body else rest.partition(end)[0]
+            made = f"\n{body}\n\n{provenance(content['runs'][-1])}\n" if body else rest.partition(end)[0]
             text = before + mark + made + end + rest.partition(end)[2]
     return text
 

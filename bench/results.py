@@ -123,9 +123,12 @@ def commit() -> str:
     """The commit checked out, read from .git; empty where there is none. It does not tell of changes since: `source`
     does, a hash of the project's files."""
     folder = ROOT.parent / ".git"
+    if folder.is_file():  # a worktree's: names its own folder, which names that of all
+        folder = Path(folder.read_text().removeprefix("gitdir:").strip())
     if not (folder / "HEAD").is_file():
         return ""
     head = (folder / "HEAD").read_text().strip()
+    folder = folder / Path(*_lines(str(folder / "commondir"))[:1])
     if not head.startswith("ref: "):
         return head
     name = head.removeprefix("ref: ")

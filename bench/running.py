@@ -27,7 +27,7 @@ def measure_all(requests: Sequence[Request], results: Results, *, again: bool, m
     """
     end = time.monotonic() + 60 * minutes if minutes else float("inf")
     rows: list[Row] = []
-    with _bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("", total=len(requests))
         for request in requests:
             row = None if again else results.find(request)
@@ -82,7 +82,7 @@ def _show(request: Request, row: Row, errors: TextIO) -> None:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """On stderr, so that what goes to a file are the tables alone."""
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
