@@ -20,14 +20,16 @@ from peft_fx.passes.transfer import aten, shape, value, value_numbers
 
 @dataclass(frozen=True)
 class Fused:
-    """An op `op(x, q, ...)` whose weight `dequantise(q, ...)` gives as `[N, K]`; `x` and `q` are argument positions."""
+    """An op `op(x, q, ..., bias)` whose weight `dequantise(q, ...)` gives as `[N, K]`; the numbers are positions of
+    arguments."""
 
     dequantise: str
-    x: int = 0
-    q: int = 1
+    x: int
+    q: int
+    bias: int
 
 
-FUSED = {"bitsandbytes::gemm_4bit": Fused("bitsandbytes::dequantize_4bit")}
+FUSED = {"bitsandbytes::gemm_4bit": Fused("bitsandbytes::dequantize_4bit", x=0, q=1, bias=6)}
 
 
 def _name(node: Node) -> str:
@@ -58,13 +60,16 @@ class Unfused:
                 yield node, weight
 
     def _plain(self, node: Node, weight: Node) -> Node:
-        x = node.args[FUSED[_name(node)].x]
+        kind = FUSED[_name(node)]
+        x, bias = node.args[kind.x], node.args[kind.bias] if len(node.args) > kind.bias else None
         assert isinstance(x, Node)
         self.build.like = node
         with self.graph.inserting_before(node):
             W = self._copy(weight, {})
             flat = self.build.call(aten.reshape.default, x, [-1, shape(x)[-1]])
             product = self.build.call(aten.mm.default, flat, self.build.flip(W))
+            if isinstance(bias, Node):
+                product = self.build.call(aten.add.Tensor, product, self.build.cast(bias, value(product).dtype))
             sizes = [*self.build.sizes_of(x)[:-1], shape(node)[-1]]
             plain = self.build.cast(self.build.call(aten.reshape.default, product, sizes), value(node).dtype)
         node.replace_all_uses_with(plain)
