@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -164,6 +165,31 @@ def test_behind_a_relu_the_input_is_kept_once() -> None:
     """The frozen model keeps a bool mask, from which relu's result cannot be rebuilt: one copy, in the base's dtype."""
     once = BATCH * LENGTH * FFN * BF16.itemsize
     assert with_adapters(opt, BF16, 2) <= MARGIN * without_adapters(opt, BF16, 2) + 2 * once
+
+
+VECTORS: dict[str, Any] = {
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "up_proj"], feedforward_modules=[]),
+    "vera": peft.VeraConfig(target_modules="all-linear", r=R),
+    "dora": peft.LoraConfig(target_modules="all-linear", r=R, use_dora=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", VECTORS.values(), ids=VECTORS)
+def test_vectors_behind_a_layer_do_not_keep_its_result(config: peft.PeftConfig) -> None:
+    """Their gradients come from xᵀ·dy: a second layer keeps what the frozen one does."""
+
+    def kept(layers: int) -> int:
+        base, inputs = llama(layers)
+        model = peft_fx.prepare(peft.get_peft_model(base.to(BF16), config).train())
+        train_embeddings(base)
+        report = peft_fx.explain(model, **inputs, options=WEIGHT)
+        assert report.graphs == 1
+        assert report.refusals == []
+        return report.kept_bytes["after"]
+
+    frozen = without_adapters(llama, BF16, 2) - without_adapters(llama, BF16, 1)
+    assert kept(2) - kept(1) <= MARGIN * frozen
 
 
 # ----------------------------------------------------------------------------------------------------------- LoRA-FA

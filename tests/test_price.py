@@ -17,7 +17,22 @@ from peft_fx.passes.price import MACHINES, Decision, Machine, Price, Shape, deci
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 CPU = MACHINES["cpu"]
-MODULES = ["algebra", "flow", "keep", "pipeline", "price", "refusals", "rewrite", "sites", "transfer", "transients"]
+MODULES = [
+    "affine",
+    "algebra",
+    "flow",
+    "keep",
+    "moments",
+    "pipeline",
+    "price",
+    "quantised",
+    "refusals",
+    "regions",
+    "rewrite",
+    "sites",
+    "transfer",
+    "transients",
+]
 
 
 def lora(T: int, K: int, N: int, r: int, base: torch.dtype = FP32, adapter: torch.dtype = FP32) -> Shape:
