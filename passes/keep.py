@@ -153,8 +153,13 @@ class Keep:
         if node.target in SUMS and extra and self._joins(node, leaves, inputs):
             return alone
         saved = self._bytes(node) - extra
-        as_good = saved == 0 and (node.target in LAYOUTS or not self.kept_known)
+        as_good = saved == 0 and (node.target in LAYOUTS or self._is_result(leaves))
         return Origin(leaves, chain) if saved > 0 or as_good else alone
+
+    def _is_result(self, leaves: frozenset[Node]) -> bool:
+        """While it is not yet known what is kept: a layer's result is, rather than what is computed from it alone."""
+        parts = [part for leaf in leaves for part in addends(leaf) or []]
+        return not self.kept_known and len(leaves) == 1 and any(isinstance(part.operand, Product) for part in parts)
 
     def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
         """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are

@@ -119,8 +119,13 @@ def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region],
             continue
         for ends in _ends(node, rows):
             region = _region(ends, rows)
-            if region is not None and covered.isdisjoint(region.nodes):
-                covered |= region.nodes
+            if region is None:
+                continue
+            own = {
+                n for n in region.nodes if _is_arithmetic(n, rows)
+            }  # siblings share casts and layouts of their input
+            if covered.isdisjoint(own):
+                covered |= own
                 every.append(region)
     ours = {region.key for region in every if not _read_as_terms(region, rows, analysis)}
     found, refused = [], []
