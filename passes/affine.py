@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,23 @@ from torch.fx import Node
 
 from peft_fx.passes.algebra import Size, coarser
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.rewrite import Builder
-from peft_fx.passes.transfer import aten, is_tensor, numel, prims, scale_of, shape, tensor_arg, value
+from peft_fx.passes.nodes import (
+    CASTS,
+    COPIES,
+    PRODUCTS,
+    RESHAPES,
+    SCALINGS,
+    SUMS,
+    TRANSPOSES,
+    aten,
+    is_tensor,
+    numel,
+    prims,
+    shape,
+    tensor_arg,
+    value,
+)
+from peft_fx.passes.transfer import scale_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,11 @@ class Row:
     products: frozenset[Node] = frozenset()
     precision: torch.dtype = torch.float32
     read: frozenset[torch.dtype] = frozenset()
+
+    @property
+    def width(self) -> int:
+        """The features of a row."""
+        return int(numel([a for dim in self.dims for a in dim if isinstance(a, int)]))
 
     def joined(self, other: Row) -> Row:
         """What is known of a sum of two values with the same dimensions."""
@@ -119,12 +139,10 @@ def _same(weight: Node, dims: Dims) -> bool:
     )
 
 
-def _constant(node: object) -> bool:
+def is_constant(node: object) -> bool:
     """A tensor of one number, whatever its shape."""
     return isinstance(node, Node) and node.target is aten.full.default
 
-
-# ---------------------------------------------------------------------------------------------------------------- rules
 
 Known = Callable[[Any], "Dims | None"]  # the dimensions of an operand; None for a weight
 Rule = Callable[[Node, Known], "Dims | None"]
@@ -160,8 +178,8 @@ def _expanded(node: Node, known: Known) -> Dims | None:
     if dims is None:
         return None
     dims = ((),) * (len(sizes) - len(dims)) + dims
-    new = [d if d or n == 1 else (n,) for d, n in zip(dims, sizes, strict=True)]
-    return tuple(new) if all(isinstance(a, (Token, int)) for d in new for a in d) else None
+    repeated = [n for d, n in zip(dims, sizes, strict=True) if not d]
+    return _broadcast(dims, node) if all(isinstance(n, int) for n in repeated) else None
 
 
 def _added(node: Node, known: Known) -> Dims | None:
@@ -174,13 +192,13 @@ def _added(node: Node, known: Known) -> Dims | None:
     dims, other = (x, b) if x is not None else (y, a)
     if dims is None or shape(a if x is not None else b) != shape(node):
         return None
-    return dims if not isinstance(other, Node) or _constant(other) or _same(other, dims) else None
+    return dims if not isinstance(other, Node) or is_constant(other) or _same(other, dims) else None
 
 
 def _scaled(node: Node, known: Known) -> Dims | None:
     a, b = node.args[:2]
     if node.target in (aten.div.Tensor, aten.div.Scalar) and (known(a) is None or node.kwargs):
-        return None
+        return None  # 1/u, or rounded
     own, other = (a, b) if known(a) is not None else (b, a)
     dims = known(own)
     if dims is None or known(other) is not None or len(dims) != len(shape(node)):
@@ -220,19 +238,15 @@ def _sized(n: Size) -> tuple[Atom, ...]:
     return () if n == 1 else (n,)
 
 
-def _along(*where: int) -> Rule:
-    """An op along the dimensions that an argument names, which must be features; the others stay."""
-
-    def rule(node: Node, known: Known) -> Dims | None:
-        dims = known(node.args[0])
-        named = next((node.args[i] for i in where if i < len(node.args)), 0)
-        listed = named if isinstance(named, (list, tuple)) else [named]
-        chosen = [d % len(dims) for d in listed if isinstance(d, int)] if dims else []
-        if not dims or not chosen or not all(_features(dims, d) for d in chosen):
-            return None
-        return _resized(node, dims, chosen)
-
-    return rule
+def _along(node: Node, known: Known) -> Dims | None:
+    """An op along the dimensions that its second argument names, which must be features; the others stay."""
+    dims = known(node.args[0])
+    named = node.args[1] if len(node.args) > 1 else 0
+    listed = named if isinstance(named, (list, tuple)) else [named]
+    chosen = [d % len(dims) for d in listed if isinstance(d, int)] if dims else []
+    if not dims or not chosen or not all(_features(dims, d) for d in chosen):
+        return None
+    return _resized(node, dims, chosen)
 
 
 def _resized(node: Node, dims: Dims, chosen: list[int]) -> Dims | None:
@@ -280,7 +294,7 @@ def _placed(node: Node, known: Known) -> Dims | None:
     """A value put into a tensor of zeros along a dimension of features."""
     target, part = node.args[:2]
     dims, sizes = known(part), shape(node)
-    if dims is None or not (_constant(target) and target.args[1] == 0):  # type: ignore[union-attr]
+    if dims is None or not (is_constant(target) and target.args[1] == 0):  # type: ignore[union-attr]
         return None
     i = node.args[2] % len(sizes)  # type: ignore[operator]
     if len(dims) < len(sizes):
@@ -297,42 +311,28 @@ def _complex(node: Node, known: Known) -> Dims | None:
     return dims and (*dims, (2,))
 
 
-VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
-UNCHANGED = {
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    prims.convert_element_type.default,
-    aten._to_copy.default,
-}
-PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys(VIEWS, _reshaped),
-    **dict.fromkeys(UNCHANGED, _first),
+    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys(COPIES | CASTS, _first),
+    **dict.fromkeys(TRANSPOSES, _permuted),
     **dict.fromkeys(PRODUCTS, _multiplied),
+    **dict.fromkeys(SUMS, _added),
+    **dict.fromkeys(SCALINGS, _scaled),
     aten.neg.default: _first,
     aten._conj.default: _first,
-    aten.permute.default: _permuted,
-    aten.transpose.int: _permuted,
     aten.expand.default: _expanded,
     aten.unsqueeze.default: _unsqueezed,
-    aten.squeeze.dim: _along(1),
-    aten.squeeze.dims: _along(1),
-    aten.add.Tensor: _added,
-    aten.sub.Tensor: _added,
-    aten.mul.Tensor: _scaled,
-    aten.mul.Scalar: _scaled,
-    aten.div.Tensor: _scaled,
-    aten.div.Scalar: _scaled,
-    aten.sum.dim_IntList: _along(1),
-    aten.mean.dim: _along(1),
-    aten.select.int: _along(1),
-    aten.slice.Tensor: _along(1),
-    prims.rev.default: _along(1),
+    aten.squeeze.dim: _along,
+    aten.squeeze.dims: _along,
+    aten.sum.dim_IntList: _along,
+    aten.mean.dim: _along,
+    aten.select.int: _along,
+    aten.slice.Tensor: _along,
+    prims.rev.default: _along,
     aten.index.Tensor: _indexed,
-    aten._fft_r2c.default: _along(1),
-    aten._fft_c2c.default: _along(1),
-    aten._fft_c2r.default: _along(1),
+    aten._fft_r2c.default: _along,
+    aten._fft_c2c.default: _along,
+    aten._fft_c2r.default: _along,
     aten.view_as_real.default: _complex,
     aten.cat.default: _joined,
     aten.select_scatter.default: _placed,
@@ -347,6 +347,7 @@ class Rows:
     def __init__(self, nodes: Iterable[Node], flow: Flow, source: Node | None = None):
         self.flow = flow
         self.of: dict[Node, Row] = {} if source is None else {source: fresh(source)}
+        self._trained = [role.name for role in flow.roles.values() if role.trainable]
         self._parameters: dict[Node, list[Node]] = {}
         for node in nodes:
             if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
@@ -388,7 +389,7 @@ class Rows:
 
     def brought(self, node: Node) -> tuple[frozenset[Node], frozenset[Node]]:
         """Of the weights that an op multiplies a value by: the trained parameters behind them, or a frozen one."""
-        if node.target in (aten.add.Tensor, aten.sub.Tensor):
+        if node.target in SUMS:
             return frozenset(), frozenset()
         read = node.args[-2:] if node.target in PRODUCTS else node.all_input_nodes
         weights = [n for n in read if isinstance(n, Node) and self.flow.is_weight(n)]
@@ -403,7 +404,7 @@ class Rows:
         if not new or not self.is_adapted(row) or any(self.in_one_module(p, f) for p in new for f in row.frozen):
             return row
         layouts = [node]
-        while layouts[-1].target in UNCHANGED | VIEWS:
+        while layouts[-1].target in COPIES | CASTS | RESHAPES:
             before = tensor_arg(layouts[-1], 0)
             if shape(before)[-1:] != shape(node)[-1:]:
                 break
@@ -424,8 +425,7 @@ class Rows:
         """The adapted module of a weight: the weight's own, where that holds trained parameters beside a bias, or the
         one around it."""
         own = name[: name.rfind(".") + 1]
-        trained = (r.name for r in self.flow.roles.values() if r.trainable)
-        if any(n.startswith(own) and n != f"{own}bias" for n in trained):
+        if any(n.startswith(own) and n != f"{own}bias" for n in self._trained):
             return own
         return own[: own.rstrip(".").rfind(".") + 1]
 
@@ -449,229 +449,6 @@ class Rows:
                 found.add(node)
                 todo += self.operands(node)
         return found
-
-
-# --------------------------------------------------------------------------------------------------------------- replay
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """The rows of a diagonal matrix, not written out; of the identity where `of` is None."""
-
-    of: Node | None = None
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value replayed: `rows` in place of the tokens, and the constant that is added to each of them."""
-
-    rows: Node | Diagonal
-    constant: Node | None = None
-
-
-@dataclass
-class Replay:
-    """Runs the ops between `source` and a value again, on `count` rows in the place of its tokens, in `dtype`."""
-
-    build: Builder
-    rows: Rows
-    source: Node
-    count: int
-    dtype: torch.dtype
-    values: dict[Node, Value] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.values.setdefault(self.source, Value(Diagonal()))
-        tokens = [a for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)]
-        self.lead = tokens[0].index if tokens else -1
-
-    def matrix(self, node: Node) -> tuple[Node, Node | None]:
-        """A value's rows as a matrix, and its constant as `[1, N]`."""
-        found = self.value(node)
-        dims = self.rows.of[node].dims
-        n = int(numel([a for dim in dims for a in dim if isinstance(a, int)]))
-        rows = self._written(found.rows, dims)
-        flat = self.build.call(aten.reshape.default, rows, [self.count, n])
-        return flat, found.constant and self.build.call(aten.reshape.default, found.constant, [1, n])
-
-    def value(self, node: Node) -> Value:
-        todo = [node]
-        while todo:
-            n = todo[-1]
-            missing = [] if n in self.values else [i for i in self.rows.operands(n) if i not in self.values]
-            todo += missing
-            if not missing:
-                todo.pop()
-                if n not in self.values:
-                    self.values[n] = self._again(n)
-        return self.values[node]
-
-    def _again(self, node: Node) -> Value:
-        if node.target in PRODUCTS:
-            return self._product(node)
-        if node.target in (aten.add.Tensor, aten.sub.Tensor):
-            return self._sum(node)
-        operands = self.rows.operands(node)
-        whole = [self.values[n] for n in operands]
-        diagonal = self._diagonal(node, whole[0]) if len(whole) == 1 else None
-        rows = diagonal or self._call(node, {n: self.written(n) for n in operands}, self.count)
-        constants = {n: v.constant for n, v in zip(operands, whole, strict=True)}
-        return Value(rows, self._constant(node, constants))
-
-    def _constant(self, node: Node, constants: dict[Node, Node | None]) -> Node | None:
-        """An op on the constants of its operands: zero where one of them has none and another has."""
-        if all(c is None for c in constants.values()):
-            return None
-        filled = {n: c if c is not None else self._zeros(n) for n, c in constants.items()}
-        return self._call(node, filled, 1)
-
-    def _zeros(self, node: Node) -> Node:
-        sizes = self._sizes(self.rows.of[node].dims, 1)
-        return self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
-
-    def _diagonal(self, node: Node, found: Value) -> Diagonal | None:
-        """What leaves a diagonal matrix diagonal: another layout of the same rows, a scale of each feature."""
-        if not isinstance(found.rows, Diagonal) or not _plain(self.rows.of[node].dims):
-            return None
-        if node.target in UNCHANGED | VIEWS | {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims}:
-            return found.rows
-        if node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
-            other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
-            d = found.rows.of or self._ones(node)
-            return Diagonal(self.build.call(node.target, d, self._vector(other, self.count)))
-        return None
-
-    def _ones(self, node: Node) -> Node:
-        return self.build.call(aten.full.default, [self.count], 1, dtype=self._wide(node), device=value(node).device)
-
-    def _vector(self, other: Any, n: int) -> Any:
-        if not isinstance(other, Node):
-            return other
-        weight = self._weight(other)
-        return weight if value(weight).numel() == 1 and not value(weight).ndim else self._flat(weight, n)
-
-    def _flat(self, weight: Node, n: int) -> Node:
-        size = int(numel(shape(weight)))
-        return self.build.call(aten.reshape.default, weight, [n if size == n else 1])
-
-    def _sum(self, node: Node) -> Value:
-        a, b = node.args[:2]
-        kwargs = node.kwargs
-        inside = [n for n in (a, b) if isinstance(n, Node) and n in self.values]
-        if len(inside) == 2 or (len(inside) == 1 and a is b):
-            ends = [self.values[n].rows for n in (a, b)]  # type: ignore[index]
-            rows: Node | Diagonal
-            if all(isinstance(end, Diagonal) for end in ends) and _plain(self.rows.of[node].dims):
-                of = [end.of or self._ones(node) for end in ends]  # type: ignore[union-attr]
-                rows = Diagonal(self.build.call(node.target, *of, **kwargs))
-            else:
-                rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
-            return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
-        (x,) = inside
-        constant = self.values[x].constant or self._zeros(x)
-        found = self.values[x].rows
-        if x is b:  # weight + s·x, of which the rows are s·x
-            scale = (1 if node.target is aten.add.Tensor else -1) * node.kwargs.get("alpha", 1)  # type: ignore[operator]
-            found = found if scale == 1 else self.build.call(aten.mul.Tensor, self.written(x), scale)
-        other = a if x is b else b
-        if isinstance(other, Node):
-            other = other.args[1] if _constant(other) else self._weight(other)
-        pair = (other, constant) if x is b else (constant, other)
-        if not isinstance(pair[0], Node):
-            pair = (self.build.call(aten.full.default, [1], pair[0], dtype=self._wide(node)), pair[1])
-        return Value(found, self.build.call(node.target, *pair, **kwargs))
-
-    def _product(self, node: Node) -> Value:
-        *bias, a, b = node.args
-        x, on_left = (a, True) if isinstance(a, Node) and a in self.values else (b, False)
-        assert isinstance(x, Node)
-        weight = self._weight(b if on_left else a)  # type: ignore[arg-type]
-        product = aten.mm.default if value(weight).ndim == 2 else aten.bmm.default
-        found = self.values[x]
-        rows: Node
-        if isinstance(found.rows, Diagonal) and on_left and product is aten.mm.default:
-            d = found.rows.of
-            rows = weight
-            if d is not None:
-                rows = self.build.call(aten.mul.Tensor, weight, self.build.call(aten.unsqueeze.default, d, 1))
-        else:
-            written = self.written(x)
-            rows = self.build.call(product, *((written, weight) if on_left else (weight, written)))
-        constant = found.constant
-        if constant is not None:
-            constant = self.build.call(product, *((constant, weight) if on_left else (weight, constant)))
-        if bias:
-            (c,) = bias
-            assert isinstance(c, Node)
-            if c in self.values:
-                rows = self.build.call(aten.add.Tensor, rows, self.written(c))
-                added = self.values[c].constant
-            else:
-                added = self._weight(c)
-            if added is not None:
-                start = constant if constant is not None else self._zeros(node)
-                constant = self.build.call(aten.add.Tensor, start, added)
-        return Value(rows, constant)
-
-    def _call(self, node: Node, operands: dict[Node, Node], count: int) -> Node:
-        """The node's op on other operands, with sizes for so many rows."""
-        sizes = self._sizes(self.rows.of[node].dims, count)
-        if node.target in VIEWS:
-            return self.build.call(aten.reshape.default, operands[tensor_arg(node, 0)], sizes)
-        if node.target is aten.expand.default:
-            return self.build.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
-        if node.target is aten.copy.default or node.target in UNCHANGED:
-            return operands[tensor_arg(node, 1 if node.target is aten.copy.default else 0)]
-        args = [self._argument(a, operands) for a in node.args]
-        if node.target in (aten.select_scatter.default, aten.slice_scatter.default):
-            args[0] = self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
-        kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
-        return self.build.call(node.target, *args, **kwargs)
-
-    def _argument(self, arg: Any, operands: dict[Node, Node]) -> Any:
-        if isinstance(arg, (list, tuple)):
-            return [self._argument(a, operands) for a in arg]
-        if isinstance(arg, Node):
-            return operands[arg] if arg in operands else self._weight(arg)
-        return arg
-
-    def _sizes(self, dims: Dims, count: int) -> list[int]:
-        def size(atom: Atom) -> int:
-            return atom if isinstance(atom, int) else count if atom.index == self.lead else 1
-
-        return [int(numel([size(a) for a in dim])) for dim in dims]
-
-    def _wide(self, node: Node) -> torch.dtype:
-        return self.dtype.to_complex() if value(node).dtype.is_complex else self.dtype
-
-    def _weight(self, node: Node) -> Node:
-        dtype = value(node).dtype
-        return self.build.cast(node, self._wide(node)) if dtype.is_floating_point or dtype.is_complex else node
-
-    def written(self, node: Node) -> Node:
-        """A value's rows in its own layout."""
-        self.value(node)
-        return self._written(self.values[node].rows, self.rows.of[node].dims)
-
-    def _written(self, rows: Node | Diagonal, dims: Dims) -> Node:
-        if isinstance(rows, Node):
-            return rows
-        n = self.count
-        device = value(self.source).device
-        iota = self.build.call(
-            prims.iota.default, n, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
-        )
-        column = self.build.call(aten.unsqueeze.default, iota, 1)
-        eye = self.build.cast(self.build.call(aten.eq.Tensor, column, iota), self.dtype)
-        if rows.of is not None:
-            eye = self.build.call(aten.mul.Tensor, eye, rows.of)
-        return self.build.call(aten.reshape.default, eye, self._sizes(dims, n))
-
-
-def _plain(dims: Dims) -> bool:
-    """All tokens first, then the features in one piece."""
-    atoms = [a for dim in dims for a in dim]
-    return len(atoms) > 0 and isinstance(atoms[-1], int) and all(isinstance(a, Token) for a in atoms[:-1])
 
 
 def in_order(dims: Dims) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import Matrix
-from peft_fx.passes.transfer import is_random, is_tensor
+from peft_fx.passes.nodes import is_random, is_tensor
 
 
 @dataclass(frozen=True)

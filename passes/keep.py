@@ -22,23 +22,11 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent
+from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
 from peft_fx.passes.rewrite import REBUILD
-from peft_fx.passes.transfer import (
-    LAYOUTS,
-    Product,
-    addends,
-    aten,
-    is_random,
-    is_tensor,
-    numel,
-    prims,
-    shape,
-    value,
-    value_numbers,
-)
+from peft_fx.passes.transfer import Product, addends
 
 PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
-SUMS = {aten.add.Tensor, aten.sub.Tensor}
 SMALL = 8  # a value of this fraction of another's size is no second tensor to keep
 
 

@@ -17,11 +17,12 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
-from peft_fx.passes.affine import Replay, Row, Rows, Token, in_order
+from peft_fx.passes.affine import Row, Rows, Token, in_order
 from peft_fx.passes.algebra import MANTISSA, finer
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.rewrite import CAST, Builder, erase_unused
-from peft_fx.passes.transfer import aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import CAST, aten, is_tensor, shape, tensor_arg, value
+from peft_fx.passes.replay import Replay
+from peft_fx.passes.rewrite import Builder, erase_unused
 
 NARROW = 4  # a product with a quarter of its input's columns is computed again
 
@@ -53,7 +54,7 @@ def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any
     weights: set[Node] = set()
     for found in list(_contractions(graph, rows, flow)):
         with graph.inserting_before(found.node):
-            new = _Moments(build, rows, found, shared).gradient()
+            new = _Gradient(build, rows, found, shared).gradient()
         found.node.replace_all_uses_with(new)
         erase_unused(graph, found.node)
         row = rows.of[found.read]
@@ -115,18 +116,14 @@ def _narrowest(read: Node, rows: Rows) -> Node | None:
         else:
             (node,) = operands
         earlier = rows.of[node].products < row.products and in_order(rows.of[node].dims)
-        if earlier and (best is None or _width(node, rows) <= _width(best, rows)):
+        if earlier and (best is None or rows.of[node].width <= rows.of[best].width):
             best = node
-    if best is None or NARROW * _width(read, rows) <= _width(best, rows):
+    if best is None or NARROW * rows.of[read].width <= rows.of[best].width:
         return None
     return best
 
 
-def _width(node: Node, rows: Rows) -> int:
-    return int(numel([a for dim in rows.of[node].dims for a in dim if isinstance(a, int)]))
-
-
-class _Moments:
+class _Gradient:
     """One gradient from G."""
 
     def __init__(self, build: Builder, rows: Rows, found: Contraction, shared: dict[Any, Node]):
@@ -135,7 +132,7 @@ class _Moments:
 
     def gradient(self) -> Node:
         node, read, source = self.found.node, self.found.read, self.found.source
-        count, dtype = _width(source, self.rows), price.merge_dtype(value(source).dtype)
+        count, dtype = self.rows.of[source].width, price.merge_dtype(value(source).dtype)
         self.build.rebuild = True
         replay = Replay(self.build, self.rows.from_source([read], source), source, count, dtype)
         if node.target is aten.mm.default:
@@ -175,8 +172,8 @@ class _Moments:
             other = self.build.flip(other)
         u = _uncast(source)
         dtype = finer(value(u).dtype, value(other).dtype)
-        M = shape(other)[-1] if node.target is aten.mm.default else _width(self.found.read, self.rows)
-        u = self.build.call(aten.reshape.default, u, [-1, _width(source, self.rows)])
+        M = shape(other)[-1] if node.target is aten.mm.default else self.rows.of[self.found.read].width
+        u = self.build.call(aten.reshape.default, u, [-1, self.rows.of[source].width])
         other = self.build.call(aten.reshape.default, other, [-1, M])
         return self.build.cast(u, dtype), self.build.cast(other, dtype)
 

@@ -14,8 +14,8 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.nodes import aten, shape, value, value_numbers
 from peft_fx.passes.rewrite import REBUILD, Builder, erase_unused
-from peft_fx.passes.transfer import aten, shape, value, value_numbers
 
 
 @dataclass(frozen=True)

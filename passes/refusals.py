@@ -15,8 +15,9 @@ from torch.fx import Node
 
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import shared_path
+from peft_fx.passes.nodes import LAYOUTS, aten, is_random, is_tensor, shape, value
 from peft_fx.passes.sites import Analysis, Refusal, Sum
-from peft_fx.passes.transfer import LAYOUTS, Occurrence, Product, addends, aten, is_random, is_tensor, shape, value
+from peft_fx.passes.transfer import Occurrence, Product, addends
 
 Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter

@@ -18,15 +18,27 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
-from peft_fx.passes.affine import PRODUCTS, UNCHANGED, VIEWS, Replay, Row, Rows, Token, fresh, in_order
+from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
 from peft_fx.passes.algebra import MANTISSA, Matrix, Size
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.nodes import (
+    CASTS,
+    COPIES,
+    PRODUCTS,
+    RESHAPES,
+    SUMS,
+    TRANSPOSES,
+    aten,
+    expr,
+    is_tensor,
+    numel,
+    shape,
+    tensor_arg,
+    value,
+)
+from peft_fx.passes.replay import Replay
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.sites import Analysis, Refusal
-from peft_fx.passes.transfer import aten, expr, is_tensor, numel, shape, tensor_arg, value
-
-SUMS = (aten.add.Tensor, aten.sub.Tensor)
-LAYOUTS = {*VIEWS, *UNCHANGED, aten.permute.default, aten.transpose.int}
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Region:
         return self.row.source
 
     @property
-    def weight(self) -> Node:
+    def weight_node(self) -> Node:
         """The base product's operand."""
         return next(n for n in _operands(self.base) if n not in self.nodes and n is not self.source)
 
@@ -55,12 +67,7 @@ class Region:
     @property
     def features(self) -> tuple[int, int]:
         """K and N."""
-        n = numel([a for dim in self.row.dims for a in dim if isinstance(a, int)])
-        return int(expr(value(self.source).shape[-1])), int(n)
-
-    @property
-    def weight_node(self) -> Node:
-        return self.weight
+        return int(shape(self.source)[-1]), self.row.width
 
     @property
     def key(self) -> Any:
@@ -72,7 +79,7 @@ class Region:
         return "affine"
 
     def site_name(self, flow: Flow) -> str:
-        return flow.site_name(Matrix(self.weight, 0), [Matrix(t, 0) for t in self.row.trained])
+        return flow.site_name(Matrix(self.weight_node, 0), [Matrix(t, 0) for t in self.row.trained])
 
     def is_trained(self, flow: Flow) -> bool:
         return True
@@ -92,7 +99,7 @@ class Region:
         if weight is a:
             k, n = n, k
         x = b if weight is a else a
-        first = all(m.target in UNCHANGED | VIEWS for m in _way(x, self.source))
+        first = all(m.target in COPIES | CASTS | RESHAPES for m in _way(x, self.source))
         return price.Step(int(numel(batch)), int(k), int(n), first, node is self.base)
 
 
@@ -121,9 +128,7 @@ def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region],
             region = _region(ends, rows)
             if region is None:
                 continue
-            own = {
-                n for n in region.nodes if _is_arithmetic(n, rows)
-            }  # siblings share casts and layouts of their input
+            own = {n for n in region.nodes if _is_arithmetic(n, rows)}  # siblings share casts and layouts of u
             if covered.isdisjoint(own):
                 covered |= own
                 every.append(region)
@@ -175,7 +180,8 @@ def _is_arithmetic(node: Node, rows: Rows) -> bool:
 def _puts_in_order(node: Node, rows: Rows) -> bool:
     """Whether the tokens come first again here, which they did not where the arithmetic ended."""
     start = node
-    while start.target in LAYOUTS and rows.of[start].source is not start and in_order(rows.of[node].dims):
+    layouts = RESHAPES | COPIES | CASTS | TRANSPOSES
+    while start.target in layouts and rows.of[start].source is not start and in_order(rows.of[node].dims):
         (start,) = rows.operands(start)
         if not in_order(rows.of[start].dims):
             return True
@@ -193,7 +199,7 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
         return None  # a single token, or a single feature
     nodes = frozenset(rows.between(ends, row.source))
     backward = ends[0] in flow.backward
-    K, N = shape(row.source)[-1], numel([a for dim in row.dims for a in dim if isinstance(a, int)])
+    K, N = shape(row.source)[-1], row.width
     base = max(bases, key=lambda n: _likeness(n, row, {K, N}, rows))
     if 2 * min(_weight_sizes(base, rows)) < min(K, N):
         return None  # no product of full width: an adapter without its base

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.nodes import CAST, aten, shape, value
 from peft_fx.passes.sites import Group
-from peft_fx.passes.transfer import Product, addends, aten, prims, shape, value
+from peft_fx.passes.transfer import Product, addends
 
-CAST = prims.convert_element_type.default
 REBUILD = CheckpointPolicy.MUST_RECOMPUTE
 COPIED = (
     "stack_trace",

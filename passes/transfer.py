@@ -8,48 +8,29 @@ done twice.
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Size, Term
-
-aten, prims = torch.ops.aten, torch.ops.prims
-
-
-def expr(size: Any) -> Size:
-    """A size as something that compares and hashes without adding a guard: an int or a sympy expression."""
-    if isinstance(size, int):
-        return size
-    value = size.node.expr
-    return int(value) if value.is_number else value
-
-
-def value(node: Node) -> Any:
-    return node.meta.get("val")
-
-
-def shape(node: Node) -> tuple[Size, ...]:
-    return tuple(expr(n) for n in value(node).shape)
-
-
-def is_tensor(arg: Any) -> TypeGuard[Node]:
-    return isinstance(arg, Node) and isinstance(value(arg), torch.Tensor)
-
-
-def tensor_arg(node: Node, i: int) -> Node:
-    arg = node.args[i]
-    assert is_tensor(arg), f"{node.format_node()} has no tensor as argument {i}"
-    return arg
-
-
-def numel(sizes: Sequence[Size]) -> Size:
-    return math.prod(sizes)
+from peft_fx.passes.nodes import (
+    CASTS,
+    COPIES,
+    RESHAPES,
+    SQUEEZES,
+    aten,
+    is_tensor,
+    numel,
+    prims,
+    shape,
+    tensor_arg,
+    value,
+    value_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -227,19 +208,9 @@ def _result(node: Node) -> list[Addend] | None:
 RULES: dict[Any, Rule] = {
     operator.getitem: _result,
     aten.convolution.default: _convolution,
-    aten.view.default: _unchanged,
-    aten.reshape.default: _unchanged,
-    aten._unsafe_view.default: _unchanged,
-    aten.unsqueeze.default: _unchanged,
-    aten.squeeze.dim: _unchanged,
-    aten.squeeze.dims: _unchanged,
-    aten.squeeze.default: _unchanged,
+    **dict.fromkeys(RESHAPES | SQUEEZES | COPIES, _unchanged),
+    **dict.fromkeys(CASTS, _cast),
     aten.expand.default: _expand,
-    aten.clone.default: _unchanged,
-    aten.alias.default: _unchanged,
-    aten.detach.default: _unchanged,
-    prims.convert_element_type.default: _cast,
-    aten._to_copy.default: _cast,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.add.Tensor: _plus(1.0),
@@ -253,9 +224,6 @@ RULES: dict[Any, Rule] = {
     aten.addmm.default: _plus_product,
     aten.baddbmm.default: _plus_product,
 }
-
-
-LAYOUTS = {op for op, rule in RULES.items() if rule in (_unchanged, _expand, _permute, _transpose)}
 
 
 def addends(node: Node) -> list[Addend] | None:
@@ -296,38 +264,6 @@ class Occurrence:
 
 
 Read = Callable[[Node, Layout], "tuple[Occurrence, ...]"]
-
-
-def is_random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
-
-
-def value_numbers(graph: Graph) -> dict[Node, Node]:
-    """Every node's first equal: the same op on the same values. No common sub-expressions are merged in a joint graph
-    yet."""
-    first: dict[Hashable, Node] = {}
-    number: dict[Node, Node] = {}
-
-    def key(arg: Any) -> Hashable:
-        if isinstance(arg, Node):
-            first_equal: Hashable = number[arg]
-            return first_equal
-        if isinstance(arg, (list, tuple)):
-            return tuple(key(a) for a in arg)
-        if isinstance(arg, dict):
-            return tuple(sorted((k, key(v)) for k, v in arg.items()))
-        return (type(arg), arg)
-
-    for node in graph.nodes:
-        number[node] = node
-        if node.op != "call_function" or is_random(node):
-            continue
-        try:
-            number[node] = first.setdefault((node.target, key(node.args), key(node.kwargs)), node)
-        except TypeError:  # an argument that does not hash or sort: the node stays its own first
-            continue
-    return number
 
 
 class Reader:

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.affine import VIEWS
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, coarser
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.rewrite import CAST, Builder, erase_unused
-from peft_fx.passes.transfer import LAYOUTS, Layout, Reader, aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.transfer import Layout, Reader
 
 MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
 NARROW = 8  # the other factor is at most an eighth of the copy
@@ -108,7 +108,7 @@ def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, bool]:
         source = tensor_arg(node, 0)
         if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
             flipped = not flipped
-        elif node.target is not CAST and (node.target not in VIEWS or shape(source)[-1] != shape(node)[-1]):
+        elif node.target is not CAST and (node.target not in RESHAPES or shape(source)[-1] != shape(node)[-1]):
             return start, None, False
         node = source
     if node.target is aten.mul.Tensor and is_tensor(node.args[0]) and is_tensor(node.args[1]):

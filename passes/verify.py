@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.passes.nodes import expr, is_random, value
 from peft_fx.passes.rewrite import fake
-from peft_fx.passes.transfer import expr, is_random, value
 
 
 class VerificationError(AssertionError):

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from peft_fx import compat
 from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, records_of, roles_of
 from peft_fx.options import Options, parse
+from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
-from peft_fx.passes.transfer import expr, numel
 from peft_fx.preparing import curable
 from peft_fx.reports import Report
 

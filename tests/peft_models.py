@@ -65,17 +65,39 @@ def tokens(batch: int = 2, length: int = 256) -> torch.Tensor:
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def llama() -> tuple[nn.Module, dict]:
-    config = tf.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
+def llama_config(hidden: int, ffn: int, layers: int, vocab: int = VOCAB, heads: int = 4) -> tf.LlamaConfig:
+    """Two query heads for each head of keys."""
+    return tf.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        vocab_size=vocab,
         use_cache=False,
     )
-    return tf.LlamaForCausalLM(config), {"input_ids": tokens()}
+
+
+def t5_config(hidden: int, ffn: int, layers: int, vocab: int = VOCAB) -> tf.T5Config:
+    """T5 v1.1, gated feed-forward; so many layers in the encoder, and in the decoder."""
+    return tf.T5Config(
+        d_model=hidden,
+        d_kv=hidden // 4,
+        d_ff=ffn,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=4,
+        vocab_size=vocab,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
+
+
+def llama() -> tuple[nn.Module, dict]:
+    return tf.LlamaForCausalLM(llama_config(128, 256, 2)), {"input_ids": tokens()}
 
 
 def gpt2() -> tuple[nn.Module, dict]:
@@ -117,22 +139,7 @@ def roberta() -> tuple[nn.Module, dict]:
 
 
 def t5() -> tuple[nn.Module, dict]:
-    """T5 v1.1: gated feed-forward."""
-    config = tf.T5Config(
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
-        vocab_size=VOCAB,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return tf.T5ForConditionalGeneration(config), {"input_ids": tokens(), "decoder_input_ids": tokens()}
+    return tf.T5ForConditionalGeneration(t5_config(128, 256, 2)), {"input_ids": tokens(), "decoder_input_ids": tokens()}
 
 
 def vit() -> tuple[nn.Module, dict]:

@@ -9,6 +9,7 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -21,6 +22,19 @@ DIMS = st.sampled_from([1, 2, 3, 5, 8])
 RANKS = st.integers(1, 3)
 SCALES = st.sampled_from([1.0, 2.0, -1.0, 0.5])  # powers of two: dividing by one is exact too
 DEPTH = 5
+
+
+def same_at_every_run(examples: int) -> settings:
+    """A failure is not minimised: that takes minutes (add Phase.shrink for it), and programs are small as they are."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from peft_fx import compat, compiling
 from peft_fx.options import CHOICES, parse
 from peft_fx.passes import pipeline, price, rewrite
 from peft_fx.passes.flow import Role
-from peft_fx.passes.transfer import aten, is_random, value
+from peft_fx.passes.nodes import CAST, aten, is_random, value
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
 from tests.spellings import Case, K, Stack, lora, scale_right, x
@@ -274,7 +274,7 @@ def output_of(graph: Graph) -> Node:
 
 @breaks("")
 def wrong_dtype_inside(graph: Graph, added: list[Node]) -> None:
-    cast = next(n for n in added if n.target is rewrite.CAST)
+    cast = next(n for n in added if n.target is CAST)
     cast.args = (cast.args[0], torch.float16)
 
 
@@ -288,7 +288,7 @@ def wrong_shape_inside(graph: Graph, added: list[Node]) -> None:
 def wrong_dtype_of_an_output(graph: Graph, added: list[Node]) -> None:
     output = output_of(graph)
     with graph.inserting_before(output):
-        cast = graph.call_function(rewrite.CAST, (output.args[0][0], torch.float64))
+        cast = graph.call_function(CAST, (output.args[0][0], torch.float64))
     cast.meta["val"] = value(output.args[0][0]).double()
     output.args = ((cast, *output.args[0][1:]),)
 

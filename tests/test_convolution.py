@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import peft_fx
-from peft_fx.passes.transfer import aten
+from peft_fx.passes.nodes import aten
 from tests import joint
 from tests.oracle import assert_bit_equal, gate, integers, run, weight_form
 from tests.spellings import frozen, trained

@@ -17,9 +17,9 @@ from torch.fx import Graph, Node
 import peft_fx
 from peft_fx import compat, compiling
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.transfer import aten, prims, value
+from peft_fx.passes.nodes import aten, prims, value
 from tests import joint
-from tests.peft_models import VOCAB, adapt
+from tests.peft_models import VOCAB, adapt, llama_config, t5_config
 from tests.peft_models import layers as adapted
 from tests.peft_models import tokens as draw_tokens
 from tests.spellings import frozen, trained
@@ -36,16 +36,7 @@ def ids() -> Tensor:
 
 
 def llama(layers: int) -> tuple[nn.Module, dict]:
-    config = tf.LlamaConfig(
-        hidden_size=H,
-        intermediate_size=FFN,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        use_cache=False,
-    )
-    return tf.LlamaForCausalLM(config), {"input_ids": ids()}
+    return tf.LlamaForCausalLM(llama_config(H, FFN, layers)), {"input_ids": ids()}
 
 
 def gpt2(layers: int) -> tuple[nn.Module, dict]:
@@ -71,21 +62,7 @@ def vit(layers: int) -> tuple[nn.Module, dict]:
 
 def t5(layers: int) -> tuple[nn.Module, dict]:
     """As many in the encoder and the decoder together."""
-    config = tf.T5Config(
-        d_model=H,
-        d_kv=16,
-        d_ff=FFN,
-        num_layers=layers // 2,
-        num_decoder_layers=layers // 2,
-        num_heads=4,
-        vocab_size=VOCAB,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
-    return tf.T5Model(config), {"input_ids": ids(), "decoder_input_ids": ids()}
+    return tf.T5Model(t5_config(H, FFN, layers // 2)), {"input_ids": ids(), "decoder_input_ids": ids()}
 
 
 def opt(layers: int) -> tuple[nn.Module, dict]:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 import peft_fx
 from peft_fx import compiling
-from tests.peft_models import adapt
+from tests.peft_models import adapt, llama_config
 
 T, R, LAYERS = 1024, 12, 4  # a rank that is no other size of the model
 SETTINGS = {
@@ -20,17 +20,9 @@ SETTINGS = {
 
 
 def model(dtype: torch.dtype, autocast: bool) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=512,
-        use_cache=False,
-    )
+    config = llama_config(256, 704, LAYERS, vocab=512, heads=8)
     return adapt(LlamaForCausalLM(config).to(dtype), autocast=autocast, r=R)
 
 

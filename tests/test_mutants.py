@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from peft_fx.passes import affine, algebra, regions, rewrite, sites, transfer
+from peft_fx.passes import affine, algebra, regions, replay, rewrite, sites, transfer
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
+from peft_fx.passes.nodes import aten, numel, shape
 from tests import affine_spellings, joint, spellings
 from tests.spellings import Case
 
@@ -29,8 +30,8 @@ class Adapted(nn.Module):
         super().__init__()
         self.linear = nn.Linear(K, K).requires_grad_(False)
         self.W2 = nn.Parameter(torch.randn(K, K), requires_grad=False)
-        for name, shape in {"A": (K, 3), "B": (3, K), "C": (K, 2), "D": (2, K), "E": (K, 3), "F": (3, K)}.items():
-            setattr(self, name, nn.Parameter(torch.randn(*shape)))
+        for name, sizes in {"A": (K, 3), "B": (3, K), "C": (K, 2), "D": (2, K), "E": (K, 3), "F": (3, K)}.items():
+            setattr(self, name, nn.Parameter(torch.randn(*sizes)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.linear(x) + ((x @ self.A) @ self.B) * 2 - (x @ self.C) @ self.D
@@ -79,37 +80,37 @@ def _rule(op: Any, change: Callable[[list[Any] | None], Any]) -> Any:
 
 @mutant
 def scale_dropped() -> Any:
-    return _rule(transfer.aten.mul.Tensor, lambda parts: parts and [replace(p, scale=ONE) for p in parts])
+    return _rule(aten.mul.Tensor, lambda parts: parts and [replace(p, scale=ONE) for p in parts])
 
 
 @mutant
 def scale_squared() -> Any:
-    return _rule(transfer.aten.mul.Tensor, lambda parts: parts and [replace(p, scale=p.scale * p.scale) for p in parts])
+    return _rule(aten.mul.Tensor, lambda parts: parts and [replace(p, scale=p.scale * p.scale) for p in parts])
 
 
 @mutant
 def alpha_ignored() -> Any:
-    return _rule(transfer.aten.add.Tensor, lambda parts: [replace(p, scale=ONE) for p in parts])
+    return _rule(aten.add.Tensor, lambda parts: [replace(p, scale=ONE) for p in parts])
 
 
 @mutant
 def subtraction_added() -> Any:
-    return _rule(transfer.aten.sub.Tensor, lambda parts: [replace(p, scale=ONE) for p in parts])
+    return _rule(aten.sub.Tensor, lambda parts: [replace(p, scale=ONE) for p in parts])
 
 
 @mutant
 def negation_ignored() -> Any:
-    return _rule(transfer.aten.neg.default, lambda parts: [replace(p, scale=ONE) for p in parts])
+    return _rule(aten.neg.default, lambda parts: [replace(p, scale=ONE) for p in parts])
 
 
 @mutant
 def beta_ignored() -> Any:
-    return _rule(transfer.aten.addmm.default, lambda parts: [replace(p, scale=ONE) for p in parts])
+    return _rule(aten.addmm.default, lambda parts: [replace(p, scale=ONE) for p in parts])
 
 
 @mutant
 def permute_taken_for_a_reshape() -> Any:
-    return _rule(transfer.aten.permute.default, lambda parts: [replace(p, dims=None) for p in parts])
+    return _rule(aten.permute.default, lambda parts: [replace(p, dims=None) for p in parts])
 
 
 @mutant
@@ -193,7 +194,7 @@ def other_addend_lost() -> Any:
     real = rewrite.Rewriter._without
 
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
-        return self.build.call(transfer.aten.mul.Tensor, real(self, node, i, copies), 0)
+        return self.build.call(aten.mul.Tensor, real(self, node, i, copies), 0)
 
     return patch.object(rewrite.Rewriter, "_without", without)
 
@@ -305,38 +306,36 @@ def affine_mutant(make: Mutation) -> Mutation:
     return make
 
 
-def _again(op: Any, change: Callable[[affine.Replay, Node, dict[Node, Node], int], Any]) -> Any:
+def _again(op: Any, change: Callable[[replay.Replay, Node, dict[Node, Node], int], Any]) -> Any:
     """The replay of one op, done another way."""
-    real = affine.Replay._call
+    real = replay.Replay._call
 
-    def call(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def call(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         return (change if node.target is op else real)(self, node, operands, count)
 
-    return patch.object(affine.Replay, "_call", call)
+    return patch.object(replay.Replay, "_call", call)
 
 
-def _product(change: Callable[[affine.Replay, Node, affine.Value], Any]) -> Any:
-    real = affine.Replay._product
-    return patch.object(affine.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
+def _product(change: Callable[[replay.Replay, Node, replay.Value], Any]) -> Any:
+    real = replay.Replay._product
+    return patch.object(replay.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
 
 
 @affine_mutant
 def constant_dropped() -> Any:
-    real = affine.Replay.matrix
-    return patch.object(affine.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
+    real = replay.Replay.matrix
+    return patch.object(replay.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
 
 
 @affine_mutant
 def constant_of_a_product_left_unmultiplied() -> Any:
     """`(x+1)·W` as `x·W + 1`."""
 
-    def change(self: affine.Replay, node: Node, found: affine.Value) -> affine.Value:
+    def change(self: replay.Replay, node: Node, found: replay.Value) -> replay.Value:
         (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
-        if before is None or affine.numel(affine.shape(before)) != affine.numel(affine.shape(found.constant)):
+        if before is None or numel(shape(before)) != numel(shape(found.constant)):
             return found
-        return replace(
-            found, constant=self.build.call(affine.aten.reshape.default, before, affine.shape(found.constant))
-        )
+        return replace(found, constant=self.build.call(aten.reshape.default, before, shape(found.constant)))
 
     return _product(change)
 
@@ -350,9 +349,9 @@ def bias_of_a_product_lost() -> Any:
 def diagonal_on_the_wrong_side() -> Any:
     """`W·d` for `d·W`."""
 
-    def change(self: affine.Replay, node: Node, found: affine.Value) -> affine.Value:
+    def change(self: replay.Replay, node: Node, found: replay.Value) -> replay.Value:
         rows = found.rows
-        if rows.target is not affine.aten.mul.Tensor or len(set(affine.shape(rows))) > 1:  # type: ignore
+        if rows.target is not aten.mul.Tensor or len(set(shape(rows))) > 1:  # type: ignore
             return found
         return replace(found, rows=self.build.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
 
@@ -361,54 +360,58 @@ def diagonal_on_the_wrong_side() -> Any:
 
 @affine_mutant
 def vector_before_the_product_ignored() -> Any:
-    real = affine.Replay._diagonal
-    return patch.object(affine.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows)
+    real = replay.Replay._diagonal
+    return patch.object(replay.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows)
 
 
 @affine_mutant
 def difference_taken_for_a_sum() -> Any:
-    sub, add = affine.aten.sub.Tensor, affine.aten.add.Tensor
+    sub, add = aten.sub.Tensor, aten.add.Tensor
     return _again(sub, lambda self, node, operands, count: self.build.call(add, *(operands[n] for n in node.args)))
 
 
 @affine_mutant
 def subtracted_rows_keep_their_sign() -> Any:
-    real = affine.Replay._sum
+    real = replay.Replay._sum
 
-    def sum_(self: affine.Replay, node: Node) -> affine.Value:
+    def sum_(self: replay.Replay, node: Node) -> replay.Value:
         found = real(self, node)
         a, b = node.args[:2]
         return replace(found, rows=self.values[b].rows) if self.rows.flow.is_weight(a) else found  # type: ignore
 
-    return patch.object(affine.Replay, "_sum", sum_)
+    return patch.object(replay.Replay, "_sum", sum_)
+
+
+def _skipped(op: Any) -> Any:
+    return _again(op, lambda self, node, operands, count: operands[node.args[0]])  # type: ignore[index]
 
 
 @affine_mutant
 def negation_of_features_ignored() -> Any:
-    return _again(affine.aten.neg.default, lambda self, node, operands, count: operands[node.args[0]])
+    return _skipped(aten.neg.default)
 
 
 @affine_mutant
 def order_of_dimensions_ignored() -> Any:
-    def change(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         sizes = self._sizes(self.rows.of[node].dims, count)
-        return self.build.call(affine.aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
+        return self.build.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
 
-    return _again(affine.aten.permute.default, change)
+    return _again(aten.permute.default, change)
 
 
 @affine_mutant
 def order_of_features_ignored() -> Any:
-    return _again(affine.aten.index.Tensor, lambda self, node, operands, count: operands[node.args[0]])
+    return _skipped(aten.index.Tensor)
 
 
 @affine_mutant
 def joined_in_the_wrong_order() -> Any:
-    def change(self: affine.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
         return self.build.call(node.target, parts, *node.args[1:])
 
-    return _again(affine.aten.cat.default, change)
+    return _again(aten.cat.default, change)
 
 
 @affine_mutant

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import joint
 from tests.oracle import integers
+from tests.strategies import same_at_every_run
 
 EXAMPLES = 50
 
@@ -157,15 +158,7 @@ def test_random_compositions_are_bit_equal():
     """The same programs at every run, y and all gradients in fp64; most of them become one product."""
     rewritten = []
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @same_at_every_run(EXAMPLES)
     @given(programs())
     def check(program: Program):
         torch._dynamo.reset()

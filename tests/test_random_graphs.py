@@ -1,11 +1,11 @@
 """Random affine programs with planted LoRA motifs: bit-equal to eager, forward and all gradients."""
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
 import peft_fx
 from tests.oracle import assert_bit_equal, run, weight_form
-from tests.strategies import Program, programs
+from tests.strategies import Program, programs, same_at_every_run
 
 EXAMPLES = 200
 
@@ -14,15 +14,7 @@ def test_random_programs_are_bit_equal():
     """200 programs, the same at every run; most of the planted motifs are found."""
     rewritten = []
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        phases=[Phase.generate],  # add Phase.shrink to minimise a failure: minutes, programs are small as they are
-        suppress_health_check=list(HealthCheck),
-    )
+    @same_at_every_run(EXAMPLES)
     @given(programs())
     def check(program: Program):
         torch._dynamo.reset()

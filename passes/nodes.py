@@ -1,0 +1,87 @@
+"""What the passes ask of a node: its value, its sizes, its equals; and the families of ops that they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.algebra import Size
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+CAST = prims.convert_element_type.default
+SUMS = {aten.add.Tensor, aten.sub.Tensor}
+SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
+SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
+COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
+CASTS = {CAST, aten._to_copy.default}
+TRANSPOSES = {aten.permute.default, aten.transpose.int}
+LAYOUTS = RESHAPES | SQUEEZES | COPIES | TRANSPOSES | {aten.expand.default}
+
+
+def expr(size: Any) -> Size:
+    """A size as something that compares and hashes without adding a guard: an int or a sympy expression."""
+    if isinstance(size, int):
+        return size
+    value = size.node.expr
+    return int(value) if value.is_number else value
+
+
+def value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+def shape(node: Node) -> tuple[Size, ...]:
+    return tuple(expr(n) for n in value(node).shape)
+
+
+def is_tensor(arg: Any) -> TypeGuard[Node]:
+    return isinstance(arg, Node) and isinstance(value(arg), torch.Tensor)
+
+
+def tensor_arg(node: Node, i: int) -> Node:
+    arg = node.args[i]
+    assert is_tensor(arg), f"{node.format_node()} has no tensor as argument {i}"
+    return arg
+
+
+def numel(sizes: Sequence[Size]) -> Size:
+    return math.prod(sizes)
+
+
+def is_random(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags
+
+
+def value_numbers(graph: Graph) -> dict[Node, Node]:
+    """Every node's first equal: the same op on the same values. No common sub-expressions are merged in a joint graph
+    yet."""
+    first: dict[Hashable, Node] = {}
+    number: dict[Node, Node] = {}
+
+    def key(arg: Any) -> Hashable:
+        if isinstance(arg, Node):
+            first_equal: Hashable = number[arg]
+            return first_equal
+        if isinstance(arg, (list, tuple)):
+            return tuple(key(a) for a in arg)
+        if isinstance(arg, dict):
+            return tuple(sorted((k, key(v)) for k, v in arg.items()))
+        return (type(arg), arg)
+
+    for node in graph.nodes:
+        number[node] = node
+        if node.op != "call_function" or is_random(node):
+            continue
+        try:
+            number[node] = first.setdefault((node.target, key(node.args), key(node.kwargs)), node)
+        except TypeError:  # an argument that does not hash or sort: the node stays its own first
+            continue
+    return number
