@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,6 +96,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
 
     def __init__(self, record: Record, others: Sequence[Any] = ()):
         self.record, self.others = record, others
+        self.untagged: set[Node] = set()
 
     def __call__(self, graph: Graph) -> None:
         for other in self.others:
@@ -104,6 +105,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             self.record.outcomes.append(self.apply(graph))
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
+        self.untagged = {node for node in graph.nodes if "recompute" not in node.meta}
 
     def apply(self, graph: Graph) -> pipeline.Outcome:
         record, fake_mode = self.record, compat.V.fake_mode
@@ -117,7 +119,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         """All that decides what the pass does besides the graph itself, which the caches look at."""
         if self.record.options.lowering != "inductor":
             return None  # not Inductor's code: not for its caches
-        theirs = [other.uuid() if hasattr(other, "uuid") else None for other in self.others]
+        theirs = _uuids(self.others)
         if None in theirs:
             return None
         options = {k: v for k, v in vars(self.record.options).items() if k != "inductor"}
@@ -126,6 +128,44 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
         decides = repr((source_digest(), sorted(options.items()), machine, roles, torch.__version__, theirs))
         return hashlib.sha256(decides.encode()).hexdigest()
+
+
+class Untag(compat.CustomGraphPass):  # type: ignore[misc]
+    """After Inductor's joint passes: takes recompute tags off the nodes that had none.
+
+    Where these passes remove a no-op such as `1*x`, they hand all its metadata on to x. With the tag on it, an input
+    of the graph would be missing in backward, and a residual stream would be computed twice.
+    """
+
+    def __init__(self, ours: AdapterPass, others: Sequence[Any] = ()):
+        self.ours, self.others = ours, others
+
+    def __call__(self, graph: Graph) -> None:
+        for node in graph.nodes:
+            if node in self.ours.untagged:
+                node.meta.pop("recompute", None)
+        self.ours.untagged = set()
+        for other in self.others:
+            other(graph)
+
+    def uuid(self) -> Any:
+        theirs = _uuids(self.others)
+        return None if None in theirs else (source_digest(), *theirs)
+
+
+def patches_for(ours: AdapterPass, inductor: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's options with our passes in them: the user's own run before the first and after the last."""
+    patches = dict(inductor)
+    mine: AdapterPass | Untag
+    for key, mine in (("joint_custom_pre_pass", ours), ("joint_custom_post_pass", Untag(ours))):
+        theirs = patches.get(key) or getattr(compat.inductor_config, key) or []
+        mine.others = theirs if isinstance(theirs, (list, tuple)) else [theirs]
+        patches[key] = mine
+    return patches
+
+
+def _uuids(passes: Sequence[Any]) -> list[Any]:
+    return [p.uuid() if hasattr(p, "uuid") else None for p in passes]
 
 
 @functools.cache
@@ -139,11 +179,7 @@ def source_digest() -> str:
 
 
 def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
-    patches = dict(options.inductor)
-    if ours is not None:
-        theirs = patches.get("joint_custom_pre_pass") or compat.inductor_config.joint_custom_pre_pass or []
-        ours.others = theirs if isinstance(theirs, (list, tuple)) else [theirs]
-        patches["joint_custom_pre_pass"] = ours
+    patches = dict(options.inductor) if ours is None else patches_for(ours, options.inductor)
     if options.lowering == "aot_eager":
         patches["fallback_random"] = True
         patches["fx_graph_cache"] = False

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from peft_fx import compat
-from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, records_of, roles_of
+from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
 from peft_fx.options import Options, parse
 from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
@@ -111,7 +111,7 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         kept = {}
         if self.idle.untouched is not None:
             before = GraphModule(gm, self.idle.untouched)
-            with compat.inductor_config.patch(joint_custom_pre_pass=None):
+            with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
             forward, _ = compat.min_cut_rematerialization_partition(before, joint_inputs, **kwargs)
             kept["before"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
@@ -149,8 +149,7 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
     """
     idle = Idle(record)
     patches = {
-        **record.options.inductor,
-        "joint_custom_pre_pass": idle,
+        **patches_for(idle, record.options.inductor),
         "custom_partitioner_fn": Partitioner(idle),
         "fx_graph_cache": False,
     }

@@ -171,6 +171,26 @@ def test_a_list_of_passes_still_runs() -> None:
     assert len(peft_fx.explain(f).sites) == 2
 
 
+def test_a_pass_after_inductors_still_runs() -> None:
+    theirs = Noting()
+    step(joint_custom_post_pass=theirs)
+    assert len(theirs.seen) == 1
+
+
+def test_a_removed_no_op_leaves_its_tag_to_nobody() -> None:
+    """Inductor hands the metadata of `1.0 * A`, which backward rebuilds, on to A, which is then not kept for it."""
+    x, W, W2 = (torch.randn(*sizes).double() for sizes in ((2, 5), (5, 8), (5, 5)))
+    A, B, A2, B2 = (nn.Parameter(torch.randn(*sizes).double()) for sizes in ((5, 3), (3, 8), (5, 2), (2, 5)))
+
+    def f(x):
+        return x @ W + ((1.0 * x) @ A) @ B, x @ W2 + ((2.0 * x) @ A2) @ B2
+
+    options = {"peft_fx.lowering": "aot_eager", "peft_fx.form": "weight"}
+    compiled = torch.compile(f, backend="peft_fx", options=options)
+    got, want = (torch.autograd.grad(sum(y.sum() for y in g(x)), [A, B, A2, B2]) for g in (compiled, f))
+    torch.testing.assert_close(got, want)
+
+
 # ---------------------------------------------------------------------------------------------------------- disabled
 
 

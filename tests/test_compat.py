@@ -34,7 +34,8 @@ def test_arguments_are_accepted() -> None:
 
 def test_configuration_has_our_keys() -> None:
     """Of Inductor and of AOTAutograd."""
-    for name in ("joint_custom_pre_pass", "custom_partitioner_fn", "fallback_random", "fx_graph_cache"):
+    passes = "joint_custom_pre_pass", "joint_custom_post_pass", "custom_partitioner_fn"
+    for name in (*passes, "fallback_random", "fx_graph_cache"):
         assert hasattr(compat.inductor_config, name)
     assert hasattr(torch._functorch.config, "enable_autograd_cache")
 
