@@ -58,7 +58,8 @@ def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any
         found.node.replace_all_uses_with(new)
         erase_unused(graph, found.node)
         row = rows.of[found.read]
-        weights |= row.frozen if found.source is row.source else set()
+        is_input = found.source is row.source or not rows.of[found.source].products
+        weights |= row.frozen if is_input else set()
     return Moments(build.added, frozenset(shared.values()), frozenset(weights))
 
 
@@ -116,7 +117,7 @@ def _narrowest(read: Node, rows: Rows) -> Node | None:
         else:
             (node,) = operands
         earlier = rows.of[node].products < row.products and in_order(rows.of[node].dims)
-        if earlier and (best is None or rows.of[node].width <= rows.of[best].width):
+        if earlier and (best is None or rows.of[node].width < rows.of[best].width):
             best = node
     if best is None or NARROW * rows.of[read].width <= rows.of[best].width:
         return None
