@@ -28,6 +28,7 @@ from peft_fx.passes.nodes import (
     PRODUCTS,
     RESHAPES,
     SCALINGS,
+    SQUEEZES,
     SUMS,
     TRANSPOSES,
     aten,
@@ -59,6 +60,7 @@ class Row:
 
     `products` are the matrix products by a weight, `frozen` the untrained weights among their operands; `precision`
     is the coarsest dtype on the way from the source to here, and `read` those in which a product read the source.
+    `diagonal` is whether each feature is still the source's own, scaled.
     """
 
     source: Node
@@ -68,6 +70,7 @@ class Row:
     products: frozenset[Node] = frozenset()
     precision: torch.dtype = torch.float32
     read: frozenset[torch.dtype] = frozenset()
+    diagonal: bool = True
 
     @property
     def width(self) -> int:
@@ -83,6 +86,7 @@ class Row:
             products=self.products | other.products,
             precision=coarser(self.precision, other.precision),
             read=self.read | other.read,
+            diagonal=self.diagonal and other.diagonal,
         )
 
 
@@ -341,6 +345,10 @@ RULES: dict[Any, Rule] = {
 }
 
 
+# what leaves the rows of a diagonal matrix diagonal, as long as the features stay in one piece
+SCALES = COPIES | CASTS | RESHAPES | SQUEEZES | SCALINGS | SUMS
+
+
 class Rows:
     """The rows of the activations of a graph, or of what follows one node of it. Pure."""
 
@@ -385,6 +393,7 @@ class Rows:
             products=row.products | ({node} if node.target in PRODUCTS else set()),
             precision=coarser(row.precision, dtype) if dtype.is_floating_point else row.precision,
             read=row.read | read,
+            diagonal=row.diagonal and node.target in SCALES and plain(dims),
         )
 
     def brought(self, node: Node) -> tuple[frozenset[Node], frozenset[Node]]:
@@ -449,6 +458,12 @@ class Rows:
                 found.add(node)
                 todo += self.operands(node)
         return found
+
+
+def plain(dims: Dims) -> bool:
+    """All tokens first, then the features in one piece."""
+    atoms = [a for dim in dims for a in dim]
+    return len(atoms) > 0 and isinstance(atoms[-1], int) and all(isinstance(a, Token) for a in atoms[:-1])
 
 
 def in_order(dims: Dims) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
-from peft_fx.passes.affine import Row, Rows, Token, in_order
+from peft_fx.passes.affine import Row, Rows, Token, in_order, plain
 from peft_fx.passes.algebra import MANTISSA, finer
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import CAST, aten, is_tensor, shape, tensor_arg, value
@@ -116,7 +116,7 @@ def _narrowest(read: Node, rows: Rows) -> Node | None:
             node = row.source  # several ways lead here: they meet at the source
         else:
             (node,) = operands
-        earlier = rows.of[node].products < row.products and in_order(rows.of[node].dims)
+        earlier = rows.of[node].products < row.products and plain(rows.of[node].dims)
         if earlier and (best is None or rows.of[node].width < rows.of[best].width):
             best = node
     if best is None or NARROW * rows.of[read].width <= rows.of[best].width:

@@ -17,6 +17,7 @@ from peft_fx.passes import price
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
+from peft_fx.passes.identities import without_identities
 from peft_fx.passes.keep import Keep
 from peft_fx.passes.moments import Moments, from_moments
 from peft_fx.passes.quantised import Unfused
@@ -91,6 +92,7 @@ def run(
     start = time.perf_counter()
     before = Contract.of(graph)
     outcome, added = Outcome(), []
+    added += without_identities(graph, fake_mode)
     unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     rows = Rows(graph.nodes, analysis.flow)

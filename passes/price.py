@@ -82,7 +82,7 @@ def machine_for(device: torch.device) -> Machine:
 @dataclass(frozen=True)
 class Step:
     """A product of a region that is no sum of terms, by `batch` weights [K,N]; `first` where it reads the input as it
-    is, so that for W' it is the weight itself."""
+    is, or scaled, so that for W' it is the weight itself."""
 
     batch: int
     K: int

@@ -19,13 +19,14 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Matrix, Size
+from peft_fx.passes.algebra import MANTISSA, Matrix, Size, coarser
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
     PRODUCTS,
     RESHAPES,
+    SCALINGS,
     SUMS,
     TRANSPOSES,
     aten,
@@ -43,11 +44,15 @@ from peft_fx.passes.sites import Analysis, Refusal
 
 @dataclass(frozen=True)
 class Region:
-    """What one source contributes to one sum: `ends` are its addends there, or the one value that it ends in."""
+    """What one source contributes to one sum: `ends` are its addends there, or the one value that it ends in.
+
+    Of the `nodes` between, those in `diagonal` hold the source's own features, scaled.
+    """
 
     ends: tuple[Node, ...]
     row: Row
     nodes: frozenset[Node]
+    diagonal: frozenset[Node]
     base: Node
     backward: bool
 
@@ -99,17 +104,7 @@ class Region:
         if weight is a:
             k, n = n, k
         x = b if weight is a else a
-        first = all(m.target in COPIES | CASTS | RESHAPES for m in _way(x, self.source))
-        return price.Step(int(numel(batch)), int(k), int(n), first, node is self.base)
-
-
-def _way(node: Node, source: Node) -> Iterator[Node]:
-    while node is not source:
-        yield node
-        inputs = [n for n in node.all_input_nodes if is_tensor(n)]
-        if len(inputs) != 1:
-            return
-        (node,) = inputs
+        return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
 
 
 def _operands(product: Node) -> tuple[Node, Node]:
@@ -197,7 +192,10 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     start = [a for dim in fresh(row.source).dims for a in dim]
     if not any(isinstance(a, Token) for a in start) or not isinstance(start[-1], int):
         return None  # a single token, or a single feature
-    nodes = frozenset(rows.between(ends, row.source))
+    source = _start(row.source, frozenset(rows.between(ends, row.source)), rows)
+    own = rows.from_source(ends, source)
+    row = functools.reduce(Row.joined, (own.of[end] for end in ends))
+    nodes = frozenset(rows.between(ends, source))
     backward = ends[0] in flow.backward
     K, N = shape(row.source)[-1], row.width
     base = max(bases, key=lambda n: _likeness(n, row, {K, N}, rows))
@@ -209,7 +207,20 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
         return None  # the base product's result is used elsewhere, too
     if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
         return None  # part of an adapter whose base is elsewhere
-    return Region(ends, row, nodes, base, backward)
+    diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal)
+    return Region(ends, row, nodes, diagonal, base, backward)
+
+
+def _start(source: Node, nodes: frozenset[Node], rows: Rows) -> Node:
+    """Where the ways to the ends part: a norm's scale or a rounding that all of the region reads its input through is
+    the input's own."""
+    while True:
+        after = [n for n in source.users if n in nodes]
+        if len(after) != 1 or after[0].target not in COPIES | CASTS | SCALINGS or rows.brought(after[0])[0]:
+            return source
+        if coarser(value(after[0]).dtype, value(source).dtype) != value(after[0]).dtype:
+            return source
+        (source,) = after
 
 
 def _likeness(product: Node, row: Row, sizes: set[Size], rows: Rows) -> tuple[Any, ...]:
@@ -331,19 +342,7 @@ def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
     u = build.call(aten.reshape.default, build.cast(region.source, dtype), [-1, K])
     y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
     y = build.call(aten.reshape.default, y, _sizes(build, last, region.source))
-    return _laid_out(build, build.cast(y, value(last).dtype), value(last).stride())
-
-
-def _laid_out(build: Builder, node: Node, strides: tuple[Any, ...]) -> Node:
-    """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
-    if not all(isinstance(n, int) for n in (*strides, *value(node).stride())) or value(node).stride() == strides:
-        return node
-    order = sorted(range(len(strides)), key=lambda i: -strides[i])
-    if order == sorted(order):
-        return node
-    node = build.call(aten.permute.default, node, order)
-    node = build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-    return build.call(aten.permute.default, node, [order.index(i) for i in range(len(order))])
+    return build.laid_out(build.cast(y, value(last).dtype), value(last).stride())
 
 
 def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:

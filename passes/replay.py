@@ -19,7 +19,6 @@ from peft_fx.passes.nodes import (
     PRODUCTS,
     RESHAPES,
     SCALINGS,
-    SQUEEZES,
     SUMS,
     aten,
     numel,
@@ -106,15 +105,12 @@ class Replay:
 
     def _diagonal(self, node: Node, found: Value) -> Diagonal | None:
         """What leaves a diagonal matrix diagonal: another layout of the same rows, a scale of each feature."""
-        if not isinstance(found.rows, Diagonal) or not _plain(self.rows.of[node].dims):
+        if not isinstance(found.rows, Diagonal) or not self.rows.of[node].diagonal:
             return None
-        if node.target in COPIES | CASTS | RESHAPES | SQUEEZES:
+        if node.target not in SCALINGS:
             return found.rows
-        if node.target in SCALINGS:
-            other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
-            d = found.rows.of or self._ones(node)
-            return Diagonal(self.build.call(node.target, d, self._vector(other)))
-        return None
+        other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
+        return Diagonal(self.build.call(node.target, found.rows.of or self._ones(node), self._vector(other)))
 
     def _ones(self, node: Node) -> Node:
         return self.build.call(aten.full.default, [self.count], 1, dtype=self._wide(node), device=value(node).device)
@@ -134,7 +130,7 @@ class Replay:
         if len(inside) == 2 or (len(inside) == 1 and a is b):
             ends = [self.values[n].rows for n in (a, b)]  # type: ignore[index]
             rows: Node | Diagonal
-            if all(isinstance(end, Diagonal) for end in ends) and _plain(self.rows.of[node].dims):
+            if self.rows.of[node].diagonal:
                 of = [end.of or self._ones(node) for end in ends]  # type: ignore[union-attr]
                 rows = Diagonal(self.build.call(node.target, *of, **kwargs))
             else:
@@ -239,9 +235,3 @@ class Replay:
         if rows.of is not None:
             eye = self.build.call(aten.mul.Tensor, eye, rows.of)
         return self.build.call(aten.reshape.default, eye, self._sizes(dims, n))
-
-
-def _plain(dims: Dims) -> bool:
-    """All tokens first, then the features in one piece."""
-    atoms = [a for dim in dims for a in dim]
-    return len(atoms) > 0 and isinstance(atoms[-1], int) and all(isinstance(a, Token) for a in atoms[:-1])

@@ -84,7 +84,18 @@ class Builder:
             n if isinstance(n, int) else self.call(aten.sym_size.int, node, i) for i, n in enumerate(value(node).shape)
         ]
 
+    def laid_out(self, node: Node, strides: tuple[Any, ...]) -> Node:
+        """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
+        if not all(isinstance(n, int) for n in (*strides, *value(node).stride())) or value(node).stride() == strides:
+            return node
+        order = sorted(range(len(strides)), key=lambda i: -strides[i])
+        node = self.call(aten.permute.default, node, order) if order != sorted(order) else node
+        node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        inverse = [order.index(i) for i in range(len(order))]
+        return self.call(aten.permute.default, node, inverse) if order != sorted(order) else node
+
     def flip(self, node: Node) -> Node:
+        """The last two dimensions exchanged."""
         rank = value(node).ndim
         return self.call(aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
 

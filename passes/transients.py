@@ -8,10 +8,11 @@ tensor itself. So the product reads that, and its other factor, narrow and in fp
     x32·F  ->  y[:, :r] + y[:, r:]   with   y = x16·[hi | lo]
 
 16 bits of the factor are kept that way. Layers that read the same x share one product,
-`x16·[hi1 | lo1 | hi2 | ...]`: x is passed over once for the `x·A` of q, k and v, and once for their dA. The result is
-fp32 where a device multiplies half-precision matrices into fp32 (CUDA, XPU). A CPU rounds it, so there what the rounded
-result lacks is computed as a second one, `y + (x16·F - y)`: 16 bits again. Products that the model's own outputs need
-are left alone.
+`x16·[hi1 | lo1 | hi2 | ...]`: x is passed over once for the `x·A` of q, k and v, and once for their dA. A tensor is
+read as it lies: `dyᵀ·z` is the transpose of `zᵀ·dy`, which a vector's gradient may need too, and then has. The result
+is fp32 where a device multiplies half-precision matrices into fp32 (CUDA, XPU). A CPU rounds it, so there what the
+rounded result lacks is computed as a second one, `y + (x16·F - y)`: 16 bits again. Products that the model's own
+outputs need are left alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, coarser
+from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, aten, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.rewrite import Builder, erase_unused
@@ -62,13 +63,15 @@ def read_in_place(
 @dataclass(frozen=True)
 class _Copying:
     """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read
-    in; `left` where that is the left operand. `vector` are factors of the copy's features, as behind a magnitude: they
-    go to the other operand where these are summed over, else (`outside`) to the result."""
+    in; `left` where that is the left operand; `narrow` is what the other operand holds. `vector` are factors of the
+    copy's features, as behind a magnitude: they go to the other operand where these are summed over, else (`outside`)
+    to the result."""
 
     node: Node
     left: bool
     source: Matrix
     scale: Scale
+    narrow: Term
     vector: Node | None = None
     outside: bool = False
 
@@ -79,9 +82,28 @@ class _Copying:
         return (a, b) if self.left else (b, a)
 
     @property
+    def turned(self) -> bool:
+        """Whether the transpose is computed, so that the source is not transposed."""
+        return self.source.flipped
+
+    @property
+    def first(self) -> bool:
+        """Whether the source is the left operand of what is computed."""
+        return self.left != self.turned
+
+    @property
     def key(self) -> Any:
+        """Equal for products that are computed as one."""
         copied, other = self.operands
-        return self.source, self.source.precision, self.left, shape(copied), value(other).dtype
+        sizes = shape(copied)[::-1] if self.turned else shape(copied)
+        source = self.source.T if self.turned else self.source
+        return source, self.source.precision, self.first, sizes, value(other).dtype
+
+    @property
+    def part(self) -> Any:
+        """Equal for those of them that are the same product."""
+        narrow = self.narrow.T if self.turned else self.narrow
+        return narrow.factors, narrow.scale, None if self.outside else self.vector
 
 
 def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
@@ -98,7 +120,8 @@ def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[
     small, large = (hint(numel(shape(n))) for n in (other, copied))
     if not is_copy or large < NARROW * small or not small:
         return None
-    return _Copying(node, left, source, term.scale, vector, flipped == left)
+    narrow = reader.term(other, Layout(1, shape(other)[-1]))
+    return _Copying(node, left, source, term.scale, narrow, vector, flipped == left)
 
 
 def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, bool]:
@@ -145,34 +168,41 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
     """`x·[hi1 | lo1 | hi2 | lo2 | ...]`, and each member the sum of its own two parts."""
     last = members[-1]
     build.like = last.node
-    dim = 1 if last.left else 0
+    dim = 1 if last.first else 0
+    starts: dict[Any, int] = {}
+    halves: list[Node] = []
+    width = 0
     with graph.inserting_before(last.node):
         plain = build.like_2d(last.source, last.operands[0], last.source.precision)
-        halves: list[Node] = []
+        plain = build.flip(plain) if last.turned else plain
         for member in members:
-            other = member.operands[1]
+            if member.part in starts:
+                continue
+            other = build.flip(member.operands[1]) if member.turned else member.operands[1]
             if member.vector is not None and not member.outside:
                 other = build.call(aten.mul.Tensor, other, _vector(build, member, other))
             hi = build.cast(other, last.source.precision)
             rest = build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype))
             halves += [hi, build.cast(rest, last.source.precision)]
+            starts[member.part] = width
+            width += 2 * shape(other)[dim]
         both = build.call(aten.cat.default, halves, dim)
-        results = _products(build, *((plain, both) if last.left else (both, plain)))
-        start = 0
+        results = _products(build, *((plain, both) if last.first else (both, plain)))
         for member in members:
             build.like = member.node
-            r, parts = shape(member.operands[1])[dim], []
-            for result in results:
-                for i in range(2):
-                    part = build.call(aten.slice.Tensor, result, dim, start + i * r, start + (i + 1) * r)
-                    parts.append(build.cast(part, value(member.node).dtype))
-            start += 2 * r
+            start, r = starts[member.part], shape(member.node)[dim != member.turned]
+            parts = [
+                build.cast(build.call(aten.slice.Tensor, result, dim, at, at + r), value(member.node).dtype)
+                for result in results
+                for at in (start, start + r)
+            ]
             new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), parts)
             if member.vector is not None and member.outside:
                 new = build.call(aten.mul.Tensor, new, _vector(build, member, new))
             if member.scale.number != 1:
                 new = build.call(aten.mul.Tensor, new, member.scale.number)
-            member.node.replace_all_uses_with(new)
+            new = build.flip(new) if member.turned else new
+            member.node.replace_all_uses_with(build.laid_out(new, value(member.node).stride()))
     for member in members:
         erase_unused(graph, member.node)
 
@@ -180,7 +210,7 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
 def _vector(build: Builder, member: _Copying, factor: Node) -> Node:
     """The factors of the copy's features, as they multiply the other operand, or the result."""
     assert member.vector is not None
-    sizes = [-1, 1] if member.left else [1, -1]
+    sizes = [-1, 1] if member.first else [1, -1]
     return build.cast(build.call(aten.reshape.default, member.vector, sizes), value(factor).dtype)
 
 

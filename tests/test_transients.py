@@ -55,6 +55,14 @@ def test_siblings_share_one_pass_over_x(layers: int) -> None:
     assert len(reading(graph, (T, K))) == layers + 2
 
 
+def test_a_vectors_gradient_and_dB_share_a_product() -> None:
+    """Of the tensors of dy's size: dy·W'ᵀ, dy·Bᵀ, and (x·A)ᵀ·dy, which both gradients are made of."""
+    module = Siblings(1, vector=True)
+    module.g.requires_grad_(True)
+    graph, _ = joint.capture(module, *inputs()).rewritten(form="weight")
+    assert len(reading(graph, (T, N))) == 3
+
+
 @pytest.mark.parametrize("vector", [False, True])
 def test_no_copy_of_an_activation_is_read(vector: bool) -> None:
     """No product of backward reads a [T,K] or [T,N] tensor in fp32, a factor of each feature between or not."""

@@ -1,0 +1,54 @@
+"""Products with an identity matrix, which are their other operand.
+
+An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA's norm of W + sAB does:
+`(I·A)·B` costs K·K·r, and hides that A·B is the product which W' needs as well.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from peft_fx.passes.nodes import CASTS, COPIES, aten, is_tensor, prims, shape, tensor_arg, value
+from peft_fx.passes.rewrite import Builder, erase_unused
+
+
+def without_identities(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
+    """Replaces `I·M` and `M·I` by M, in place; returns the nodes added."""
+    build = Builder(graph, fake_mode)
+    for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
+        a, b = tensor_arg(node, 0), tensor_arg(node, 1)
+        other = b if is_identity(a) else a if is_identity(b) else None
+        if other is not None:
+            build.like = node
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(build.cast(other, value(node).dtype))
+            erase_unused(graph, node)
+    return build.added
+
+
+def is_identity(node: Node) -> bool:
+    """Whether a matrix is `torch.eye(n)`, as AOTAutograd writes it: `iota[:, None] == iota`."""
+    while node.target in CASTS | COPIES and is_tensor(node.args[0]):
+        node = node.args[0]
+    if node.target is not aten.eq.Tensor or len(set(shape(node))) != 1:
+        return False
+    counted = [_counts_along(operand) for operand in node.args]
+    return sorted(filter(None, counted)) == [-2, -1]
+
+
+def _counts_along(operand: Any) -> int | None:
+    """The dimension of a matrix that numbers from 0 upwards are broadcast along, counted from the last."""
+    layouts: list[Node] = []
+    while is_tensor(operand) and operand.target is not prims.iota.default:
+        if operand.target is not aten.unsqueeze.default:
+            return None
+        layouts.append(operand)
+        operand = operand.args[0]
+    if not is_tensor(operand) or (operand.kwargs["start"], operand.kwargs["step"]) != (0, 1):
+        return None
+    sizes = shape(layouts[0] if layouts else operand)
+    along = [i for i in range(-len(sizes), 0) if sizes[i] != 1]
+    return along[0] if len(along) == 1 else None
