@@ -1,11 +1,11 @@
 """How W' gets from the wide dtype that it is built in to the base's: to nearest, or dithered. Nothing else rounds W'.
 
-With W in bf16, what is below half an ulp of W is lost of `W + s·A·B` to nearest, as it is of `xW + s(xA)B`: of a delta a
-thousandth of W's size half arrives, of a ten thousandth a sixteenth. Dithered, an element goes up with the probability
-of what is left of it, `(bits + d) & ~(2ⁿ - 1)` with d uniform in 0..2ⁿ-1 and n the bits that the narrow dtype lacks: its
-error is √2 times as large, but is nought on average, and every delta arrives. d is a hash of the element's own index in
-W as it multiplies x, so W' has the same bits at each step, in forward and in the rebuild, and in its transpose; and a W
-that is narrow already stays as it is where the delta is 0.
+With W in bf16, what is below half an ulp of W is lost of `W + s·A·B` to nearest, as it is of `xW + s(xA)B`: of a delta
+a thousandth of W's size half arrives, of a ten thousandth a sixteenth. Dithered, an element is rounded away from 0 with
+the probability that the bits it loses stand for, `(bits + d) & ~(2ⁿ - 1)` with d in 0..2ⁿ-1, n the bits that the narrow
+dtype lacks: an error √2 times as large, but 0 on average, and every delta arrives. d is a hash of the element's place
+in W as it multiplies x, so W' has the same bits at each step, in forward and in the rebuild, and in its transpose; and
+a W that is narrow already stays as it is where the delta is 0.
 """
 
 from __future__ import annotations
