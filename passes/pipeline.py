@@ -96,8 +96,9 @@ def run(
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
-    outcome.refusals = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
-    outcome.refusals += [r for r in refused if r.name not in {other.name for other in outcome.refusals}]
+    known = {r.name for r in refused}  # more is known of a region than of what is left over
+    left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    outcome.refusals = [r for r in left if r.name not in known] + refused
     if found:
         replaced = _decided(found, analysis.flow, settings, hint, outcome)
         added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
