@@ -6,6 +6,7 @@
     sites.py      which sums are a product plus its adapters
     refusals.py   what looks like an adapter and has no weight form, and why
     price.py      what each form of a site costs on a machine
+    rounding.py   the one place where W' is rounded
     rewrite.py    builds W' and puts it in the place of W; nothing else changes a graph
     keep.py       what backward rebuilds instead of keeping
     verify.py     what must hold of a graph before and after

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
@@ -23,6 +24,7 @@ from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import CAST, aten, is_tensor, shape, tensor_arg, value
 from peft_fx.passes.replay import Replay
 from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.transients import MIXED
 
 NARROW = 4  # a product with a quarter of its input's columns is computed again
 
@@ -183,8 +185,16 @@ class _Gradient:
         key = "G", self.found.source, _uncast(self.found.other), self.found.node.target
         if key not in self.shared:
             u, dy = self._tokens()
-            self.shared[key] = self.build.call(aten.mm.default, self.build.flip(u), dy)
+            self.shared[key] = self._over_tokens(self.build.flip(u), dy)
         return self.build.cast(self.shared[key], dtype)
+
+    def _over_tokens(self, u: Node, dy: Node) -> Node:
+        """In fp32 of fp16: the sum may leave its range where the gradient that is made of it does not."""
+        if value(u).dtype != torch.float16:
+            return self.build.call(aten.mm.default, u, dy)
+        if value(u).device.type in MIXED:
+            return self.build.call(aten.mm.dtype, u, dy, torch.float32)
+        return self.build.call(aten.mm.default, *(self.build.cast(n, torch.float32) for n in (u, dy)))
 
     def _first(self, dtype: Any) -> Node:
         """Σ_t dy [1,M]: what a constant beside u·W meets."""

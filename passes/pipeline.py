@@ -38,6 +38,7 @@ class Settings:
 
     form: str = "auto"
     numerics: str = "default"
+    rounding: str = "nearest"
     keep: str = "recompute"
     machine: price.Machine = price.MACHINES["cpu"]
     rebuild_random: bool = True
@@ -97,18 +98,19 @@ def run(
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
-    outcome.refusals = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
-    outcome.refusals += [r for r in refused if r.name not in {other.name for other in outcome.refusals}]
+    known = {r.name for r in refused}  # more is known of a region than of what is left over
+    left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    outcome.refusals = [r for r in left if r.name not in known] + refused
     if found:
         replaced = _decided(found, analysis.flow, settings, hint, outcome)
-        added += rewrite(graph, rows, replaced, fake_mode)
+        added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     # a region's own sums stay for its parameters' gradients: no sites
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
     chosen = _decided(groups, analysis.flow, settings, hint, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     _log(outcome)
-    rewriter = Rewriter(graph, fake_mode)
+    rewriter = Rewriter(graph, fake_mode, settings.rounding)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
     added += rewriter.build.added + unfused.settle()
     training = bool(analysis.flow.backward)

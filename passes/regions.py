@@ -39,6 +39,7 @@ from peft_fx.passes.nodes import (
 )
 from peft_fx.passes.replay import Replay
 from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Analysis, Refusal
 
 
@@ -308,14 +309,16 @@ def _precision(region: Region, rows: Rows) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------------------- rewrite
 
 
-def rewrite(graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: AbstractContextManager[Any]) -> list[Node]:
+def rewrite(
+    graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: AbstractContextManager[Any], rounding: str
+) -> list[Node]:
     """Makes each region one product `u·W' + b'`; returns the nodes added."""
     build = Builder(graph, fake_mode)
     position = {n: i for i, n in enumerate(graph.nodes)}
     for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
         last = max(region.ends, key=position.__getitem__)
         with graph.inserting_before(last):
-            new = _product(build, rows, region, last)
+            new = _product(build, rows, region, last, rounding)
         for end in region.ends:
             if end is not last:
                 _drop(build, end)
@@ -324,7 +327,7 @@ def rewrite(graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: Abstr
     return build.added
 
 
-def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
+def _product(build: Builder, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
     build.like, build.rebuild = region.base, True
     K, N = region.features
     dtype = value(region.base).dtype
@@ -333,7 +336,7 @@ def _product(build: Builder, rows: Rows, region: Region, last: Node) -> Node:
     parts = [replay.matrix(end) for end in region.ends]
     merged = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), [m for m, _ in parts])
     constants = [c for _, c in parts if c is not None]
-    merged = build.cast(merged, dtype)
+    merged = rounded(build, merged, dtype, rounding, transposed=region.backward)
     bias = None
     if constants:
         total = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), constants)

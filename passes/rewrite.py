@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
 from peft_fx.passes.nodes import CAST, aten, shape, value
+from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Group
 from peft_fx.passes.transfer import Product, addends
 
@@ -110,8 +111,8 @@ def fake(arg: Any) -> Any:
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
-        self.graph = graph
+    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest"):
+        self.graph, self.rounding = graph, rounding
         self.build = Builder(graph, fake_mode)
         self._merged: dict[Any, Node] = {}
 
@@ -237,7 +238,9 @@ class Rewriter:
         key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
-            self._merged[key] = self._merge(weight, group.inner, terms, dtype)
+            wide = self._merge(weight, group.inner, terms, price.merge_dtype(dtype))
+            transposed = weight.flipped ^ group.right ^ group.backward
+            self._merged[key] = rounded(self.build, wide, dtype, self.rounding, transposed)
         if group.product.window is not None:
             result = self.build.call(aten.reshape.default, self._merged[key], list(shape(group.operand)))
         else:
@@ -247,14 +250,13 @@ class Rewriter:
         return result
 
     def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
-        """cast(W + Σ s·Π factors), in the weight's own orientation."""
+        """W + Σ s·Π factors, in the weight's own orientation."""
         plain = weight.T if weight.flipped else weight
-        wide = price.merge_dtype(dtype)
-        total = self._scaled(self._matrix(plain, wide), inner)
+        total = self._scaled(self._matrix(plain, dtype), inner)
         for scale, term in terms:
-            delta = self._scaled(self._multiply([self._matrix(f, wide) for f in term.factors]), scale)
+            delta = self._scaled(self._multiply([self._matrix(f, dtype) for f in term.factors]), scale)
             total = self.build.call(aten.add.Tensor, total, delta)
-        return self.build.cast(total, dtype)
+        return total
 
     def _matrix(self, f: Matrix, dtype: torch.dtype) -> Node:
         """A factor as a node `[rows, cols]`, or `[batch, rows, cols]`."""

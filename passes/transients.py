@@ -12,7 +12,8 @@ tensor itself. So the product reads that, and its other factor, narrow and in fp
 read as it lies: `dyᵀ·z` is the transpose of `zᵀ·dy`, which a vector's gradient may need too, and then has. The result
 is fp32 where a device multiplies half-precision matrices into fp32 (CUDA, XPU). A CPU rounds it, so there what the
 rounded result lacks is computed as a second one, `y + (x16·F - y)`: 16 bits again. Products that the model's own
-outputs need are left alone.
+outputs need are left alone, and so is fp16: it lacks the range of what was written in fp32, small gradients and scaled
+ones.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[
     if len(term.factors) > 1 or not isinstance(source.name, Node) or term.scale.names:
         return None
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
+    is_copy = is_copy and torch.finfo(source.precision).tiny <= torch.finfo(dtype).tiny
     small, large = (hint(numel(shape(n))) for n in (other, copied))
     if not is_copy or large < NARROW * small or not small:
         return None

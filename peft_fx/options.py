@@ -11,13 +11,14 @@ import torch
 from peft_fx.compat import list_mode_options
 from peft_fx.passes import price
 from peft_fx.passes.pipeline import Settings
+from peft_fx.passes.rounding import ROUNDINGS
 
 PREFIX = "peft_fx."
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "form": ("auto", "weight", "activation"),
     "adapter_grad": ("auto", "low_rank"),
     "numerics": ("default", "strict"),
-    "rounding": ("nearest",),
+    "rounding": ROUNDINGS,
     "keep": ("recompute", "inductor"),
     "machine": ("auto", *price.MACHINES),
     "lowering": ("inductor", "aot_eager"),
@@ -39,7 +40,7 @@ class Options:
 
     def settings(self, device: torch.device) -> Settings:
         machine = price.machine_for(device) if self.machine == "auto" else price.MACHINES[self.machine]
-        return Settings(form=self.form, numerics=self.numerics, keep=self.keep, machine=machine)
+        return Settings(self.form, self.numerics, self.rounding, self.keep, machine)
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:

@@ -183,6 +183,7 @@ def gate(
     seeds: int = 8,
     resolution: float = 0.0,
     draw: Draw = signs,
+    factor: float = 1.25,
 ) -> float:
     """`f`, a compiled form of `module`, is no further from fp64 than `eager` (the module); returns the worst ratio.
 
@@ -196,4 +197,4 @@ def gate(
         ref64 = run(ref, ref, to_dtype(inputs, torch.float64), seed, draw)
         triples.append((ref64, *(run(g, module, inputs, seed, draw) for g in (eager or module, f))))
     pooled = (stack(list(runs)) for runs in zip(*triples, strict=True))
-    return assert_no_worse(*pooled, resolution=resolution)
+    return assert_no_worse(*pooled, factor, resolution=resolution)

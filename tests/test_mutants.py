@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from peft_fx.passes import affine, algebra, regions, replay, rewrite, sites, transfer
+from peft_fx.passes import affine, algebra, regions, replay, rewrite, rounding, sites, transfer
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
 from peft_fx.passes.nodes import aten, numel, shape
-from tests import affine_spellings, joint, spellings
+from tests import affine_spellings, dither, joint, spellings
 from tests.spellings import Case
 
 K = 24  # square weights, so that a lost transpose still has the right shape
@@ -462,3 +462,95 @@ def test_an_affine_mutant_turns_the_oracle_red(name: str) -> None:
     affine_captured()  # by the rules as they are
     with AFFINE_MUTANTS[name]():
         assert not affine_holds(), f"the mutant {name} lives"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# dithered rounding
+
+
+DITHER_MUTANTS: dict[str, Mutation] = {}
+
+
+def dither_mutant(make: Mutation) -> Mutation:
+    DITHER_MUTANTS[make.__name__] = make
+    return make
+
+
+def _hash(change: Callable[[Any, Node, Node], Node]) -> Any:
+    """The noise of each index, changed; `change` is given the index, too."""
+    real = rounding._hash
+    return patch.object(rounding, "_hash", lambda build, index: change(build, index, real(build, index)))
+
+
+@dither_mutant
+def truncated() -> Any:
+    return _hash(lambda build, index, noise: build.call(aten.mul.Tensor, noise, 0))
+
+
+@dither_mutant
+def always_up() -> Any:
+    return _hash(lambda build, index, noise: build.call(aten.bitwise_or.Scalar, noise, 0xFFFF))
+
+
+@dither_mutant
+def noise_of_half_an_ulp() -> Any:
+    return _hash(lambda build, index, noise: build.call(aten.bitwise_and.Scalar, noise, 0x0FFF))
+
+
+@dither_mutant
+def index_for_a_hash() -> Any:
+    return _hash(lambda build, index, noise: index)
+
+
+@dither_mutant
+def two_rounds_of_the_hash() -> Any:
+    return patch.object(rounding, "ROUNDS", rounding.ROUNDS[:2])
+
+
+@dither_mutant
+def noise_of_the_layout() -> Any:
+    real = rounding._index
+    return patch.object(rounding, "_index", lambda build, node, transposed: real(build, node, False))
+
+
+@dither_mutant
+def a_bit_too_many_dropped() -> Any:
+    return patch.dict(rounding.LACKS, {dtype: bits + 1 for dtype, bits in rounding.LACKS.items()})
+
+
+@dither_mutant
+def a_bit_left_to_the_cast() -> Any:
+    return patch.dict(rounding.LACKS, {dtype: bits - 1 for dtype, bits in rounding.LACKS.items()})
+
+
+@dither_mutant
+def every_number_taken_for_normal() -> Any:
+    real = rewrite.Builder.call
+
+    def call(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if target is aten.where.self and args[1].target is aten.view.dtype:
+            return args[1]
+        return real(self, target, *args, **kwargs)
+
+    return patch.object(rewrite.Builder, "call", call)
+
+
+@dither_mutant
+def infinite_in_half_precision() -> Any:
+    return patch.object(rounding, "_saturated", lambda build, node, dtype: node)
+
+
+@dither_mutant
+def infinities_made_finite() -> Any:
+    real = rounding._saturated
+    return patch.object(rounding, "_saturated", lambda *args: real(*args).args[2])
+
+
+def test_dithered_rounding_as_it_is_holds() -> None:
+    assert dither.holds()
+
+
+@pytest.mark.parametrize("name", DITHER_MUTANTS)
+def test_a_mutant_of_dithered_rounding_breaks_it(name: str) -> None:
+    with DITHER_MUTANTS[name]():
+        assert not dither.holds(), f"the mutant {name} lives"
