@@ -18,6 +18,7 @@ from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
@@ -38,7 +39,7 @@ class Settings:
     form: str = "auto"
     numerics: str = "default"
     keep: str = "recompute"
-    machine: price.Machine = price.MACHINES["cpu"]
+    machine: Machine = MACHINES["cpu"]
     rebuild_random: bool = True
 
 
@@ -219,7 +220,7 @@ def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[S
 
 
 def _cost(
-    machine: price.Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
+    machine: Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
 ) -> dict[str, price.Price]:
     """FLOPs and bytes moved in one step by all products of a site, as written and as chosen."""
     costs = {}
