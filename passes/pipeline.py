@@ -111,7 +111,7 @@ def run(
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
     added += rewriter.build.added + unfused.settle()
     training = bool(analysis.flow.backward)
-    if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
+    if training and settings.keep == "recompute" and not _as_written(outcome, settings):
         moments = Moments([])
         if settings.numerics == "default":
             moments = from_moments(graph, Flow(graph, roles), fake_mode)
@@ -124,6 +124,16 @@ def run(
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _as_written(outcome: Outcome, settings: Settings) -> bool:
+    """Whether the price left every adapter alone: then so is what backward keeps, and the graph is Inductor's own.
+
+    Few tokens make it so, of which little is kept, and rebuilding it costs more than the adapters do.
+    """
+    weight = any(WEIGHT in (s.forward, s.input_grad) for s in outcome.sites)
+    priced = settings.form == "auto" or not outcome.sites
+    return priced and not weight and not outcome.refusals
 
 
 def _decided(
@@ -194,12 +204,13 @@ def _paired(adapters: list[_Adapter], flow: Flow) -> list[_Adapter]:
 def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> tuple[Site, list[Any]]:
     training = bool(flow.backward)
     forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
-    decision = price.decide(settings.machine, forward, grad, training=training, form=settings.form)
+    trained = training and adapter.either.is_trained(flow)
+    in_place = trained and settings.keep == "recompute" and settings.numerics == "default"
+    decision = price.decide(settings.machine, forward, grad, training, settings.form, in_place)
     forms = (decision.forward, decision.input_grad)
     chosen = [f for f, form in zip((adapter.forward, adapter.grad), forms, strict=True) if f and form == WEIGHT]
     shape = forward or grad
     assert shape is not None
-    trained = training and adapter.either.is_trained(flow)
     cost = _cost(settings.machine, [forward, grad], forms, trained)
     site = Site(
         name=adapter.either.site_name(flow),
