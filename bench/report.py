@@ -153,7 +153,7 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
     memories = tables.Memories(content["rows"])
     setups = memories.setups()
     names = [n for n in ("eager", "inductor", "peft_fx") if any(memories.per_layer(s, n) for s in setups)]
-    figure, axes = _figure(1, (max(6.0, 1.1 * len(setups)), 4.0))
+    figure, (axes,) = figure_of(1, 1, (max(6.0, 1.1 * len(setups)), 4.0))
     for i, name in enumerate(names):
         heights = [memories.per_layer(s, name) / (memories.floor(s)[1] or float("inf")) for s in setups]
         places = [j + 0.8 * (i + 0.5) / len(names) - 0.4 for j in range(len(setups))]
@@ -166,7 +166,7 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
     axes[0].set_xticks(range(len(setups)), labels, fontsize=8)
     axes[0].set_ylabel("bytes kept per layer, × the floor")
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    _save(figure, folder / "kept_per_layer.png")
+    save(figure, folder / "kept_per_layer.png")
 
 
 def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
@@ -174,7 +174,7 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
     if content is None:
         return
     rows = _series(content["rows"])
-    figure, (left, right) = _figure(2, (11.0, 4.0))
+    figure, ((left, right),) = figure_of(1, 2, (11.0, 4.0))
     T = [row["setup"]["tokens"] for row in rows]
     most = max(m["peak"] for row in rows for m in row["results"].values() if "peak" in m)
     unit, size = ("GB", 1e9) if most > 1e9 else ("MB", 1e6)
@@ -194,7 +194,7 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(xlabel="T, tokens", ylabel=text)
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-    _save(figure, folder / "against_tokens.png")
+    save(figure, folder / "against_tokens.png")
 
 
 def _series(rows: Iterable[Row]) -> list[Row]:
@@ -211,18 +211,19 @@ def _series(rows: Iterable[Row]) -> list[Row]:
     return [longest[T] for T in sorted(longest)] if len(longest) > 1 else []
 
 
-def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:
+def figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its panels, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    for panel in axes[0]:
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Without the date and version that would make equal figures differ."""
     figure.savefig(path, dpi=150, metadata={"Software": None})
