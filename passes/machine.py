@@ -2,7 +2,7 @@
 
     seconds of a product [m,k]·[k,n]   max(2·m·k·n·(1 + lost) / peak, bytes / stores) + start + launch
         where k is the smallest side   lost = inner / k
-        where it is m or n             lost = outer / min(m, n)
+        where it is m or n             lost = outer / min(m, n), of a vector none: that is a pass over the matrix
     seconds of a pass over memory      bytes / bandwidth + launch
 
 So a low-rank product costs more than its share of the peak, as if its rank were `inner` (or `outer`) longer. Of the
@@ -59,7 +59,7 @@ class Machine:
         """Seconds of a product [m,k]·[k,n], `batch` times in one kernel."""
         speed = self.speed(dtype)
         outer = max(1, min(m, n))
-        lost = speed.inner / k if 0 < k <= outer else speed.outer / outer
+        lost = speed.inner / k if 0 < k <= outer else speed.outer / outer if outer > 1 else 0.0
         bytes_: int = batch * (m * k + k * n + m * n) * dtype.itemsize
         work = max(2 * batch * m * k * n * (1 + lost) / speed.peak, bytes_ / (self.stores or self.bandwidth))
         return work + speed.start + self.launch

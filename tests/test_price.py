@@ -179,6 +179,7 @@ def test_a_narrow_product_is_as_slow_as_a_longer_one() -> None:
     assert fast(512, 16, 256, FP32) == pytest.approx(slow(512, 24, 256, FP32), rel=1e-12)
     assert fast(512, 256, 16, FP32) == pytest.approx(slow(512, 256, 40, FP32), rel=1e-12)
     assert fast(16, 256, 512, FP32) == pytest.approx(slow(40, 256, 512, FP32), rel=1e-12)
+    assert fast(512, 256, 1, FP32) == slow(512, 256, 1, FP32), "a vector is multiplied at the speed of memory"
     assert fast(4096, 4096, 4096, FP32) == pytest.approx(slow(4096, 4096, 4096, FP32), rel=0.01)
 
 
