@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import commands, coverage, report, study, suites
+from bench import commands, coverage, report, study, suites, sweep
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -19,6 +19,7 @@ examples:
   python -m bench suite gpu --minutes 9                        in parts: the same command again goes on
   python -m bench coverage                                     what is rewritten, of every adapter and architecture
   python -m bench study rounding                               nearest or dithered, by learning rate: 15 minutes
+  python -m bench sweep                                        the forms of one layer, measured and predicted
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw
 sample goes to bench/results/ with the command, device, versions and commit that made it.
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_command(found)
     coverage.add_command(found)
     study.add_command(found)
+    sweep.add_command(found)
     report.add_command(found)
     return top
 

@@ -156,7 +156,7 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
     memories = tables.Memories(content["rows"])
     setups = memories.setups()
     names = [n for n in ("eager", "inductor", "peft_fx") if any(memories.per_layer(s, n) for s in setups)]
-    figure, (axes,) = figure_of(1, (max(6.0, 1.1 * len(setups)), 4.0))
+    figure, (axes,) = figure_of(1, 1, (max(6.0, 1.1 * len(setups)), 4.0))
     for i, name in enumerate(names):
         heights = [memories.per_layer(s, name) / (memories.floor(s)[1] or float("inf")) for s in setups]
         places = [j + 0.8 * (i + 0.5) / len(names) - 0.4 for j in range(len(setups))]
@@ -177,7 +177,7 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
     if content is None:
         return
     rows = _series(content["rows"])
-    figure, ((left, right),) = figure_of(2, (11.0, 4.0))
+    figure, ((left, right),) = figure_of(1, 2, (11.0, 4.0))
     T = [row["setup"]["tokens"] for row in rows]
     most = max(m["peak"] for row in rows for m in row["results"].values() if "peak" in m)
     unit, size = ("GB", 1e9) if most > 1e9 else ("MB", 1e6)
@@ -214,14 +214,14 @@ def _series(rows: Iterable[Row]) -> list[Row]:
     return [longest[T] for T in sorted(longest)] if len(longest) > 1 else []
 
 
-def figure_of(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
-    """A figure in inches, and its panels by row."""
+def figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its panels, row by row."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(rows, panels, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for panel in axes.flat:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -47,6 +47,8 @@ def measure_all(requests: Sequence[Request], results: Results, *, again: bool, m
 
 def describe(request: Request) -> str:
     """A request in a few words, for the progress bar."""
+    if request["kind"] == "sweep":
+        return "K={K} N={N} r={r} {dtype}".format(**request["layer"])
     setup, names = request["setup"], request["variants"]
     dropout = f" dropout {setup['dropout']}" if setup["dropout"] else ""
     who = names[0] if len(names) == 1 else f"{len(names)} variants"

@@ -301,7 +301,7 @@ def _spread(numbers: Sequence[float]) -> str:
 def _draw(rows: Sequence[Row], path: Path) -> None:
     """By learning rate: the loss on other text above, the delta's gain below, against the step."""
     rates = _rates(rows)
-    figure, panels = figure_of(len(rates), (2.6 * len(rates), 5.2), 2)
+    figure, panels = figure_of(2, len(rates), (2.6 * len(rates), 5.2))
     for rate, above, below in zip(rates, *panels, strict=True):
         for form in FORMS:
             for row in _runs(rows, form, rate):

@@ -26,6 +26,7 @@ from torch._inductor.utils import fresh_cache
 
 from bench import kept
 from bench.models import Setup, make_base, make_batch
+from bench.sweep import sweep
 from bench.variants import CHECKPOINTED, VARIANTS, Trainee, make
 from peft_fx.compiling import records_of
 from peft_fx.measuring import median_times, memory_of
@@ -154,7 +155,7 @@ def main() -> int:
 
     quieten()
     request = json.load(sys.stdin)
-    kind = {"memory": memory, "step": step}[request["kind"]]
+    kind = {"memory": memory, "step": step, "sweep": sweep}[request["kind"]]
     row = _attempt(lambda: kind(request, lambda text: answer(progress=text)))
     answer(row=row)
     return 0

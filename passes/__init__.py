@@ -5,6 +5,7 @@
     flow.py       what depends on what: backward, weights, random draws; and the names of graph inputs
     sites.py      which sums are a product plus its adapters
     refusals.py   what looks like an adapter and has no weight form, and why
+    machine.py    how fast a device is, in a few numbers
     price.py      what each form of a site costs on a machine
     rounding.py   the one place where W' is rounded
     rewrite.py    builds W' and puts it in the place of W; nothing else changes a graph

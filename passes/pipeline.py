@@ -19,6 +19,7 @@ from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_identities
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
@@ -40,7 +41,7 @@ class Settings:
     numerics: str = "default"
     rounding: str = "nearest"
     keep: str = "recompute"
-    machine: price.Machine = price.MACHINES["cpu"]
+    machine: Machine = MACHINES["cpu"]
     rebuild_random: bool = True
 
 
@@ -119,7 +120,8 @@ def run(
         if settings.numerics == "default":
             moments = from_moments(graph, Flow(graph, roles), fake_mode)
             added += moments.added
-            added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
+            if not _all_cheaper_as_written(outcome, settings):
+                added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
         weights = {roles[p].name for p in moments.weights}
         outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
         keep = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading)
@@ -127,6 +129,16 @@ def run(
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _all_cheaper_as_written(outcome: Outcome, settings: Settings) -> bool:
+    """Whether the price left every adapter alone: then so are the products of their gradients.
+
+    Few tokens make it so, of which copies are small, and reading in place costs more than the adapters do.
+    """
+    weight = any(WEIGHT in (s.forward, s.input_grad) for s in outcome.sites)
+    priced = settings.form == "auto" or not outcome.sites
+    return priced and not weight and not outcome.refusals
 
 
 def _decided(
@@ -197,12 +209,13 @@ def _paired(adapters: list[_Adapter], flow: Flow) -> list[_Adapter]:
 def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> tuple[Site, list[Any]]:
     training = bool(flow.backward)
     forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
-    decision = price.decide(settings.machine, forward, grad, training=training, form=settings.form)
+    trained = training and adapter.either.is_trained(flow)
+    in_place = trained and settings.keep == "recompute" and settings.numerics == "default"
+    decision = price.decide(settings.machine, forward, grad, training, settings.form, in_place)
     forms = (decision.forward, decision.input_grad)
     chosen = [f for f, form in zip((adapter.forward, adapter.grad), forms, strict=True) if f and form == WEIGHT]
     shape = forward or grad
     assert shape is not None
-    trained = training and adapter.either.is_trained(flow)
     cost = _cost(settings.machine, [forward, grad], forms, trained)
     site = Site(
         name=adapter.either.site_name(flow),
@@ -223,7 +236,7 @@ def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[S
 
 
 def _cost(
-    machine: price.Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
+    machine: Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
 ) -> dict[str, price.Price]:
     """FLOPs and bytes moved in one step by all products of a site, as written and as chosen."""
     costs = {}

@@ -1,5 +1,4 @@
-"""What each form of a site costs on a machine: a roofline, `max(FLOPs / peak, bytes / bandwidth) + launch` for each
-kernel.
+"""What each form of a site costs on a machine: the seconds of each of its kernels, by machine.py.
 
 Only what differs between the forms is priced. The base product `u·W`, and in training the low-rank products `x·A` and
 `dy·Bᵀ` that the adapter's own gradients need, are the same in both:
@@ -9,7 +8,17 @@ Only what differs between the forms is priced. The base product `u·W`, and in t
     weight form, each of the two    K·r·N product, one pass over W and W'
 
 In FLOPs alone the forms meet at T* = K·N / (K + N) in an inference graph, and at 2·K·N / (K + N) in training, where
-W' is built twice: once in forward and, never kept, again in backward.
+W' is built twice: once in forward and, never kept, again in backward. By itself each direction of training meets where
+T is the other side of W: T = K in forward, T = N in the input gradient. What narrow products lose does not move
+that; a slower dtype of the merge does, by the ratio of the two peaks (float64 for an fp32 W).
+
+In bytes alone, by e and b bytes of an element of the adapter and of W, in each direction of training,
+
+    activation form   T·r·e + r·N·e + T·N·(2e + b)        the product, its result read again, and y written
+    weight form       (K·r + r·N)·m + K·N·(2m + 2b)       the same of the merge, m bytes each: 4, and 8 for an fp32 W
+
+so for r much less than K = N they meet at T = K·(2m + 2b) / (2e + b): 1.2·K for a bf16 W under fp32 adapters, 2·K in
+fp32.
 
 >>> flop_crossover(4096, 4096, training=False), flop_crossover(4096, 4096, training=True)
 (2048.0, 4096.0)
@@ -19,64 +28,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from peft_fx.passes.algebra import Size, Term, cheapest_order, finer
+from peft_fx.passes.machine import Machine
 
 FORMS = ("weight", "activation")
+IN_PLACE = 8  # an activation is read in place by a product whose other factor is an eighth of it at most
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Peak FLOP/s by dtype (`other` for the rest), bytes/s of main memory, seconds to launch a kernel."""
-
-    name: str
-    flops: tuple[tuple[torch.dtype, float], ...]
-    bandwidth: float
-    launch: float
-
-    def rate(self, dtype: torch.dtype) -> float:
-        rates: dict[torch.dtype, float] = dict(self.flops)
-        return rates.get(dtype, min(rates.values()))
-
-    def seconds(self, flops: float, bytes_: float, dtype: torch.dtype, launches: int = 1) -> float:
-        return max(flops / self.rate(dtype), bytes_ / self.bandwidth) + launches * self.launch
-
-
-def _machine(name: str, half: float, single: float, double: float, bandwidth: float, launch: float) -> Machine:
-    """Rates in TFLOP/s and TB/s, launch in microseconds; fp32 without TF32."""
-    rates = ((torch.bfloat16, half), (torch.float16, half), (torch.float32, single), (torch.float64, double))
-    return Machine(name, tuple((d, r * 1e12) for d, r in rates), bandwidth * 1e12, launch * 1e-6)
-
-
-# Dense peaks of the makers' data sheets, times 0.7 for what large products reach of them. Without a launch term on
-# CPU, where a kernel is a function call.
-MACHINES: Mapping[str, Machine] = {
-    m.name: m
-    for m in (
-        _machine("h200", 690, 47, 23, 4.3, 4),
-        _machine("h100", 690, 47, 23, 3.0, 4),
-        _machine("a100", 218, 13.6, 6.8, 1.6, 4),
-        _machine("l40s", 253, 64, 1.0, 0.78, 4),
-        _machine("rtx4090", 115, 57, 0.9, 0.9, 4),
-        _machine("rtx3090", 50, 25, 0.4, 0.84, 4),
-        _machine("t4", 45, 5.6, 0.18, 0.29, 5),
-        _machine("cuda", 100, 15, 0.5, 0.8, 5),
-        _machine("cpu", 0.1, 0.1, 0.05, 0.012, 2),
-    )
-}
-
-
-def machine_for(device: torch.device) -> Machine:
-    """The table's entry for a device, by the name its driver gives; the closest class for an unknown one."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return MACHINES["cuda" if device.type == "cuda" else "cpu"]
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "").replace("geforce", "")
-    return next((m for key, m in MACHINES.items() if key in name), MACHINES["cuda"])
 
 
 @dataclass(frozen=True)
@@ -125,13 +87,14 @@ class Price:
 
 
 def product(machine: Machine, m: int, k: int, n: int, dtype: torch.dtype, batch: int = 1) -> Price:
+    """One product, `batch` times, in one kernel."""
     flops = 2 * batch * m * k * n
     bytes_ = batch * (m * k + k * n + m * n) * dtype.itemsize
-    return Price(machine.seconds(flops, bytes_, dtype), flops, bytes_)
+    return Price(machine.product(m, k, n, dtype, batch), flops, bytes_)
 
 
 def one_pass(machine: Machine, bytes_: int) -> Price:
-    return Price(machine.seconds(0, bytes_, torch.float32), 0, bytes_)
+    return Price(machine.one_pass(bytes_), 0, bytes_)
 
 
 def merge_dtype(weight: torch.dtype) -> torch.dtype:
@@ -189,6 +152,35 @@ def first_products(machine: Machine, s: Shape) -> Price:
     return sum((product(machine, s.T, k, n, s.adapter_dtype, batch) for batch, k, n in steps + terms), Price())
 
 
+def reads(machine: Machine, s: Shape, in_place: bool) -> Price:
+    """The two products that an adapter's gradients read u in: `u·A` [T,r] and `uᵀ·g` [K,r], g being what reaches it.
+
+    Where u is coarser than the adapter, from a copy of it in the adapter's dtype, or in place: the narrow factor then
+    is a pair of matrices of u's own dtype, twice as wide, and on a machine that gives no wider results the result is a
+    pair too, by a second product.
+    """
+    total = Price()
+    for (k, r), *rest in s.terms:
+        if not rest:
+            continue
+        copied = False
+        for m, inner, narrow in ((s.T, k, k * r), (k, s.T, s.T * r)):
+            if in_place and IN_PLACE * narrow <= s.T * k:
+                results = 1 if machine.mixed else 2
+                for _ in range(results):
+                    total += product(machine, m, inner, 2 * r, s.base_dtype, s.batch)
+                # the narrow factor is split in two, and the results' halves are added up
+                size = s.adapter_dtype.itemsize
+                total += one_pass(machine, s.batch * narrow * (size + 2 * s.base_dtype.itemsize))
+                total += one_pass(machine, s.batch * m * r * size * (1 + results))
+            else:
+                total += product(machine, m, inner, r, s.adapter_dtype, s.batch)
+                copied = True
+        if copied:
+            total += one_pass(machine, s.batch * s.T * k * (s.base_dtype.itemsize + s.adapter_dtype.itemsize))
+    return total
+
+
 @dataclass(frozen=True)
 class Decision:
     """The forms chosen for a site, with the price of every choice that there was: {(forward, input_grad): seconds}."""
@@ -199,8 +191,19 @@ class Decision:
     reason: str
 
 
-def decide(machine: Machine, forward: Shape | None, grad: Shape | None, training: bool, form: str = "auto") -> Decision:
-    """The cheapest forms of a site's forward and input gradient; `form` other than "auto" takes the choice away."""
+def decide(
+    machine: Machine,
+    forward: Shape | None,
+    grad: Shape | None,
+    training: bool,
+    form: str = "auto",
+    in_place: bool = False,
+) -> Decision:
+    """The cheapest forms of a site's forward and input gradient; `form` other than "auto" takes the choice away.
+
+    `in_place` says that with any weight form the adapter's gradients will read activations in place: what that costs
+    more or less than copies counts too.
+    """
 
     def options(s: Shape | None) -> tuple[str, ...]:
         return ("none",) if s is None else FORMS
@@ -210,8 +213,13 @@ def decide(machine: Machine, forward: Shape | None, grad: Shape | None, training
             return 0.0
         return (merge(machine, s) if chosen == "weight" else activation(machine, s, skip_first=training)).seconds
 
+    def read(*chosen: str) -> float:
+        half = [s for s in (forward, grad) if s is not None and s.base_dtype.itemsize < s.adapter_dtype.itemsize]
+        return sum(reads(machine, s, "weight" in chosen).seconds for s in half) if training and in_place else 0.0
+
     prices = {
-        (f, g): seconds(forward, f) + seconds(grad, g) for f, g in itertools.product(options(forward), options(grad))
+        (f, g): seconds(forward, f) + seconds(grad, g) + read(f, g)
+        for f, g in itertools.product(options(forward), options(grad))
     }
     allowed = {k: v for k, v in prices.items() if form == "auto" or all(c in (form, "none") for c in k)}
     pure = min((k for k in allowed if len(set(k) - {"none"}) == 1), key=lambda k: (allowed[k], k.count("weight")))

@@ -6,17 +6,19 @@ import argparse
 from collections.abc import Sequence
 
 import peft_fx
-from peft_fx import demo
+from peft_fx import calibrating, demo
 
 EPILOG = """\
 examples:
   python -m peft_fx demo                            two layers, 512 tokens
   python -m peft_fx demo --tokens 2048 --layers 4   more tokens: more of a difference
+  python -m peft_fx calibrate                       measure this machine, so that the price is right on it
   python -m peft_fx demo --help                     what the demo does, and its options
 
 environment:
   TORCH_LOGS="+peft_fx"   each decision of the backend, while it compiles
   PEFT_FX_DISABLE=1       the backend hands every graph to Inductor untouched
+  PEFT_FX_CACHE_DIR=DIR   where calibrations are kept, instead of peft_fx in the user's cache directory
 """
 
 
@@ -31,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"peft_fx {peft_fx.__version__}")
     commands = top.add_subparsers(title="commands", metavar="command", required=True)
     demo.add_command(commands)
+    calibrating.add_command(commands)
     return top
 
 

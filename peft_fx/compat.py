@@ -63,6 +63,7 @@ __all__ = [
     "cache_entries",
     "compile_fx",
     "counters",
+    "default_store",
     "detect_fake_mode",
     "forgetting",
     "hint_for",
@@ -100,6 +101,13 @@ def _values(shape_env: Any) -> dict[Any, Any]:
         if found is not None:
             return {k: v for k, v in found.items() if isinstance(v, (int, sympy.Integer))}
     return {}
+
+
+def default_store() -> Any:
+    """The key-value store through which the ranks of a job met."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def innermost_backend(callback: Any) -> Any:

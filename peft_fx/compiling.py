@@ -122,7 +122,8 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         theirs = _uuids(self.others)
         if None in theirs:
             return None
-        options = {k: v for k, v in vars(self.record.options).items() if k != "inductor"}
+        # the machine by its constants, not by its name or path
+        options = {k: v for k, v in vars(self.record.options).items() if k not in ("inductor", "machine")}
         device = next((t.device for t in self.record.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
         machine = self.record.options.settings(device).machine
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())

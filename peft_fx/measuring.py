@@ -102,6 +102,13 @@ def _seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """What to time a device's work with. Of one thread, the seconds that it ran: not those in which another process
+    had the core."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

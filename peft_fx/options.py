@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from peft_fx import machines
 from peft_fx.compat import list_mode_options
-from peft_fx.passes import price
+from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.pipeline import Settings
 from peft_fx.passes.rounding import ROUNDINGS
 
@@ -20,7 +21,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "numerics": ("default", "strict"),
     "rounding": ROUNDINGS,
     "keep": ("recompute", "inductor"),
-    "machine": ("auto", *price.MACHINES),
+    "machine": ("auto", *MACHINES),
     "lowering": ("inductor", "aot_eager"),
 }
 
@@ -39,7 +40,7 @@ class Options:
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, device: torch.device) -> Settings:
-        machine = price.machine_for(device) if self.machine == "auto" else price.MACHINES[self.machine]
+        machine = machines.resolve(self.machine, device)
         return Settings(self.form, self.numerics, self.rounding, self.keep, machine)
 
 
@@ -52,9 +53,13 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
         if key not in CHOICES:
             valid = ", ".join(f"{PREFIX}{k}" for k in CHOICES)
             raise ValueError(f"peft_fx has no option {PREFIX + key!r}; valid ones: {valid}")
-        if chosen not in CHOICES[key]:
+        if key == "machine":
+            machines.check(chosen)
+        elif chosen not in CHOICES[key]:
             valid = ", ".join(map(repr, CHOICES[key]))
             raise ValueError(f"{PREFIX + key!r} cannot be {chosen!r}; valid values: {valid}")
     if mode == "lite":
         raise ValueError("mode 'lite' runs no joint-graph passes, so peft_fx could do nothing; use backend='inductor'")
+    if "machine" in ours:
+        ours["machine"] = str(ours["machine"])
     return Options(**ours, inductor={**(list_mode_options(mode) if mode else {}), **inductor})

@@ -11,8 +11,10 @@ torch.set_num_threads(1)  # on two busy cores a pool of two makes small products
 
 
 @pytest.fixture(autouse=True)
-def fresh():
-    """No compiled code, no randomness and no fallback passes from one test to the next."""
+def fresh(monkeypatch, tmp_path):
+    """No compiled code, no randomness and no fallback passes from one test to the next; and no calibration of this
+    machine's."""
+    monkeypatch.setenv("PEFT_FX_CACHE_DIR", str(tmp_path / "peft_fx"))
     torch._dynamo.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings():

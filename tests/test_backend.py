@@ -23,7 +23,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
-from peft_fx import compat, compiling
+from peft_fx import compat, compiling, machines
 from peft_fx.options import CHOICES, parse
 from peft_fx.passes import pipeline, price, rewrite
 from peft_fx.passes.flow import Role
@@ -389,11 +389,10 @@ def test_equal_inputs_have_equal_keys() -> None:
 
 
 def test_an_option_changes_the_key() -> None:
-    """Each value of each option that decides has a key of its own."""
-    decided = {k: v for k, v in CHOICES.items() if k != "lowering"}
+    """Each value of each option that decides has a key of its own; of the machine, each one's constants."""
+    decided = {k: tuple(n for n in v if (k, n) != ("machine", "auto")) for k, v in CHOICES.items() if k != "lowering"}
     keys = [key(**{k: v}) for k, values in decided.items() for v in values]
-    defaults = [key(**{k: getattr(parse({}), k)}) for k in decided]
-    assert set(defaults) == {key()}
+    assert {key(), key(machine="cpu")} == {key(**{k: getattr(parse({}), k)}) for k in decided}
     assert len(set(keys)) == len(keys) - len(decided) + 1
 
 
@@ -416,8 +415,8 @@ def test_a_role_changes_the_key(roles: dict[int, Role]) -> None:
 def test_the_machine_changes_the_key(monkeypatch) -> None:
     """Not by its name alone: a constant in the table decides as well."""
     before = key()
-    machines = dict(price.MACHINES) | {"cpu": replace(price.MACHINES["cpu"], bandwidth=1e9)}
-    monkeypatch.setattr(price, "MACHINES", machines)
+    slower = replace(machines.MACHINES["cpu"], bandwidth=1e9)
+    monkeypatch.setattr(machines, "table_entry", lambda device: slower)
     assert key() != before
 
 

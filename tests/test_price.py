@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from peft_fx import passes
 from peft_fx.passes import price
-from peft_fx.passes.price import MACHINES, Decision, Machine, Price, Shape, decide, flop_crossover
+from peft_fx.passes.machine import MACHINES, Machine, Speed, table_entry
+from peft_fx.passes.price import Decision, Price, Shape, decide, flop_crossover
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 CPU = MACHINES["cpu"]
@@ -22,6 +23,7 @@ MODULES = [
     "algebra",
     "flow",
     "keep",
+    "machine",
     "moments",
     "pipeline",
     "price",
@@ -81,6 +83,59 @@ def test_flops_meet_at_the_crossover(K: int, N: int, r: int) -> None:
     assert T * (K + N) * r == pytest.approx(2 * K * N * r, rel=1e-12)
 
 
+@pytest.mark.parametrize(("K", "N"), [(512, 512), (2048, 512), (512, 8192)])
+@pytest.mark.parametrize("r", [1, 12, 64])
+@pytest.mark.parametrize("inner", [0.0, 8.0])
+def test_seconds_meet_at_the_crossover(K: int, N: int, r: int, inner: float) -> None:
+    """Where only arithmetic takes time: W' in training costs the same at `flop_crossover`, whatever r and `inner` are,
+    times the ratio of rates where W' is built in a slower dtype than the adapter's."""
+    speeds = tuple((d, Speed(p, inner=inner)) for d, p in ((BF16, 400.0), (FP32, 100.0), (FP64, 40.0)))
+    m = Machine("m", speeds, bandwidth=float("inf"), launch=0.0)
+    for base, adapter, slower in ((BF16, FP32, 1), (BF16, BF16, 400 / 100), (FP32, FP32, 100 / 40)):
+        T = slower * flop_crossover(K, N, training=True)
+        for off, wanted in ((0.99, "activation"), (1.01, "weight")):
+            seconds = training(lora(round(T * off), K, N, r, base, adapter), m).seconds
+            assert min(price.FORMS, key=lambda form: seconds[form, form]) == wanted
+
+
+@pytest.mark.parametrize(("base", "adapter", "crossing"), [(BF16, FP32, 1.2), (FP32, FP32, 2.0)])
+def test_passes_meet_where_as_many_bytes_move(base: torch.dtype, adapter: torch.dtype, crossing: float) -> None:
+    """Where only memory takes time, for K = N: T·(r·e + K·(2e + b)) + r·K·e bytes of the activation form meet
+    K·(2r·m + K·(2m + 2b)) of the weight form; for a small r at `crossing`·K."""
+    K, r = 4096, 16
+    e, b, wide = adapter.itemsize, base.itemsize, price.merge_dtype(base).itemsize
+    T = (K * (2 * r * wide + K * (2 * wide + 2 * b)) - r * K * e) / (r * e + K * (2 * e + b))
+    assert pytest.approx(crossing, rel=0.02) == T / K
+    m = machine(float("inf"), bandwidth=1.0)
+    for off, wanted in ((0.99, "activation"), (1.01, "weight")):
+        assert set(forms(training(lora(round(T * off), K, K, r, base, adapter), m))) == {wanted}
+
+
+def test_reading_in_place_is_priced() -> None:
+    """Both products of an activation [T,K] with r columns: fp32 and one copy of it; or bf16 pairs, each twice as wide,
+    twice where results are bf16 too; and copies again where the narrow factor is not an eighth of it."""
+    s = lora(1000, 800, 600, 10, BF16, FP32)
+    products = 2 * 2 * 1000 * 800 * 10
+    m = machine(1.0)
+    assert price.reads(m, s, in_place=False).flops == products
+    assert price.reads(m, s, in_place=True).flops == 2 * products
+    assert price.reads(replace(m, mixed=False), s, in_place=True).flops == 4 * products
+    copies = replace(m, bandwidth=1.0)
+    assert price.reads(copies, s, in_place=False).bytes >= 1000 * 800 * (2 + 4)
+    short = replace(s, T=79)  # less than eight times the rank: A is no eighth of u
+    assert price.reads(m, short, in_place=True).flops == 2 * 79 * 800 * 10 * (1 + 2)
+
+
+def test_what_reading_in_place_costs_decides_too() -> None:
+    """Where it costs much, the weight form comes later; where nothing is read in place, at once."""
+    slow = tuple((d, Speed(1e12, start=1.0 if d == BF16 else 0.0)) for d in (BF16, FP32, FP64))
+    m = Machine("m", slow, bandwidth=1e12, launch=0.0)
+    layer = both(lora(8192, 512, 512, 12, BF16, FP32))
+    assert forms(decide(m, *layer, training=True)) == ("weight", "weight")
+    assert forms(decide(m, *layer, training=True, in_place=True)) == ("activation", "activation")
+    assert forms(decide(m, *both(lora(8192, 512, 512, 12)), training=True, in_place=True)) == ("weight", "weight")
+
+
 def test_flops_are_those_of_the_formulas() -> None:
     """2·m·k·n for each product of a layer with T=10, K=20, N=30, r=4, and none for adding."""
     s = lora(10, 20, 30, 4)
@@ -100,13 +155,32 @@ def test_bytes_are_those_of_the_formulas() -> None:
     assert price.activation(CPU, s, skip_first=False).bytes == products + 10 * 30 * (4 + 2)
 
 
-def test_seconds_are_a_roofline() -> None:
-    """The slower of arithmetic and memory, and the launches on top."""
-    machine = Machine("m", ((FP32, 100.0), (BF16, 400.0)), bandwidth=10.0, launch=1.0)
-    assert machine.seconds(1000, 10, FP32) == 10 + 1
-    assert machine.seconds(1000, 1000, FP32, launches=3) == 100 + 3
-    assert machine.seconds(1000, 10, BF16) == 2.5 + 1
-    assert machine.rate(FP64) == 100, "a dtype not listed is as slow as the slowest"
+def machine(peak: float, **more: float) -> Machine:
+    """One that multiplies in every dtype at one rate, and does nothing else in any time."""
+    free = {"bandwidth": float("inf"), "launch": 0.0}
+    return Machine("m", tuple((d, Speed(peak)) for d in (BF16, FP32, FP64)), **(free | more))
+
+
+def test_a_product_is_a_roofline() -> None:
+    """The slower of arithmetic and memory, what it takes to start, and the launch."""
+    m = Machine("m", ((FP32, Speed(100.0)), (BF16, Speed(400.0, start=0.25))), bandwidth=10.0, launch=1.0)
+    assert m.product(10, 10, 10, FP32) == max(2000 / 100, 1200 / 10) + 1
+    assert m.product(100, 100, 100, FP32) == max(2e6 / 100, 120_000 / 10) + 1
+    assert m.product(100, 100, 100, BF16) == max(2e6 / 400, 60_000 / 10) + 0.25 + 1
+    assert replace(m, stores=20.0).product(100, 100, 100, BF16) == max(2e6 / 400, 60_000 / 20) + 0.25 + 1
+    assert m.product(100, 100, 100, FP64) == max(2e6 / 100, 240_000 / 10) + 1, "as slow as the slowest dtype listed"
+    assert m.one_pass(1000) == 1000 / 10 + 1
+
+
+def test_a_narrow_product_is_as_slow_as_a_longer_one() -> None:
+    """Its smallest side counts as `inner` or `outer` elements more, whichever side it is; a large side counts alike."""
+    slow = machine(100.0).product
+    fast = Machine("m", ((FP32, Speed(100.0, inner=8, outer=24)),), float("inf"), 0.0).product
+    assert fast(512, 16, 256, FP32) == pytest.approx(slow(512, 24, 256, FP32), rel=1e-12)
+    assert fast(512, 256, 16, FP32) == pytest.approx(slow(512, 256, 40, FP32), rel=1e-12)
+    assert fast(16, 256, 512, FP32) == pytest.approx(slow(40, 256, 512, FP32), rel=1e-12)
+    assert fast(512, 256, 1, FP32) == slow(512, 256, 1, FP32), "a vector is multiplied at the speed of memory"
+    assert fast(4096, 4096, 4096, FP32) == pytest.approx(slow(4096, 4096, 4096, FP32), rel=0.01)
 
 
 def test_prices_add_up() -> None:
@@ -172,8 +246,9 @@ def test_training_has_one_crossover(machine: Machine, layer: Shape, tokens: list
 @given(machine=machines, layer=layers, factor=st.sampled_from([2.0**-20, 0.25, 2.0, 1024.0]))
 def test_a_faster_machine_of_the_same_kind_decides_alike(machine: Machine, layer: Shape, factor: float) -> None:
     """All rates and launches times a power of two: every price is divided by it, exactly, and no form changes."""
-    rates = tuple((d, r * factor) for d, r in machine.flops)
-    other = Machine(machine.name, rates, machine.bandwidth * factor, machine.launch / factor)
+    speeds = tuple((d, replace(v, peak=v.peak * factor, start=v.start / factor)) for d, v in machine.speeds)
+    faster = {k: getattr(machine, k) * factor for k in ("bandwidth", "stores")}
+    other = replace(machine, speeds=speeds, **faster, launch=machine.launch / factor)
     for decided in (training, inference):
         slow, fast = decided(layer, machine), decided(layer, other)
         assert forms(slow) == forms(fast)
@@ -219,11 +294,10 @@ def test_an_input_gradient_alone_is_decided_too(machine: Machine, layer: Shape) 
 
 
 @settings(deadline=None)
-@given(machine=machines, layer=layers)
-def test_a_tie_changes_nothing(machine: Machine, layer: Shape) -> None:
+@given(layer=layers)
+def test_a_tie_changes_nothing(layer: Shape) -> None:
     """Where both forms cost the same, the graph stays as it was written."""
-    free = replace(machine, flops=tuple((d, float("inf")) for d, _ in machine.flops), bandwidth=float("inf"), launch=0)
-    assert forms(training(layer, free)) == ("activation", "activation")
+    assert forms(training(layer, machine(float("inf")))) == ("activation", "activation")
 
 
 def test_the_reason_names_both_prices_and_the_machine() -> None:
@@ -245,8 +319,8 @@ def test_a_machine_is_found_by_its_driver(monkeypatch) -> None:
     }
     for driver, entry in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, driver=driver: driver)
-        assert price.machine_for(torch.device("cuda")).name == entry
-    assert price.machine_for(torch.device("cpu")) is CPU
+        assert table_entry(torch.device("cuda")).name == entry
+    assert table_entry(torch.device("cpu")) is CPU
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,377 @@
+"""`python -m bench sweep`: one adapted layer at many sizes, each form measured and predicted."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import peft_fx
+from bench import report, tables
+from bench.results import FOLDER, Results
+from bench.running import measure_all
+from peft_fx import machines
+from peft_fx.measuring import clock_of
+from peft_fx.passes import price
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.price import Shape
+
+SWEEP = """\
+Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,
+in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and both forms asked for. Which of them
+`auto` takes is reckoned, not compiled: activation form everywhere is plain Inductor's own graph.
+
+  measured   median of the variants' seconds, taking turns; plain Inductor twice, for the noise
+  predicted  by the price, with this machine's constants: python -m peft_fx calibrate
+  regret     chosen form / best form, of the measured medians
+
+One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
+activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
+thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
+steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
+"""
+TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
+SIZES = (  # K, N, r
+    (128, 128, 1),
+    (128, 128, 16),
+    (128, 512, 4),
+    (512, 128, 64),
+    (512, 512, 16),
+    (512, 512, 256),
+    (1024, 1024, 8),
+    (512, 2048, 16),
+    (2048, 512, 1),
+    (2048, 2048, 64),
+)
+DTYPES = {"fp32": torch.float32, "peft": torch.bfloat16}  # of the base; adapters are float32
+VARIANTS = ("inductor", "inductor again", "peft_fx activation", "peft_fx weight")
+INDUCTOR, AGAIN = VARIANTS[:2]
+NEAR = 1.05  # a form is as good as the best if it takes so much longer at most
+SHORT = 0.02  # seconds of a step that is timed the second time
+MOST = 25  # rounds of a cell
+Row = dict[str, Any]
+Step = Callable[[torch.Tensor, torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer [K,N] with an adapter of rank r; `dtype` is a key of `DTYPES`."""
+
+    K: int
+    N: int
+    r: int
+    dtype: str
+
+    def shapes(self, T: int) -> tuple[Shape, Shape]:
+        """Its forward and its input gradient, as the passes describe them to the price."""
+        base = DTYPES[self.dtype]
+        forward = Shape(T, self.K, self.N, (((self.K, self.r), (self.r, self.N)),), base, torch.float32)
+        grad = Shape(T, self.N, self.K, (((self.N, self.r), (self.r, self.K)),), base, torch.float32)
+        return forward, grad
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def request(layer: Layer, tokens: Sequence[int], threads: int, seconds: float, machine: Machine) -> dict[str, Any]:
+    fields = {"layer": asdict(layer), "tokens": list(tokens), "threads": threads, "seconds": seconds}
+    return {"kind": "sweep", **fields, "machine": machine.to_dict(), "variants": list(VARIANTS)}
+
+
+def sweep(request: dict[str, Any], say: Callable[[str], None]) -> Row:
+    """All cells of one layer: seconds of each step of each variant, by T."""
+    keep_memory()
+    torch.set_num_threads(request["threads"])
+    layer = Layer(**request["layer"])
+    steps: dict[str, Step] = {}
+    cells = []
+    for regime in _regimes(layer, request["tokens"]):
+        for name in VARIANTS:
+            say(f"compiling {name}")
+            again = name == "inductor again"
+            ours = name.startswith("peft_fx") or name not in steps
+            if again or ours:
+                steps[name] = steps["inductor"] if again else _compiled(layer, name, regime[-1])
+        for T in regime:
+            say(f"T = {T}")
+            cells.append({"T": T, "times": _cell(layer, T, steps, request["seconds"])})
+    return {"cells": cells}
+
+
+def _regimes(layer: Layer, tokens: Sequence[int]) -> list[list[int]]:
+    """T in groups for which the graphs are the same: a bf16 x is read in place where T is many times the rank."""
+    if layer.dtype == "fp32":
+        return [list(tokens)]
+    long = [price.IN_PLACE * layer.r <= T for T in tokens]
+    found = [[T for T, is_long in zip(tokens, long, strict=True) if is_long == which] for which in (False, True)]
+    return [regime for regime in found if regime]
+
+
+def keep_memory() -> None:
+    """glibc maps a large buffer anew each time, and pays for its pages; which variant pays depends on whose turn it
+    was before."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _compiled(layer: Layer, name: str, hint: int) -> Step:
+    """A step (x, dy) -> gradients of x, A and B, compiled for any T as for `hint`."""
+    model = make(layer)
+    form = name.removeprefix("peft_fx ")
+    ours: dict[str, Any] = {"backend": peft_fx.backend, "options": {"peft_fx.form": form}}
+    call = torch.compile(model, **(ours if form in price.FORMS else {}))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step(x: torch.Tensor, dy: torch.Tensor) -> Any:
+        return torch.autograd.grad(call(x), [x, *trained], dy)
+
+    x, dy = batch(layer, hint)
+    torch._dynamo.mark_dynamic(x, 0)
+    step(x, dy)
+    return step
+
+
+def make(layer: Layer) -> Any:
+    """The layer under PEFT, with a B that is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(layer.K, layer.N, bias=False, dtype=DTYPES[layer.dtype]))
+    model = get_peft_model(base, LoraConfig(r=layer.r, lora_alpha=2 * layer.r, target_modules=["0"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+def batch(layer: Layer, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T,K], which wants a gradient, and dy [T,N]."""
+    dtype = DTYPES[layer.dtype]
+    return torch.randn(T, layer.K, dtype=dtype, requires_grad=True), torch.randn(T, layer.N, dtype=dtype)
+
+
+def _cell(layer: Layer, T: int, steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each step of each variant, in rounds of another order each. A short step is timed the second time, as
+    in a loop of its own: the first one finds the caches full of another variant's code and buffers."""
+    x, dy = batch(layer, T)
+    clock, order = clock_of(x.device), random.Random(0)
+    start = clock()
+    for step in steps.values():
+        step(x, dy)
+    short = clock() - start < SHORT * len(steps)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds
+    for i in range(MOST):
+        for name in order.sample(list(steps), len(steps)):
+            if short:
+                steps[name](x, dy)
+            start = clock()
+            steps[name](x, dy)
+            times[name].append(float(f"{clock() - start:.4g}"))
+        if i >= 4 and time.perf_counter() > end:
+            break
+    return times
+
+
+# -------------------------------------------------------------------------------------------------- predicting
+
+
+def predicted(layer: Layer, T: int, machine: Machine) -> dict[str, float]:
+    """Seconds of a step in each form by the price: what differs between the forms, and what does not."""
+    decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
+    same = price.Price()
+    for shape in layer.shapes(T):
+        same += price.base(machine, shape)
+        if shape.base_dtype == shape.adapter_dtype:  # else the decision has them
+            same += price.reads(machine, shape, in_place=False)
+    return {form: decision.seconds[form, form] + same.seconds for form in price.FORMS}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer at one T: what was measured, in medians, and what was predicted; `chosen` is what `auto` takes."""
+
+    layer: Layer
+    T: int
+    measured: dict[str, float]
+    ratio: float  # of the weight form to plain Inductor, the median over the rounds
+    noise: float  # the same of plain Inductor to itself
+    predicted: dict[str, float]
+    chosen: str
+
+    @property
+    def taken(self) -> float:
+        """The chosen form's time as a ratio to plain Inductor's; of a mix, which is not measured, the worse form's."""
+        return {"weight": self.ratio, "activation": 1.0}.get(self.chosen, max(self.ratio, 1.0))
+
+    @property
+    def regret(self) -> float:
+        return self.taken / min(self.ratio, 1.0)
+
+
+def cells_of(rows: Sequence[Row], machine: Machine) -> list[Cell]:
+    found = []
+    for row in rows:
+        layer = Layer(**row["layer"])
+        for cell in row.get("cells", ()):
+            times, T = cell["times"], cell["T"]
+            measured = {name: statistics.median(taken) for name, taken in times.items()}
+            decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
+            forms = {decision.forward, decision.input_grad}
+            ratio, noise = (tables.paired(times[name], times[INDUCTOR]) for name in ("peft_fx weight", AGAIN))
+            chosen = forms.pop() if len(forms) == 1 else "mix"
+            found.append(Cell(layer, T, measured, ratio, noise, predicted(layer, T, machine), chosen))
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Correlation of ranks."""
+    return statistics.correlation(_ranks(a), _ranks(b))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """The place of each among all, equal ones sharing the mean of theirs."""
+    return [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values]
+
+
+# --------------------------------------------------------------------------------------------------- reporting
+
+
+def add_command(commands: Any) -> None:
+    """Adds `sweep` to the sub-commands of an argument parser."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(
+        "sweep", help="each form of one layer, measured and predicted", description=SWEEP, formatter_class=formatter
+    )
+    command.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="(default: 16 to 8192)")
+    command.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: both)")
+    command.add_argument("--layers", type=int, default=len(SIZES), metavar="N", help="only the first N sizes")
+    command.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    command.add_argument("--seconds", type=float, default=1.5, metavar="S", help="for each cell (default: 1.5)")
+    command.add_argument("--machine", default="auto", help="as the option peft_fx.machine (default: auto)")
+    command.add_argument("--resume", action="store_true", help="keep what was measured before from the same source")
+    command.add_argument("--report", action="store_true", help="measure nothing")
+    command.add_argument("--output", type=Path, default=FOLDER / "sweep.json", metavar="FILE")
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    machines.check(args.machine)
+    machine = machines.resolve(args.machine, torch.device("cpu"))
+    results = Results(args.output, "cpu")
+    rows = results.rows
+    if not args.report:
+        layers = [Layer(*sizes, dtype) for sizes in SIZES[: args.layers] for dtype in args.dtype]
+        requests = [request(layer, args.tokens, args.threads, args.seconds, machine) for layer in layers]
+        results.keep_only(requests)
+        rows = measure_all(requests, results, again=not args.resume)
+    elif rows and args.machine == "auto":
+        machine = Machine.from_dict(rows[-1]["machine"])
+    cells = cells_of(rows, machine)
+    if not cells:
+        print("There are no results yet. Measure some: python -m bench sweep")
+        return 2
+    print(f"{table(cells)}\n\n{summary(cells, machine)}")
+    draw(cells, args.output.with_suffix(".png"))
+    return 0
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Each cell: milliseconds measured and predicted, and the chosen form against the others."""
+    lines = []
+    for c in cells:
+        names = (INDUCTOR, "peft_fx activation", "peft_fx weight")
+        measured = [f"{1e3 * c.measured[name]:.2f}" for name in names]
+        guessed = [f"{1e3 * c.predicted[form]:.2f}" for form in ("activation", "weight")]
+        sizes = map(str, (c.layer.K, c.layer.N, c.layer.r, c.T))
+        marks = [f"{c.ratio:.3f}", f"{c.noise:.3f}", c.chosen, f"{c.regret:.3f}"]
+        lines.append([c.layer.dtype, *sizes, *measured, *guessed, *marks])
+    head = [
+        "dtype",
+        "K",
+        "N",
+        "r",
+        "T",
+        "Inductor, ms",
+        "activation, ms",
+        "weight, ms",
+        "predicted: activation",
+        "weight",
+    ]
+    return tables.table([*head, "weight / Inductor", "Inductor / itself", "auto", "regret"], lines, "simple")
+
+
+def summary(cells: Sequence[Cell], machine: Machine) -> str:
+    """What must hold of all cells, and how far it does."""
+    near = sum(c.regret <= NEAR for c in cells)
+    slower = [c for c in cells if c.taken > NEAR]
+    noise = sorted(abs(c.noise - 1) for c in cells)
+    pairs = [
+        (c.predicted[f], c.measured[n]) for c in cells for f, n in (("activation", INDUCTOR), ("weight", VARIANTS[3]))
+    ]
+    ratios = [(c.predicted["weight"] / c.predicted["activation"], c.ratio) for c in cells]
+    worst = max(c.taken for c in cells)
+    return "\n".join(
+        [
+            f"{len(cells)} cells, predicted by {machine.name}",
+            f"chosen form within 5 % of the best: {near} cells, {100 * near / len(cells):.1f} %",
+            f"slower than plain Inductor by more than 5 %: {len(slower)} cells, the worst by {100 * (worst - 1):.1f} %",
+            f"Spearman correlation, seconds: {spearman(*zip(*pairs, strict=True)):.3f}; "
+            f"weight / Inductor: {spearman(*zip(*ratios, strict=True)):.3f}",
+            f"Inductor against itself: off by {100 * statistics.median(noise):.1f} % in the median, "
+            f"{100 * noise[int(0.95 * len(noise))]:.1f} % in one of 20, {100 * noise[-1]:.1f} % at most",
+        ]
+    )
+
+
+def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Maps of weight over activation form, measured above predicted: a column for each dtype, a row of cells for each
+    layer, T along x; a line where each crosses 1."""
+    dtypes = list(dict.fromkeys(c.layer.dtype for c in cells))
+    figure, axes = report.figure_of(2, len(dtypes), (5.5 * len(dtypes), 7.5))
+    for column, dtype in enumerate(dtypes):
+        mine = [c for c in cells if c.layer.dtype == dtype]
+        layers, tokens = list(dict.fromkeys(c.layer for c in mine)), sorted({c.T for c in mine})
+        for row, (title, value) in enumerate(
+            (
+                ("measured", lambda c: c.ratio),
+                ("predicted", lambda c: c.predicted["weight"] / c.predicted["activation"]),
+            )
+        ):
+            grid = [[float("nan")] * len(tokens) for _ in layers]
+            for c in mine:
+                grid[layers.index(c.layer)][tokens.index(c.T)] = math.log2(value(c))
+            panel = axes[row][column]
+            image = panel.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+            panel.plot(*_crossing(grid), color="black", linewidth=1.5)
+            panel.set_title(f"{title}, {dtype}", fontsize=10)
+            panel.set_xticks(range(len(tokens)), map(str, tokens), fontsize=8)
+            panel.set_yticks(range(len(layers)), [f"{l.K}×{l.N}, r={l.r}" for l in layers], fontsize=8)
+            panel.set_xlabel("T, tokens")
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["½", "1", "2"])
+    bar.set_label("seconds of a step: weight form / plain Inductor")
+    report.save(figure, path)
+
+
+def _crossing(grid: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """For each layer the T from which on the weight form is cheaper, as places between columns."""
+    x, y = [], []
+    for i, row in enumerate(grid):
+        last = max((j for j, v in enumerate(row) if v > 0), default=-1)
+        x += [last + 0.5, last + 0.5]
+        y += [i - 0.5, i + 0.5]
+    return x, y

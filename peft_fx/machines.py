@@ -1,0 +1,139 @@
+"""Which machine the price reckons with: a known one, a calibration's file, or what is found of this one.
+
+A calibration is a measurement of this machine that `python -m peft_fx calibrate` stores in `folder()`, one file for
+each device. It is used where it fits: same device, same number of threads on a CPU, same minor version of PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_fx import compat
+from peft_fx.passes.machine import MACHINES, Machine, table_entry
+
+SHARED = "peft_fx.machine"  # its place in the store of a job
+PATIENCE = timedelta(minutes=2)  # with a rank 0 that does not compile
+
+
+def folder() -> Path:
+    """Where calibrations are: PEFT_FX_CACHE_DIR, or `peft_fx` in the user's cache directory."""
+    own = os.environ.get("PEFT_FX_CACHE_DIR")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_fx"
+
+
+def path_of(device: torch.device) -> Path:
+    """The file of a device's calibration, there or not."""
+    return folder() / f"machine-{re.sub('[^a-z0-9]+', '-', described(device).lower()).strip('-')}.json"
+
+
+def described(device: torch.device) -> str:
+    """What a calibration is of: the device by its name, a CPU with the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _version() -> str:
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+def store(machine: Machine, device: torch.device, path: Path) -> None:
+    """Writes a calibration; whoever reads the file meanwhile finds the former one or this one."""
+    content = {"machine": machine.to_dict(), "device": described(device), "torch": _version()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def load(path: Path) -> Machine:
+    """A calibration's constants, whatever it is of; ValueError where the file is none."""
+    return Machine.from_dict(_content(path)["machine"])
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a calibration: {error}") from None
+    if not isinstance(content, dict) or not {"machine", "device", "torch"} <= set(content):
+        raise ValueError(f"{path} is not a calibration: python -m peft_fx calibrate writes one")
+    return content
+
+
+def check(chosen: Any) -> None:
+    """ValueError for what is neither "auto", nor a known name, nor the path of a calibration."""
+    if chosen == "auto" or (isinstance(chosen, str) and chosen in MACHINES):
+        return
+    names = ", ".join(map(repr, ("auto", *MACHINES)))
+    problem = f"'peft_fx.machine' cannot be {chosen!r}; valid values: {names}, or the path of a calibration"
+    if not isinstance(chosen, (str, os.PathLike)) or not Path(chosen).is_file():
+        raise ValueError(f"{problem}; there is no such file")
+    try:
+        load(Path(chosen))
+    except ValueError as error:
+        raise ValueError(f"{problem}; {error}") from None
+
+
+def resolve(chosen: str, device: torch.device) -> Machine:
+    """The constants for a device: "auto", a known name, or the path of a calibration.
+
+    In a job of several processes rank 0's constants are everyone's, so that all compile the same graph: "auto" and
+    paths, which may differ from one node to the next, are taken from rank 0 once for each process group.
+    """
+    if chosen in MACHINES:
+        machine = MACHINES[chosen]
+    else:
+        machine = _shared(found(device) if chosen == "auto" else load(Path(chosen)), chosen, device)
+    uses_tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return machine.with_tf32() if uses_tf32 else machine
+
+
+def found(device: torch.device) -> Machine:
+    """This device's calibration where there is one that fits, else the closest machine of the table."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return table_entry(device)
+    try:
+        content = _content(path_of(device))
+        fits = (content["device"], content["torch"]) == (described(device), _version())
+        return Machine.from_dict(content["machine"]) if fits else table_entry(device)
+    except ValueError:
+        return table_entry(device)
+
+
+def _shared(mine: Machine, chosen: str, device: torch.device) -> Machine:
+    """Rank 0's constants. Through the job's key-value store, not by a collective: ranks need not compile at the same
+    time, or as many graphs. Its memory is the store's: what rank 0 said first holds while the group does."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mine
+    if torch.distributed.get_world_size() == 1:
+        return mine
+    job, key = compat.default_store(), f"{SHARED}/{'auto' if chosen == 'auto' else 'file'}/{device.type}"
+    if torch.distributed.get_rank() == 0:
+        job.compare_set(key, "", json.dumps(mine.to_dict()))
+    try:
+        job.wait([key], PATIENCE)
+    except RuntimeError:
+        known = table_entry(device)
+        text = f"rank 0 compiled nothing for {PATIENCE}: this rank's price reckons with the table's {known.name}"
+        warnings.warn(f"peft_fx: {text}", RuntimeWarning, stacklevel=2)
+        return known
+    return Machine.from_dict(json.loads(job.get(key)))
