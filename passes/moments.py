@@ -151,7 +151,7 @@ class _Gradient:
             if constant is not None:
                 total = self.build.call(aten.mul.Tensor, constant, self._first(dtype))
                 result = self.build.call(aten.add.Tensor, result, self.build.call(aten.squeeze.dim, total, 0))
-        result = self.build.call(aten.reshape.default, result, list(shape(node)))
+        result = self.build.reshape(result, list(shape(node)))
         return self.build.cast(result, value(node).dtype)
 
     def _product(self, rows: Node, constant: Node | None, dtype: Any) -> Node:
@@ -176,8 +176,8 @@ class _Gradient:
         u = _uncast(source)
         dtype = finer(value(u).dtype, value(other).dtype)
         M = shape(other)[-1] if node.target is aten.mm.default else self.rows.of[self.found.read].width
-        u = self.build.call(aten.reshape.default, u, [-1, self.rows.of[source].width])
-        other = self.build.call(aten.reshape.default, other, [-1, M])
+        u = self.build.reshape(u, [-1, self.rows.of[source].width])
+        other = self.build.reshape(other, [-1, M])
         return self.build.cast(u, dtype), self.build.cast(other, dtype)
 
     def _second(self, dtype: Any) -> Node:

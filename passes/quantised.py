@@ -66,12 +66,12 @@ class Unfused:
         self.build.like = node
         with self.graph.inserting_before(node):
             W = self._copy(weight, {})
-            flat = self.build.call(aten.reshape.default, x, [-1, shape(x)[-1]])
+            flat = self.build.reshape(x, [-1, shape(x)[-1]])
             product = self.build.call(aten.mm.default, flat, self.build.flip(W))
             if isinstance(bias, Node):
                 product = self.build.call(aten.add.Tensor, product, self.build.cast(bias, value(product).dtype))
             sizes = [*self.build.sizes_of(x)[:-1], shape(node)[-1]]
-            plain = self.build.cast(self.build.call(aten.reshape.default, product, sizes), value(node).dtype)
+            plain = self.build.cast(self.build.reshape(product, sizes), value(node).dtype)
         node.replace_all_uses_with(plain)
         return plain
 

@@ -340,11 +340,11 @@ def _product(build: Builder, rows: Rows, region: Region, last: Node, rounding: s
     bias = None
     if constants:
         total = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), constants)
-        bias = build.call(aten.reshape.default, build.cast(total, dtype), [N])
+        bias = build.reshape(build.cast(total, dtype), [N])
     build.rebuild = False
-    u = build.call(aten.reshape.default, build.cast(region.source, dtype), [-1, K])
+    u = build.reshape(build.cast(region.source, dtype), [-1, K])
     y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
-    y = build.call(aten.reshape.default, y, _sizes(build, last, region.source))
+    y = build.reshape(y, _sizes(build, last, region.source))
     return build.laid_out(build.cast(y, value(last).dtype), value(last).stride())
 
 

@@ -65,8 +65,8 @@ class Replay:
         """A value's rows as a matrix, and its constant as `[1, N]`."""
         found = self.value(node)
         n = self.rows.of[node].width
-        flat = self.build.call(aten.reshape.default, self.written(node), [self.count, n])
-        return flat, found.constant and self.build.call(aten.reshape.default, found.constant, [1, n])
+        flat = self.build.reshape(self.written(node), [self.count, n])
+        return flat, found.constant and self.build.reshape(found.constant, [1, n])
 
     def value(self, node: Node) -> Value:
         todo = [node]
@@ -121,7 +121,7 @@ class Replay:
             return other
         weight = self._weight(other)
         size = int(numel(shape(weight)))
-        return self.build.call(aten.reshape.default, weight, [size]) if shape(weight) else weight
+        return self.build.reshape(weight, [size]) if shape(weight) else weight
 
     def _sum(self, node: Node) -> Value:
         a, b = node.args[:2]
@@ -186,7 +186,7 @@ class Replay:
         """The node's op on other operands, with sizes for so many rows."""
         sizes = self._sizes(self.rows.of[node].dims, count)
         if node.target in RESHAPES:
-            return self.build.call(aten.reshape.default, operands[tensor_arg(node, 0)], sizes)
+            return self.build.reshape(operands[tensor_arg(node, 0)], sizes)
         if node.target is aten.expand.default:
             return self.build.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
         if node.target is aten.copy.default or node.target in COPIES | CASTS:
@@ -234,4 +234,4 @@ class Replay:
         eye = self.build.cast(self.build.call(aten.eq.Tensor, column, iota), self.dtype)
         if rows.of is not None:
             eye = self.build.call(aten.mul.Tensor, eye, rows.of)
-        return self.build.call(aten.reshape.default, eye, self._sizes(dims, n))
+        return self.build.reshape(eye, self._sizes(dims, n))

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
-from peft_fx.passes.nodes import CAST, aten, shape, value
+from peft_fx.passes.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Group
 from peft_fx.passes.transfer import Product, addends
@@ -70,13 +70,22 @@ class Builder:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if value(node).dtype == dtype else self.call(CAST, node, dtype)
 
+    def reshape(self, node: Node, sizes: Iterable[Any]) -> Node:
+        """A value with other sizes, straight from what was reshaped before: equal values are then seen to be equal."""
+        sizes = list(sizes)
+        while node.target in RESHAPES and is_tensor(node.args[0]):
+            node = node.args[0]
+        known = shape(node)
+        same = len(sizes) == len(known) and all(a == -1 or a == n for a, n in zip(sizes, known, strict=True))
+        return node if same else self.call(aten.reshape.default, node, sizes)
+
     def like_2d(self, f: Matrix, operand: Node, dtype: torch.dtype) -> Node:
         """A matrix of any origin, in `dtype`, in the place of a two-dimensional operand that holds the same numbers."""
         assert isinstance(f.name, Node)
         node = self.cast(f.name, dtype)
         if len(shape(node)) != 2 or shape(node)[-1] != f.cols:
             rows, cols = self.sizes_of(operand)
-            node = self.call(aten.reshape.default, node, [cols, rows] if f.flipped else [rows, cols])
+            node = self.reshape(node, [cols, rows] if f.flipped else [rows, cols])
         return self.flip(node) if f.flipped else node
 
     def sizes_of(self, node: Node) -> list[Any]:
@@ -242,7 +251,7 @@ class Rewriter:
             transposed = weight.flipped ^ group.right ^ group.backward
             self._merged[key] = rounded(self.build, wide, dtype, self.rounding, transposed)
         if group.product.window is not None:
-            result = self.build.call(aten.reshape.default, self._merged[key], list(shape(group.operand)))
+            result = self.build.reshape(self._merged[key], list(shape(group.operand)))
         else:
             read = weight.T if group.base.flipped else weight
             result = self._as_operand(self._merged[key], read, group.operand)
@@ -264,7 +273,7 @@ class Rewriter:
         sizes = [f.rows, f.cols] if f.batch == 1 else [f.batch, f.rows, f.cols]
         node = f.name
         if list(shape(node)) != sizes:
-            node = self.build.call(aten.reshape.default, node, _static(sizes))
+            node = self.build.reshape(node, _static(sizes))
         node = self.build.cast(node, dtype)
         return self.build.flip(node) if f.flipped else node
 
@@ -291,7 +300,7 @@ class Rewriter:
             batched = self.build.call(aten.unsqueeze.default, node, 0)
             first = shape(operand)[0]
             return batched if first == 1 else self.build.call(aten.expand.default, batched, [first, *shape(node)])
-        return self.build.call(aten.reshape.default, node, _static(shape(operand)))
+        return self.build.reshape(node, _static(shape(operand)))
 
 
 def _unfolded(f: Matrix) -> Matrix:

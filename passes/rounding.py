@@ -69,7 +69,7 @@ def _index(build: Builder, node: Node, transposed: bool) -> Node:
     index = build.call(
         prims.iota.default, count, start=0, step=1, dtype=dtype, device=value(node).device, requires_grad=False
     )
-    index = build.call(aten.reshape.default, index, sizes)
+    index = build.reshape(index, sizes)
     return build.flip(index) if transposed else index
 
 

@@ -213,7 +213,7 @@ def _vector(build: Builder, member: _Copying, factor: Node) -> Node:
     """The factors of the copy's features, as they multiply the other operand, or the result."""
     assert member.vector is not None
     sizes = [-1, 1] if member.first else [1, -1]
-    return build.cast(build.call(aten.reshape.default, member.vector, sizes), value(factor).dtype)
+    return build.cast(build.reshape(member.vector, sizes), value(factor).dtype)
 
 
 def _products(build: Builder, a: Node, b: Node) -> list[Node]:
