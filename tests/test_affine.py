@@ -11,12 +11,12 @@ from torch.fx import Graph, Node
 import peft_fx
 from peft_fx import compiling
 from peft_fx.passes import pipeline
-from peft_fx.passes.affine import PRODUCTS
 from peft_fx.passes.flow import Flow, Roles
+from peft_fx.passes.nodes import PRODUCTS
 from tests import joint
 from tests.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
 from tests.oracle import Run, assert_bit_equal, gate, integers, numbers, run, weight_form
-from tests.spellings import Case
+from tests.spellings import Case, K, N, frozen, trained
 
 cases = pytest.mark.parametrize("case", SPELLINGS, ids=lambda case: case.id)
 near_misses = pytest.mark.parametrize("case", NEAR_MISSES, ids=lambda case: case.id)
@@ -117,3 +117,41 @@ def test_gradient_of_a_vector_needs_no_other_product():
         flow = Flow(graph, compiling.roles_in(graph, captured.roles))
         assert sum(n.target in PRODUCTS and not flow.is_weight(n) for n in graph.nodes) == products
         assert {s.adapter_grad for s in outcome.sites} == {"dense"}
+
+
+class BehindNorm(torch.nn.Module):
+    """RMSNorm in fp32 with a bf16 scale, then a bf16 layer with fp32 low-rank factors and a trained vector behind both,
+    as DoRA is in a Llama."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = torch.nn.Parameter(torch.rand(K).bfloat16() + 0.5, requires_grad=False)
+        self.W = torch.nn.Parameter(frozen(K, N).bfloat16(), requires_grad=False)
+        self.A, self.B = trained(K, 4), trained(4, N)
+        self.g = torch.nn.Parameter(torch.rand(N) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True))
+        u = self.gamma * h.bfloat16()
+        return ((u @ self.W) * self.g + ((u.float() @ self.A) @ self.B) * self.g).bfloat16()
+
+
+def test_a_region_starts_where_the_layer_does():
+    """Behind the norm's scale: every product over all tokens reads bf16, the gradient of the vector too."""
+    x = torch.randn(4096, K, dtype=torch.bfloat16, requires_grad=True)
+    captured = joint.capture(BehindNorm(), x)
+    graph, outcome = captured.rewritten(form="weight")
+    (site,) = outcome.sites
+    assert (site.forward, site.input_grad, site.adapter_grad) == ("weight", "weight", "dense")
+    flow = Flow(graph, compiling.roles_in(graph, captured.roles))
+    products = [n for n in graph.nodes if n.target in PRODUCTS and not flow.is_weight(n)]
+    over_tokens = [n for n in products if any(4096 in a.meta["val"].shape for a in n.all_input_nodes)]
+    assert over_tokens
+    assert {a.meta["val"].dtype for n in over_tokens for a in n.all_input_nodes} == {torch.bfloat16}
+
+
+def test_scaled_features_are_cheap_to_merge():
+    """A vector before or behind a weight costs W' no product, in forward and in the input gradient."""
+    x = torch.randn(4096, K, dtype=torch.bfloat16, requires_grad=True)
+    _, outcome = joint.capture(BehindNorm(), x).rewritten(form="auto")
+    assert [(s.forward, s.input_grad) for s in outcome.sites] == [("weight", "weight")]
