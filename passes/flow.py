@@ -115,7 +115,7 @@ class Flow:
         others = [
             self.roles[n].name for f in adapters for n in self.parameters(f.name) if self.roles[n].name not in own
         ]
-        best = max((_common(base, other) for other in others), key=len, default="")
+        best = max((common_path(base, other) for other in others), key=len, default="")
         module, _, name = base.rpartition(".")
         if name != "weight" and module == best:
             return base  # several weights in one module are told apart by their own names
@@ -124,7 +124,7 @@ class Flow:
 
 def shared_path(a: str, b: str) -> int:
     """The number of modules that two parameters share."""
-    common = _common(a, b)
+    common = common_path(a, b)
     return common.count(".") + 1 if common else 0
 
 
@@ -135,7 +135,8 @@ def union(bits: Iterable[int]) -> int:
     return total
 
 
-def _common(a: str, b: str) -> str:
+def common_path(a: str, b: str) -> str:
+    """The module that two parameters share."""
     shared = []
     for x, y in zip(a.split("."), b.split("."), strict=False):
         if x != y:

@@ -14,8 +14,8 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.algebra import Matrix, Term
-from peft_fx.passes.flow import shared_path
-from peft_fx.passes.nodes import LAYOUTS, aten, is_random, is_tensor, shape, value
+from peft_fx.passes.flow import common_path, shared_path
+from peft_fx.passes.nodes import LAYOUTS, aten, is_random, is_tensor, numel, shape, value
 from peft_fx.passes.sites import Analysis, Refusal, Sum
 from peft_fx.passes.transfer import Occurrence, Product, addends
 
@@ -32,6 +32,7 @@ def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusa
     for sum_ in analysis.sums:
         if sum_.root not in analysis.flow.backward:
             found += _suspects(analysis, sum_, placed)
+    found += _without_base(analysis, placed)
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
@@ -61,6 +62,33 @@ def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[R
         else:
             weight = _nearest(analysis, bases, adapter)
             yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources))
+
+
+def _without_base(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]:
+    """Products `u·A·B` of two narrow trained matrices of one module in a graph without any of its other weights: what
+    they are added to is computed where this graph does not reach."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
+        for last in _products(node):
+            B = _narrow_operand(analysis, node)
+            inner = None if B is None else _through(last.right if last.left is B else last.left)
+            A = None if inner is None else _narrow_operand(analysis, inner)
+            if A is None or B is None or inner is None:
+                continue
+            module = common_path(*(flow.roles[flow.parameters(n)[0]].name for n in (A, B)))
+            own = [role for role in flow.roles.values() if role.name.startswith(module)]
+            if all(role.trainable for role in own) and elsewhere.isdisjoint(flow.parameters(A)):
+                name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
+                yield Refusal(
+                    name, "different_input", "no product is added to the adapter's: its base is in another graph"
+                )
+
+
+def _through(node: Node) -> Node:
+    """Where a value comes from before it was laid out, cast or scaled by a number."""
+    while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
+        node = parts[0].operand
+    return node
 
 
 def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
@@ -200,13 +228,20 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         if all(flow.is_weight(n) for n in others):
-            return None
+            masks = [n for n in others if _differs_along_tokens(n, node)]
+            return ("input_dependent", f"{label} by a number of each token, which no W' can hold") if masks else None
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
         return "nonlinear", f"{label} between the adapter's products"
     return "unknown_op", f"{label} has no linear form"
+
+
+def _differs_along_tokens(weight: Node, node: Node) -> bool:
+    """Whether a factor is one number for each row of a value."""
+    own, sizes = shape(weight), shape(node)
+    return len(own) == len(sizes) and own[-1] == 1 and own[:-1] == sizes[:-1] and numel(own) > 1
 
 
 def _is_computed_from(node: Node, sources: set[Node]) -> bool:

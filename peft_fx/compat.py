@@ -4,6 +4,7 @@ their canary."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -36,8 +37,14 @@ from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 # the fake mode that a joint pass runs under
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 try:  # 2.13 and later
@@ -52,6 +59,7 @@ __all__ = [
     "BRANCHES_ON_A_VALUE",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "OptimizedModule",
@@ -69,9 +77,11 @@ __all__ = [
     "hint_for",
     "inductor_config",
     "innermost_backend",
+    "is_traceable_wrapper_subclass",
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "sizes_that_depend_on_values",
     "source_name",
     "tracing",
 ]
@@ -108,6 +118,22 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+@contextlib.contextmanager
+def sizes_that_depend_on_values() -> Iterator[None]:
+    """Ops such as nonzero get a symbol for a size in the graph that Dynamo hands to a backend."""
+    context = TracingContext.try_get()
+    shape_env = context.fake_mode.shape_env if context is not None and context.fake_mode is not None else None
+    if shape_env is None:
+        yield
+        return
+    before = shape_env.settings
+    shape_env.settings = dataclasses.replace(before, allow_dynamic_output_shape_ops=True)
+    try:
+        yield
+    finally:
+        shape_env.settings = before
 
 
 def innermost_backend(callback: Any) -> Any:

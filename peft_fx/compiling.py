@@ -36,7 +36,8 @@ class PassError(Exception):
 
 @dataclass
 class Record:
-    """One graph that Dynamo handed us: enough to run the passes on it again, and what they found."""
+    """One graph that Dynamo handed us: enough to run the passes on it again, and what they found; not `lowered` where
+    AOTAutograd turned it away."""
 
     graph_module: GraphModule
     inputs: list[Any]
@@ -45,6 +46,7 @@ class Record:
     grad: bool
     outcomes: list[pipeline.Outcome] = field(default_factory=list)
     failure: str = ""
+    lowered: bool = True
 
 
 # The records of each parameter's compiles. Weak: a record lives as long as a model that it is about.
@@ -81,6 +83,9 @@ def backend(
         warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
         log.debug("the pass failed", exc_info=error.__cause__)
         return _lower(copy_of(record.graph_module), example_inputs, chosen, None)
+    except compat.DynamicOutputShapeException:
+        record.lowered = False  # Dynamo goes on op by op
+        raise
 
 
 def records_of(model: torch.nn.Module) -> list[Record]:
@@ -207,8 +212,11 @@ def _run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) 
 # inputs
 
 
-def roles_of(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, Role]:
-    """What each input of a Dynamo graph is, by position."""
+def roles_of(
+    gm: GraphModule, example_inputs: Sequence[Any], names: Mapping[torch.Tensor, str] | None = None
+) -> dict[int, Role]:
+    """What each input of a Dynamo graph is, by position; `names` are those of the parameters, where the model is known:
+    Dynamo's own say little behind a graph break."""
     roles = {}
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for i, (node, given) in enumerate(zip(placeholders, example_inputs, strict=False)):
@@ -219,7 +227,7 @@ def roles_of(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, Role]:
         static = (
             is_parameter or "_buffers[" in source or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
         )
-        roles[i] = Role(readable(source), static, is_parameter and given.requires_grad)
+        roles[i] = Role((names or {}).get(given) or readable(source), static, is_parameter and given.requires_grad)
     return roles
 
 

@@ -166,13 +166,22 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
 
 def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    answers = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
+    fixed = all(isinstance(expr(n), int) for a in answers for n in _sizes(a))
 
     def run(args: list[Any]) -> Any:
-        args.clear()
-        return [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
+        inputs, args[:] = list(args), []
+        return list(answers) if fixed else list(gm(*inputs))  # a size of the graph's means nothing outside of it
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def _sizes(answer: Any) -> Sequence[Any]:
+    """The sizes in one result of a graph: a tensor's, or a number."""
+    if isinstance(answer, torch.Tensor):
+        return list(answer.shape)
+    return [answer] if isinstance(answer, torch.SymInt) else []
 
 
 def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
@@ -180,12 +189,21 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     traced: list[tuple[Record, dict[str, int] | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        record = Record(gm, [], roles_of(gm, example_inputs), options, torch.is_grad_enabled())
-        called, kept = _compile_idly(gm, example_inputs, record)
-        traced.append((record, kept))
+        record = Record(gm, [], roles_of(gm, example_inputs, known), options, torch.is_grad_enabled())
+        traced.append((record, None))
+        untouched = copy_of(gm)
+        try:
+            called, kept = _compile_idly(gm, example_inputs, record)
+        except compat.DynamicOutputShapeException:
+            record.lowered = False
+            with compat.sizes_that_depend_on_values():
+                _compile_idly(untouched, example_inputs, record)
+            raise
+        traced[-1] = record, kept
         return called
 
     ghost = _ghost(model, fake_mode)
+    known = {p: name for name, p in ghost.named_parameters()} if isinstance(ghost, torch.nn.Module) else {}
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
     unlimited = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
@@ -225,7 +243,9 @@ def _report_of(records: list[Record]) -> Report:
 def _run_again(record: Record) -> None:
     gm = copy_of(record.graph_module)
     fake_mode = compat.detect_fake_mode(record.inputs)
-    with compat.tracing(compat.TracingContext(fake_mode)), torch.set_grad_enabled(record.grad), _nothing_changed():
+    any_size = contextlib.nullcontext() if record.lowered else compat.sizes_that_depend_on_values()
+    context = compat.tracing(compat.TracingContext(fake_mode))
+    with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
         _compile_idly(gm, record.inputs, record)
 
 
@@ -236,11 +256,12 @@ def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[st
     for record, bytes_ in traced:
         for outcome in record.outcomes:
             sites += outcome.sites
-            refusals += outcome.refusals
+            told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
+            refusals += [r for r in outcome.refusals if r.name not in told]
         for k, n in (bytes_ or {}).items():
             kept[k] = kept.get(k, 0) + n
     failures = [r.failure for r, _ in traced if r.failure]
-    return Report(sites, refusals, len(traced), breaks, kept, failures)
+    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, failures)
 
 
 @contextlib.contextmanager
@@ -269,12 +290,24 @@ def _ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A fake tensor like this one; one on the meta device becomes one on the CPU."""
     if not isinstance(x, torch.Tensor) or isinstance(x, compat.FakeTensor):
         return x
+    if type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return _alias(x)
     device = "cpu" if x.is_meta else x.device
     with fake_mode, torch.no_grad():
         fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
     if isinstance(x, torch.nn.Parameter):
         return torch.nn.Parameter(fake, requires_grad=x.requires_grad)
     return fake.requires_grad_(x.requires_grad)
+
+
+def _alias(x: torch.Tensor) -> torch.Tensor:
+    """Another object with the same memory, for a class that says with attributes what its numbers mean, as quantised
+    weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
+    if compat.is_traceable_wrapper_subclass(x):
+        return x
+    alias = torch.Tensor._make_subclass(type(x), x.detach().as_subclass(torch.Tensor), x.requires_grad)
+    alias.__dict__.update(x.__dict__)
+    return alias
 
 
 def _copy_graph(graph: Graph) -> Graph:

@@ -45,6 +45,8 @@ def prepare(model: Model) -> Model:
       after it is another draw. (In eager mode they skip the adapter where it is exactly 0, once in 2²⁴ draws.)
     - FRoD multiplies by its sparse factor as a dense matrix, as PEFT does in half precision: the sum is rounded in
       another order.
+    - aLoRA's adapter is computed for all tokens and multiplied by a mask, so that its sums over tokens are rounded in
+      another order, and its dropout draws for more tokens.
     - VB-LoRA's check of its logits is an assertion in the graph; on a GPU it fails as those do, for the whole process.
 
     VeLoRA's init_type "batch_average_once" compiles twice, for its first step and for the others.
@@ -251,6 +253,20 @@ def _update_projection(module: Any, adapter: str, x: Tensor) -> None:
     module.lora_velora_initialized[adapter] = True
 
 
+class Alora(Cured):
+    def forward(self: Any, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._original.forward(module, active_adapter, x, result, **kwargs)
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        tokens = result.shape[1] if result.ndim == 3 else 1
+        offsets = kwargs.get("alora_offsets") or [None] * result.shape[0]
+        first = [tokens - min(int(o or 0), tokens) for o in offsets]  # without an invocation, none
+        adapted = torch.arange(tokens, device=result.device) >= torch.tensor(first, device=result.device)[:, None]
+        delta = B(A(module.lora_dropout[active_adapter](x.to(A.weight.dtype)))) * module.scaling[active_adapter]
+        delta = delta * adapted.view(*result.shape[:-1], 1).to(delta.dtype)
+        return (result + delta).to(result.dtype)
+
+
 class ParamWrapper(Cured):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapters = [a for a in self.active_adapters if a in self.lora_A]
@@ -330,6 +346,12 @@ TABLE = (
         "torch.where(norm == 0, …)",
         Velora,
         applies=lambda layer: set(layer.lora_velora_init_type.values()) != {"random"},  # drawn once and for all
+    ),
+    Row(
+        ("peft.tuners.lora.variants.ALoraLinearVariant",),
+        "a boolean mask as an index",
+        "a product with the mask",
+        Alora,
     ),
     Row(
         ("peft.tuners.lora.layer.ParamWrapper",),

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 import peft_fx
 from peft_fx import compiling
-from tests.oracle import run, weight_form
+from tests.oracle import assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, layers, mlp, trained_inputs
 from tests.spellings import NEAR_MISSES, SPELLINGS, Case, K, Stack, scale_right, x
 
@@ -350,6 +350,32 @@ def test_graph_breaks_are_told() -> None:
     assert len(report.graph_breaks) == 1
     assert len(report.sites) == 2
     assert f"graph break: {report.graph_breaks[0]}" in str(report)
+
+
+def test_an_adapter_behind_a_break_is_refused() -> None:
+    """Some tokens are picked by a mask, whose size no graph has: the base is in another graph than the adapter, and in
+    training AOTAutograd turns the adapter's away. Told before a compile and after it."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Stack().up
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, mask = x.view(-1, K), torch.arange(34) > 20
+            y = x @ self.layer.W
+            y[mask] += (x[mask] @ self.layer.A) @ self.layer.B
+            return y
+
+    module, inputs = integers(Picked(), 1), integers(x(2, 17, K)(), 2)
+    reports = [peft_fx.explain(module, *inputs, options=WEIGHT)]
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    for report in (*reports, peft_fx.explain(f)):
+        assert [r.code for r in report.refusals] == ["different_input"], str(report)
+        assert report.sites == report.failures == []
+    assert reports[0].graph_breaks
+    assert reports[0].refusals[0].name == "layer.A"
 
 
 @pytest.mark.parametrize("case", [*SPELLINGS, *NEAR_MISSES], ids=lambda case: case.id)

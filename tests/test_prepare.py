@@ -35,6 +35,16 @@ class Block(nn.Module):
         return self.down(torch.nn.functional.gelu(self.up(x)))
 
 
+class Invoked(Block):
+    """Tells its adapters from which token on they are invoked, counted from the end of each sequence."""
+
+    OFFSETS = 5, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nn.functional.gelu(self.up(x, alora_offsets=self.OFFSETS))
+        return self.down(h, alora_offsets=self.OFFSETS)
+
+
 class Experts(nn.Module):
     """Two parameters of one module, each the weights of several experts."""
 
@@ -90,6 +100,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]] 
     "velora": (Block, velora("batch_average")),
     "velora, once": (Block, velora("batch_average_once")),
     "velora, dropout": (Block, lora(velora_config=VeloraConfig(num_groups=8), lora_dropout=0.1)),
+    "alora": (Invoked, lora(alora_invocation_tokens=[1])),
     "shira": (Block, other("ShiraConfig", r=8)),
     "vblora": (Block, other("VBLoRAConfig", r=4, vector_length=16, num_vectors=32)),
     "frod": (Block, other("FrodConfig")),
@@ -160,7 +171,7 @@ def test_eager_mode_is_as_it_was(name: str) -> None:
 @each
 def test_one_graph(name: str) -> None:
     """Compiled as one graph with its backward, once for all steps, with eager's results: to the bit, as aot_eager runs
-    the same ops, but for FRoD, whose dense product rounds in another order."""
+    the same ops, but for FRoD and aLoRA, whose sums are rounded in another order."""
     model = peft_fx.prepare(build(name))
     counter = CompileCounterWithBackend("aot_eager")
     got = steps(torch.compile(model, backend=counter, fullgraph=True), model)
@@ -169,7 +180,7 @@ def test_one_graph(name: str) -> None:
         want = steps(reference := build(name), reference)
         for g, w in zip(got, want, strict=True):
             del g["rng"], w["rng"]
-        if name == "frod":
+        if name in ("frod", "alora"):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
         else:
             assert same(got, want)
@@ -192,7 +203,7 @@ def test_restore(name: str) -> None:
     assert counter.frame_count > 1
 
 
-@pytest.mark.parametrize("name", ["dora", "frod", "waveft", "experts"])
+@pytest.mark.parametrize("name", ["dora", "frod", "waveft", "experts", "alora"])
 def test_explain_tells_of_prepare(name: str) -> None:
     """A hint beside each break, and neither of them after it."""
     model = build(name)

@@ -96,6 +96,20 @@ def test_the_delta_joins_the_dequantised_weight(quantise: Any) -> None:
     assert_no_worse(exact, trained[1], trained[0])
 
 
+@pytest.mark.parametrize("quantise", [four_bit, eight_bit])
+def test_explained_before_it_runs(quantise: Any) -> None:
+    """The same sites, and the quantised numbers as they were."""
+    model, _ = make(quantise)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    x = torch.randn(2, T, K, dtype=torch.bfloat16, requires_grad=True)
+    report = peft_fx.explain(model, x, options={"peft_fx.form": "weight"})
+    assert [(s.forward, s.input_grad) for s in report.sites] == [("weight", "weight")] * 2, str(report)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    run(model, model, (x,))  # and the layers still know their states
+
+
 def test_left_fused_where_nothing_joins() -> None:
     """In activation form the fused product stays as bitsandbytes made it: eager's bits."""
     model, _ = make(four_bit)
