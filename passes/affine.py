@@ -375,6 +375,8 @@ class Rows:
         if len(rows) != len(operands) or not rows:
             return None
         trained, frozen = self.brought(node)
+        if trained and node.target in SCALINGS and self._is_normalised(operands[0]):
+            return None  # a norm's own scale: no adapter's
         rows = [self._cut(n, r, trained, frozen) for n, r in zip(operands, rows, strict=True)]
         if len({r.source for r in rows}) != 1:
             return None
@@ -406,6 +408,29 @@ class Rows:
         trained = frozenset(p for p in parameters if self.flow.roles[p].trainable)
         frozen = frozenset() if trained or node.target not in PRODUCTS else frozenset(parameters[:1])
         return trained, frozen
+
+    def _is_normalised(self, node: Node) -> bool:
+        """Whether a value is another one scaled, row by row, by a number that is computed from it alone."""
+        while node.target in CASTS | COPIES:
+            node = tensor_arg(node, 0)
+        if node.target not in SCALINGS or len(operands := self.operands(node)) != 2:
+            return False
+        scale, scaled = sorted(operands, key=lambda n: numel(shape(n)[-1:]) != 1)
+        if numel(shape(scale)[-1:]) != 1 or numel(shape(scaled)[-1:]) == 1:
+            return False
+        return not self._inputs(scale).isdisjoint({scaled} | self._inputs(scaled))
+
+    def _inputs(self, node: Node) -> set[Node]:
+        """What a value is computed from without any weight, a few steps back."""
+        found: set[Node] = set()
+        todo = [node]
+        while todo and len(found) < 16:
+            n = todo.pop(0)
+            new = [i for i in n.all_input_nodes if i not in found]
+            if not any(self.flow.is_weight(i) and value(i).ndim for i in new if is_tensor(i)):
+                found.update(new)
+                todo += new
+        return found
 
     def _cut(self, node: Node, row: Row, trained: frozenset[Node], frozen: frozenset[Node]) -> Row:
         """A layer ends where the next begins: the result of an adapted layer is a source to a weight of another."""

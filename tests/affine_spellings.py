@@ -316,6 +316,17 @@ class Wrapped(nn.Module):
         return self.base_layer(x) * self.l
 
 
+class NormAndVector(nn.Module):
+    """What scales a normalised value is a norm's own vector; the next one is an adapter's."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(K), layer(scale_before, {"g": (K,)})()
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+
 class QKV(nn.Module):
     """Three adapted layers of different kinds read x: their input gradients arrive in one add tree."""
 
@@ -425,6 +436,7 @@ SPELLINGS: list[Spelling] = [
     spelling(kasa, LORA | {"d": (R,)}, id="x_transposed", inputs=transposed),
     spelling(loreft, {"R": (N, R), "R2": (N, R), "c": (R,)}, id="x_without_gradient", inputs=x(2, 17, K, grad=False)),
     Spelling("wrapped", Wrapped, INPUT, names=("base_layer",)),
+    Spelling("norm_and_vector", NormAndVector, INPUT, names=("layer.W",), exact=False, grad="activation"),
     Spelling("qkv", QKV, INPUT, sites=3, names=("q.W", "k.W", "v.W"), products=3),
     Spelling("chained", Chained, INPUT, sites=2, names=("up.W", "down.W"), products=2),
     Spelling("chained_lora", ChainedLora, INPUT, sites=2, names=("up.W", "down.W"), products=2),
@@ -494,14 +506,28 @@ def frozen_vectors(m, x):
 
 
 class TrainedNorm(nn.Module):
-    """A norm whose γ and β are trained, and a frozen layer in a module of its own."""
+    """A norm whose γ and β are trained before a frozen layer, side by side or each in a module of its own."""
 
-    def __init__(self):
+    def __init__(self, norm: Callable[[int], nn.Module], deep: bool = False):
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(K), nn.Sequential(nn.Linear(K, N).requires_grad_(False), nn.ReLU())
+        linear = nn.Linear(K, N).requires_grad_(False)
+        self.norm, self.mlp = norm(K), nn.Sequential(linear, nn.ReLU()) if deep else linear
 
     def forward(self, x):
         return self.mlp(self.norm(x))
+
+
+class HandWrittenNorm(nn.Module):
+    """As Llama's, Gemma's and T5's are: in fp32, with the scale beside one."""
+
+    def __init__(self, K: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(K))
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return (h.to(x.dtype) * (1 + self.gamma)).to(x.dtype)
 
 
 def miss(spell: Spell, trained: Shapes, frozen: Shapes | None = None, inputs=INPUT, **kw) -> Case:
@@ -523,5 +549,8 @@ NEAR_MISSES: list[Case] = [
     miss(used_elsewhere, {"l": (N,)}),
     miss(frozen_vectors, {"l": (N,)}, {"f": (N,)}),
     miss(rotation_of_pairs, {"l": (N,), "c": (N,)}, id="one_token", inputs=x(1, K)),
-    Case("trained_norm", TrainedNorm, INPUT, sites=0),
+    Case("trained_norm", lambda: TrainedNorm(nn.LayerNorm), INPUT, sites=0),
+    Case("trained_norm_apart", lambda: TrainedNorm(nn.LayerNorm, deep=True), INPUT, sites=0),
+    Case("trained_rms_norm", lambda: TrainedNorm(nn.RMSNorm), INPUT, sites=0),
+    Case("trained_norm_by_hand", lambda: TrainedNorm(HandWrittenNorm), INPUT, sites=0),
 ]
