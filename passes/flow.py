@@ -77,6 +77,10 @@ class Flow:
     def is_random(self, node: Node) -> bool:
         return bool(self.bits.get(node, 0) & self.draws)
 
+    def draws_besides(self, node: Node, other: Node) -> int:
+        """The random draws, as bits, that a value depends on and another does not."""
+        return self.bits[node] & self.draws & ~self.bits[other]
+
     def is_mask(self, node: Node) -> bool:
         """Computed from random draws alone."""
         return self.is_random(node) and not self.bits[node] & ~self.draws

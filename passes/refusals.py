@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import common_path, shared_path
-from peft_fx.passes.nodes import LAYOUTS, aten, is_random, is_tensor, numel, shape, value
+from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, value
 from peft_fx.passes.sites import Analysis, Refusal, Sum
 from peft_fx.passes.transfer import Occurrence, Product, addends
 
@@ -219,7 +219,11 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
     """The code for an op that is not linear in the operand that the way goes on with; None for a linear one."""
     flow, label = analysis.flow, _label(node)
     others = [n for n in node.all_input_nodes if n is not operand and is_tensor(n)]
-    if any(flow.is_random(n) for n in (node, *others)) and not flow.is_random(operand):
+    drawn = [n for n in others if flow.draws_besides(n, operand)]
+    noise = [n for n in (operand, *drawn) if node.target in SUMS and any(flow.draws_besides(n, o) for o in others)]
+    if any(not _is_drawn_alone(analysis, n) for n in (*drawn, *noise)):
+        return "input_dependent", f"{label} of a random value that is computed from the input"
+    if flow.draws_besides(node, operand):
         return "dropout", f"{label} with a random mask inside the adapter: no single W' exists"
     if node.target is operator.getitem:
         return None  # one of several results: the op itself comes next
@@ -228,7 +232,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         if all(flow.is_weight(n) for n in others):
-            masks = [n for n in others if _differs_along_tokens(n, node)]
+            masks = [n for n in others if _differs_along_tokens(n)]
             return ("input_dependent", f"{label} by a number of each token, which no W' can hold") if masks else None
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
@@ -238,10 +242,16 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
     return "unknown_op", f"{label} has no linear form"
 
 
-def _differs_along_tokens(weight: Node, node: Node) -> bool:
-    """Whether a factor is one number for each row of a value."""
-    own, sizes = shape(weight), shape(node)
-    return len(own) == len(sizes) and own[-1] == 1 and own[:-1] == sizes[:-1] and numel(own) > 1
+def _is_drawn_alone(analysis: Analysis, node: Node) -> bool:
+    """Whether a value is drawn at random, of whatever else only its size being asked."""
+    flow = analysis.flow
+    inputs = [n for n in node.all_input_nodes if is_tensor(n) and not flow.is_weight(n)]
+    return is_random(node) or (bool(inputs) and all(_is_drawn_alone(analysis, n) for n in inputs))
+
+
+def _differs_along_tokens(weight: Node) -> bool:
+    """Whether a factor has one number for each row."""
+    return shape(weight)[-1:] == (1,) and numel(shape(weight)) > 1
 
 
 def _is_computed_from(node: Node, sources: set[Node]) -> bool:

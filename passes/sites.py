@@ -242,8 +242,14 @@ class Analysis:
         scales = [n for occ in (group.base, *group.others) if occ.term for n in occ.term.scale.names]
         for node in (group.weight.name, *(f.name for f in factors), *scales):
             if self.flow.computed_from(node, bits):
-                computed = f"{node}, a factor of the adapter, is computed from the input"
-                return Refusal(name, "input_dependent", computed)
+                if self.flow.is_mask(node):
+                    return Refusal(name, "dropout", f"{node}, a factor of the adapter, is drawn anew in every call")
+                return Refusal(name, "input_dependent", f"{node}, a factor of the adapter, is computed from the input")
+        several = [f for f in factors if f.batch != group.weight.batch == 1]
+        if several:
+            changes = self.flow.of(several)
+            code = "input_dependent" if changes else "shape"
+            return Refusal(name, code, f"{several[0].batch} adapters share one weight: a W' for each would be as many")
         end = -1 if group.right else 0
         u = group.shared[end]
         for occ in group.others:

@@ -224,9 +224,9 @@ def roles_of(
             continue
         source = compat.source_name(node) or node.name
         is_parameter = isinstance(given, torch.nn.Parameter) or "_parameters[" in source
-        static = (
-            is_parameter or "_buffers[" in source or "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-        )
+        marked = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        in_a_hook = "_hooks[" in source  # what a call was given, handed on by a hook, comes from a module too
+        static = is_parameter or "_buffers[" in source or (marked and not in_a_hook)
         roles[i] = Role((names or {}).get(given) or readable(source), static, is_parameter and given.requires_grad)
     return roles
 

@@ -47,7 +47,8 @@ def prepare(model: Model) -> Model:
       another order.
     - aLoRA's adapter is computed for all tokens and multiplied by a mask, so that its sums over tokens are rounded in
       another order, and its dropout draws for more tokens.
-    - VB-LoRA's check of its logits is an assertion in the graph; on a GPU it fails as those do, for the whole process.
+    - VB-LoRA's check of its logits and Poly's of its tasks are assertions in the graph; on a GPU they fail as those do,
+      for the whole process.
 
     VeLoRA's init_type "batch_average_once" compiles twice, for its first step and for the others.
 
@@ -267,6 +268,17 @@ class Alora(Cured):
         return (result + delta).to(result.dtype)
 
 
+class PolyRouter(Cured):
+    def forward(self: Any, task_ids: Any, input_ids: Tensor) -> Any:
+        if torch.compiler.is_compiling() and task_ids is not None:
+            known = task_ids.max() < self.n_tasks
+            compat.assert_async(known, f"a task_id is beyond Poly's n_tasks={self.n_tasks}")
+            task_ids = View(
+                task_ids, max=lambda: View(known, item=lambda: 0)
+            )  # which is looked at for this check alone
+        return self._original.forward(self, task_ids, input_ids)
+
+
 class ParamWrapper(Cured):
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapters = [a for a in self.active_adapters if a in self.lora_A]
@@ -352,6 +364,12 @@ TABLE = (
         "a boolean mask as an index",
         "a product with the mask",
         Alora,
+    ),
+    Row(
+        ("peft.tuners.poly.router.PolyRouter",),
+        "if task_ids.max().item() >= n_tasks",
+        "an assertion in the graph",
+        PolyRouter,
     ),
     Row(
         ("peft.tuners.lora.layer.ParamWrapper",),

@@ -396,6 +396,33 @@ def factor_from_input(x, W, A, B, s):
     return x @ W + (x @ (A * x.mean())) @ B * s
 
 
+def dropped_factor(x, W, A, B, s):
+    """Rank dropout: some columns of a factor, drawn for all tokens at once."""
+    return x @ W + x @ (A * (torch.rand(A.shape[-1], dtype=A.dtype) > 0.2)) @ B * s
+
+
+def drawn_about_a_product(x, W, A, B, s):
+    """PVeRA in training: a mean and a variance for each token."""
+    mean, log_variance = (x @ A).chunk(2, dim=-1)
+    return x @ W + (mean + torch.randn_like(mean) * torch.exp(log_variance / 2)) @ B[: R // 2] * s
+
+
+def some_tokens(x, W, A, B, s):
+    """aLoRA: the adapter begins at some token."""
+    adapted = torch.arange(x.shape[-2])[:, None] > 5
+    return x @ W + (x @ A) @ B * s * adapted
+
+
+def mixed_by_sample(x, mix, W, A, B, s):  # mix [b, 1, 1]
+    """Poly: factors of each sample."""
+    return x @ W + torch.bmm(torch.bmm(x, A * mix), B.expand(len(mix), *B.shape)) * s
+
+
+def adapters_by_sample(x, W, A, B, s):  # x [b, T, K], A [b, K, r], B [b, r, N], W [b, K, N]
+    """One weight, an adapter of its own for each sample."""
+    return x @ W[0] + torch.bmm(torch.bmm(x, A), B) * s
+
+
 def mutated_between(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """The base reads h before an in-place change, the adapter after it."""
 
@@ -445,7 +472,7 @@ class Int8Base(nn.Module):
 
 
 def miss(id: str, code: str, spell: Callable[..., Tensor] | type, inputs=None, **kw) -> Case:
-    build = spell if isinstance(spell, type) else lora(spell)
+    build = spell if isinstance(spell, type) or spell.__name__ == "build" else lora(spell)
     return Case(id, build, inputs or x(2, 17, K), sites=0, code=code, **kw)
 
 
@@ -470,6 +497,11 @@ NEAR_MISSES = [
     miss("dropout_on_input", "dropout", on_input(dropout)),
     miss("dropout_between", "dropout", between(dropout)),
     miss("dropout_on_delta", "dropout", on_delta(dropout)),
+    miss("dropped_factor", "dropout", dropped_factor),
+    miss("drawn_about_a_product", "input_dependent", drawn_about_a_product),
+    miss("some_tokens", "input_dependent", some_tokens),
+    miss("mixed_by_sample", "input_dependent", mixed_by_sample, lambda: (tensor(2, 17, K), tensor(2, 1, 1))),
+    miss("adapters_by_sample", "shape", lora(adapters_by_sample, lead=(2,))),
     miss("rectified_between_uses", "mutation", mutated_between(lambda h: h.relu_())),
     miss("cumsum_between", "unknown_op", between(lambda h: h.cumsum(-1))),
     miss("sorted_between", "unknown_op", between(lambda h: h.sort(-1).values)),

@@ -45,6 +45,16 @@ class Invoked(Block):
         return self.down(h, alora_offsets=self.OFFSETS)
 
 
+class Tasks(Block):
+    """Tells its adapters which task each sequence is of."""
+
+    IDS = torch.tensor([1, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.nn.functional.gelu(self.up(x, task_ids=self.IDS))
+        return self.down(h, task_ids=self.IDS)
+
+
 class Experts(nn.Module):
     """Two parameters of one module, each the weights of several experts."""
 
@@ -101,6 +111,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]] 
     "velora, once": (Block, velora("batch_average_once")),
     "velora, dropout": (Block, lora(velora_config=VeloraConfig(num_groups=8), lora_dropout=0.1)),
     "alora": (Invoked, lora(alora_invocation_tokens=[1])),
+    "poly": (Tasks, other("PolyConfig", r=8, n_tasks=2, n_skills=2)),
     "shira": (Block, other("ShiraConfig", r=8)),
     "vblora": (Block, other("VBLoRAConfig", r=4, vector_length=16, num_vectors=32)),
     "frod": (Block, other("FrodConfig")),
@@ -373,6 +384,15 @@ def test_vblora_still_refuses_infinity() -> None:
         with pytest.raises(RuntimeError, match="infinity"):
             f(batch())
     model.eval()(batch())
+
+
+def test_poly_still_refuses_an_unknown_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In compiled code too, though as another error."""
+    model = peft_fx.prepare(build("poly"))
+    monkeypatch.setattr(Tasks, "IDS", torch.tensor([1, 2]))
+    for f, error in ((model, ValueError), (torch.compile(model, backend="aot_eager"), RuntimeError)):
+        with pytest.raises(error, match="task"):
+            f(batch())
 
 
 def test_the_backend_sees_through() -> None:
