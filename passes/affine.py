@@ -13,7 +13,8 @@ depends on `G = uᵀ·dy` alone, so running its ops on the rows of I and of G in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,6 +149,15 @@ def is_constant(node: object) -> bool:
     return isinstance(node, Node) and node.target is aten.full.default
 
 
+def is_zero(node: object) -> bool:
+    """A tensor of zeros, whatever its layout."""
+    while isinstance(node, Node) and node.target in RESHAPES | COPIES:
+        node = node.args[0]
+    return is_constant(node) and node.args[1] == 0  # type: ignore[attr-defined]
+
+
+PLACINGS = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default, aten.index_add.default}
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 Known = Callable[[Any], "Dims | None"]  # the dimensions of an operand; None for a weight
 Rule = Callable[[Node, Known], "Dims | None"]
 
@@ -282,7 +292,8 @@ def _indexed(node: Node, known: Known) -> Dims | None:
 
 
 def _joined(node: Node, known: Known) -> Dims | None:
-    parts = [known(p) for p in node.args[0]]  # type: ignore[union-attr]
+    """Values side by side along a dimension of features, and zeros."""
+    parts = [known(p) for p in node.args[0] if not is_zero(p)]  # type: ignore[union-attr]
     dim = node.args[1] if len(node.args) > 1 else 0
     if None in parts:
         return None
@@ -295,15 +306,66 @@ def _joined(node: Node, known: Known) -> Dims | None:
 
 
 def _placed(node: Node, known: Known) -> Dims | None:
-    """A value put into a tensor of zeros along a dimension of features."""
+    """A value put into a tensor of zeros, or into another one of the same source, along a dimension of features."""
     target, part = node.args[:2]
     dims, sizes = known(part), shape(node)
-    if dims is None or not (is_constant(target) and target.args[1] == 0):  # type: ignore[union-attr]
+    if dims is None or not (is_zero(target) or known(target) is not None):
         return None
     i = node.args[2] % len(sizes)  # type: ignore[operator]
     if len(dims) < len(sizes):
         dims = (*dims[:i], (), *dims[i:])
+    if not _features(dims, i):
+        return None
+    whole = (*dims[:i], _sized(sizes[i]), *dims[i + 1 :])
+    return whole if known(target) in (None, whole) else None
+
+
+def _scattered(node: Node, known: Known) -> Dims | None:
+    """Features put into a tensor of zeros where a tensor of numbers says."""
+    target, given, part = node.args[:3]
+    dims, sizes = known(part), shape(node)
+    chosen = [(i, n) for i, n in enumerate(given) if n is not None]  # type: ignore[union-attr, arg-type, var-annotated]
+    if dims is None or len(chosen) != 1 or len(dims) != len(sizes) or not is_zero(target):
+        return None
+    i, order = chosen[0]
+    numbers = value(order).ndim == 1 and value(order).dtype != torch.bool and known(order) is None
+    return (*dims[:i], _sized(sizes[i]), *dims[i + 1 :]) if numbers and _features(dims, i) else None
+
+
+def _summed_at(node: Node, known: Known) -> Dims | None:
+    """The same, those put at one place being added up."""
+    target, dim, order, part = node.args[:4]
+    dims, sizes = known(part), shape(node)
+    if dims is None or node.kwargs or not is_zero(target) or known(order) is not None:
+        return None
+    i = dim % len(sizes)  # type: ignore[operator]
     return (*dims[:i], _sized(sizes[i]), *dims[i + 1 :]) if _features(dims, i) else None
+
+
+def part_of(node: Node) -> tuple[Any, Node, list[int]] | None:
+    """One of the results of a split, as a slice or a selection of a value: the op, the value, the other arguments."""
+    source, i = node.args[:2] if node.target is operator.getitem else (None, None)
+    if not isinstance(source, Node) or source.target not in SPLITS:
+        return None
+    whole = tensor_arg(source, 0)
+    j = 1 if source.target is aten.unbind.int else 2
+    dim = source.args[j] if len(source.args) > j else source.kwargs.get("dim", 0)
+    dim = dim % value(whole).ndim  # type: ignore[operator]
+    if source.target is aten.unbind.int:
+        return aten.select.int, whole, [dim, i]  # type: ignore[list-item]
+    sizes = [part.shape[dim] for part in value(source)]
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    start = sum(sizes[:i])  # type: ignore[misc]
+    return aten.slice.Tensor, whole, [dim, start, start + sizes[i]]  # type: ignore[index]
+
+
+def _part(node: Node, known: Known) -> Dims | None:
+    found = part_of(node)
+    dims = known(found[1]) if found else None
+    if not found or not dims or not _features(dims, found[2][0]):
+        return None
+    return _resized(node, dims, found[2][:1])
 
 
 def _copied(node: Node, known: Known) -> Dims | None:
@@ -341,6 +403,9 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: _joined,
     aten.select_scatter.default: _placed,
     aten.slice_scatter.default: _placed,
+    aten.index_put.default: _scattered,
+    aten.index_add.default: _summed_at,
+    operator.getitem: _part,
     aten.copy.default: _copied,
 }
 
@@ -470,8 +535,21 @@ class Rows:
 
     def operands(self, node: Node) -> list[Node]:
         """The activations that a node's value is computed from; a copy's target lends its shape alone."""
-        read = node.args[1:2] if node.target is aten.copy.default else node.all_input_nodes
+        found = part_of(node)
+        if found is not None:
+            read: Iterable[Any] = [found[1]]
+        else:
+            read = node.args[1:2] if node.target is aten.copy.default else node.all_input_nodes
         return [n for n in read if is_tensor(n) and not self.flow.is_weight(n)]
+
+    def users(self, node: Node) -> Iterator[Node]:
+        """The nodes that read a value: of a split, its results; not where a copy asks for the shape alone."""
+        for user in node.users:
+            read = [u for u in user.users if u.target is not aten.copy.default or u.args[1] is user]
+            if user.target in SPLITS:
+                yield from user.users
+            elif read or not user.users:
+                yield user
 
     def between(self, ends: Iterable[Node], source: Node) -> set[Node]:
         """The nodes on the way from a source to the ends."""

@@ -67,6 +67,10 @@ class Region:
         return next(n for n in _operands(self.base) if n not in self.nodes and n is not self.source)
 
     @property
+    def product_node(self) -> Node:
+        return self.base
+
+    @property
     def tokens(self) -> Size:
         return numel([a.size for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)])
 
@@ -203,7 +207,7 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     if 2 * min(_weight_sizes(base, rows)) < min(K, N):
         return None  # no product of full width: an adapter without its base
     behind = {n for n in nodes - set(ends) if base in rows.of[n].products}
-    readers = {u for n in behind for u in n.users if backward or u in flow.forward}
+    readers = {u for n in behind for u in rows.users(n) if backward or u in flow.forward}
     if not readers <= nodes:
         return None  # the base product's result is used elsewhere, too
     if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
@@ -237,7 +241,7 @@ def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
     todo, seen = [end], {end}
     while todo:
         node = todo.pop()
-        for user in node.users:
+        for user in rows.users(node):
             if user in seen or user not in rows.of or (user in rows.flow.backward) != (end in rows.flow.backward):
                 continue
             seen.add(user)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import Atom, Dims, Rows, Token, fresh, is_constant
+from peft_fx.passes.affine import PLACINGS, Atom, Dims, Rows, Token, fresh, is_constant, is_zero, part_of
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -100,8 +100,7 @@ class Replay:
         return self._call(node, filled, 1)
 
     def _zeros(self, node: Node) -> Node:
-        sizes = self._sizes(self.rows.of[node].dims, 1)
-        return self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
+        return self._filled(node, self._sizes(self.rows.of[node].dims, 1))
 
     def _diagonal(self, node: Node, found: Value) -> Diagonal | None:
         """What leaves a diagonal matrix diagonal: another layout of the same rows, a scale of each feature."""
@@ -191,11 +190,29 @@ class Replay:
             return self.build.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
         if node.target is aten.copy.default or node.target in COPIES | CASTS:
             return operands[tensor_arg(node, 1 if node.target is aten.copy.default else 0)]
+        part = part_of(node)
+        if part is not None:
+            return self.build.call(part[0], operands[part[1]], *part[2])
+        if node.target is aten.cat.default:
+            return self._joined(node, operands, count)
         args = [self._argument(a, operands) for a in node.args]
-        if node.target in (aten.select_scatter.default, aten.slice_scatter.default):
-            args[0] = self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
+        if node.target in PLACINGS and is_zero(node.args[0]):
+            args[0] = self._filled(node, sizes)
         kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
         return self.build.call(node.target, *args, **kwargs)
+
+    def _joined(self, node: Node, operands: dict[Node, Node], count: int) -> Node:
+        """A cat, with as many rows of zeros where a part is constant."""
+        parts, i = node.args[0], node.args[1] if len(node.args) > 1 else 0
+        dims = list(self.rows.of[node].dims)
+        found = []
+        for part in parts:  # type: ignore[union-attr]
+            dims[i] = (int(shape(part)[i]),)  # type: ignore[call-overload, arg-type, index]
+            found.append(operands.get(part) or self._filled(node, self._sizes(tuple(dims), count)))  # type: ignore[arg-type]
+        return self.build.call(aten.cat.default, found, i)
+
+    def _filled(self, node: Node, sizes: list[int]) -> Node:
+        return self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
 
     def _argument(self, arg: Any, operands: dict[Node, Node]) -> Any:
         if isinstance(arg, (list, tuple)):

@@ -262,6 +262,49 @@ def c3a(m, x):
     return x @ m.W + torch.fft.irfft(product.sum(-3), n=32).flatten(-2)
 
 
+def parts(h):
+    """The parts of a fused layer meet as queries, keys and values do."""
+    q, k, v = h.split(N // 4, -1)[:3]
+    return q * k + v
+
+
+def merged_parts(m, x):
+    """loralib's MergedLinear: zeros beside the parts that have an adapter."""
+    zeros = torch.zeros(*x.shape[:-1], N // 2, dtype=x.dtype)
+    return parts(x @ m.W + m.b + torch.cat([x @ m.A @ m.B, zeros, x @ m.C @ m.D], -1))
+
+
+def scattered_parts(m, x):
+    """The same as a product put where some features are."""
+    delta = torch.zeros(*x.shape[:-1], N, dtype=x.dtype)
+    delta[..., m.order] = (x @ m.A) @ m.B
+    return parts(x @ m.W + delta * 2.0)
+
+
+def parts_in_place(m, x):
+    h = x @ m.W + m.b
+    h[..., : N // 4] += x @ m.A @ m.B
+    h[..., N // 2 : 3 * N // 4] += x @ m.C @ m.D
+    return parts(h)
+
+
+def parts_of_a_split(m, x):
+    """One part of the layer's result scaled, another shifted, and put together again."""
+    q, k, v, w = (x @ m.W + m.b).chunk(4, -1)
+    return torch.cat([q, k * m.l, v + m.c, w], -1)
+
+
+def parts_unbound(m, x):
+    q, k = (x @ m.W + m.b).unflatten(-1, (2, N // 2)).unbind(-2)
+    return torch.stack([q * m.l, k], -2).flatten(-2)
+
+
+def split_into_sizes(m, x):
+    """An adapter reads two unequal parts of the input."""
+    few, many = x.split_with_sizes([K // 4, 3 * K // 4], -1)
+    return x @ m.W + (few @ m.A + many @ m.C) @ m.B
+
+
 def index_select(m, x):
     return x @ m.W + x.index_select(-1, m.order) @ m.A @ m.B
 
@@ -303,6 +346,14 @@ class Permuted(Layer):
     def __init__(self):
         super().__init__(index_select, LORA, {})
         self.register_buffer("order", torch.arange(K - 1, -1, -1) ^ 1)
+
+
+class Scattered(Layer):
+    """The features that have an adapter are a buffer."""
+
+    def __init__(self):
+        super().__init__(scattered_parts, {"A": (K, R), "B": (R, N // 2)}, {})
+        self.register_buffer("order", torch.cat([torch.arange(N // 4), torch.arange(N // 2, 3 * N // 4)]))
 
 
 class Wrapped(nn.Module):
@@ -422,8 +473,14 @@ SPELLINGS: list[Spelling] = [
     spelling(gralora, {"M": (2, K // 2, R), "P": (2, R, N // 2)}),
     spelling(qalora, {"A": (K // 4, R), "B": (R, N)}),
     spelling(miss, {"D": (R, N)}),
-    spelling(c3a, {"C": (K // 32, N // 32, 32)}, exact=False, dtypes=(torch.float32,), grad="activation"),
-    Spelling("index_select", Permuted, INPUT, grad="activation"),
+    spelling(c3a, {"C": (K // 32, N // 32, 32)}, exact=False, dtypes=(torch.float32,)),
+    spelling(merged_parts, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 4)}),
+    Spelling("scattered_parts", Scattered, INPUT),
+    spelling(parts_in_place, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 4)}),
+    spelling(parts_of_a_split, {"l": (N // 4,), "c": (N // 4,)}),
+    spelling(parts_unbound, {"l": (N // 2,)}),
+    spelling(split_into_sizes, {"A": (K // 4, R), "C": (3 * K // 4, R), "B": (R, N)}),
+    Spelling("index_select", Permuted, INPUT),
     spelling(flip, LORA),
     spelling(roll, {"l": (N,)}),
     spelling(regrouped, {"A": (K // 2, R), "B": (R, N // 2)}),
