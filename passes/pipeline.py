@@ -70,11 +70,13 @@ class _Adapter:
 
     def has_grad(self, flow: Flow) -> bool:
         """Whether W multiplies anything in backward: an input gradient that was not found stays as it is."""
+        if isinstance(self.either, Group) and self.either.product.gathered:
+            return False  # numbers of rows have none, whatever else reads W
         seen: set[Node] = set()
         todo: list[Any] = [self.either.weight_node]
         while todo:
             node = todo.pop()
-            if isinstance(node, Node) and node not in seen:
+            if isinstance(node, Node) and node not in seen and node is not self.either.product_node:
                 seen.add(node)
                 todo += [u for u in node.users if flow.is_weight(u)]
                 if any(u in flow.backward for u in node.users):

@@ -56,7 +56,7 @@ class Step:
 @dataclass(frozen=True)
 class Shape:
     """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, or the steps of
-    a region, and the dtypes."""
+    a region, and the dtypes; `gathered` where u picks rows, so that u·W and u·A are no products."""
 
     T: int
     K: int
@@ -66,6 +66,7 @@ class Shape:
     adapter_dtype: torch.dtype
     batch: int = 1
     steps: tuple[Step, ...] = ()
+    gathered: bool = False
 
     @property
     def rank(self) -> int:
@@ -135,18 +136,22 @@ def activation(machine: Machine, s: Shape, skip_first: bool) -> Price:
             total += one_pass(machine, s.T * width * (s.adapter_dtype.itemsize + s.base_dtype.itemsize))
     for term in s.terms:
         for i, (k, n) in enumerate(term):
-            if not (skip_first and i == 0 and len(term) > 1):
+            if not ((skip_first or s.gathered) and i == 0 and len(term) > 1):
                 total += product(machine, s.T, k, n, s.adapter_dtype, s.batch)
         total += one_pass(machine, s.batch * s.T * s.N * (s.adapter_dtype.itemsize + s.base_dtype.itemsize))
     return total
 
 
 def base(machine: Machine, s: Shape) -> Price:
+    if s.gathered:
+        return one_pass(machine, 2 * s.T * s.N * s.base_dtype.itemsize)
     return product(machine, s.T, s.K, s.N, s.base_dtype, s.batch)
 
 
 def first_products(machine: Machine, s: Shape) -> Price:
     """The products u·A of all terms."""
+    if s.gathered:
+        return Price()
     steps = [(step.batch, step.K, step.N) for step in s.steps if step.first and not step.base]
     terms = [(s.batch, *t[0]) for t in s.terms if len(t) > 1]
     return sum((product(machine, s.T, k, n, s.adapter_dtype, batch) for batch, k, n in steps + terms), Price())

@@ -8,14 +8,15 @@ there, and from there to the base's input, say what stands between.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import common_path, shared_path
-from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, value
+from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.sites import Analysis, Refusal, Sum
 from peft_fx.passes.transfer import Occurrence, Product, addends
 
@@ -23,12 +24,13 @@ Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
 
 ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
+WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 
 
 def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusal]:
     """Every refused adapter of a graph once, in graph order; not those of the parameters that have their place."""
-    found = [*analysis.refusals]
+    found = [*analysis.refusals, *_of_convolutions(analysis, placed)]
     for sum_ in analysis.sums:
         if sum_.root not in analysis.flow.backward:
             found += _suspects(analysis, sum_, placed)
@@ -38,11 +40,12 @@ def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusa
 
 def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[Refusal]:
     bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
-    bases = [t for t in bases if not any(_is_narrow(analysis, f) for f in t.factors)]
+    bases = [t for t in bases if _is_of_a_layer(analysis, t)]
     quantized = None if bases else _quantized_base(analysis, sum_)
     if not bases and quantized is None:
         return
     sources = {f.name for t in bases for f in t.factors}
+    windows = {f.window for t in bases for f in t.factors} - {None}
     placed = {
         n
         for g in analysis.groups
@@ -61,7 +64,88 @@ def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[R
             yield Refusal(analysis.flow.site_name(Matrix(quantized, 0), [adapter]), *found)
         else:
             weight = _nearest(analysis, bases, adapter)
-            yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources))
+            yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources, windows))
+
+
+def _of_convolutions(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]:
+    """Adapters of a frozen convolution that act on its result, or on the windows that it reads; of an embedding, those
+    that act on its result."""
+    flow = analysis.flow
+    bases = {group.product_node for group in analysis.groups}
+    for node in (n for n in analysis.position if n.target in AFTER and n in flow.forward and n not in bases):
+        x, kernel = (tensor_arg(node, i) for i in ((0, 1) if node.target is aten.convolution.default else (1, 0)))
+        if not flow.is_weight(kernel) or flow.is_trained(kernel) or flow.is_weight(x):
+            continue
+        adapter, detail = _vector_after(analysis, node, kernel), AFTER[node.target]
+        if adapter is None and x.target in WINDOWS:
+            adapter, detail = _matrix_before(analysis, x, kernel), BEFORE
+        if adapter is not None and elsewhere.isdisjoint(flow.parameters(adapter)):
+            yield Refusal(flow.site_name(Matrix(kernel, 0), [Matrix(adapter, 0)]), "shape", detail)
+
+
+AFTER = {
+    aten.convolution.default: (
+        "a vector scales the convolution's result: the vector's own gradient sums dy·conv(x, W) over all positions,"
+        " which a convolution with W' does not give"
+    ),
+    aten.embedding.default: (
+        "a vector scales the rows looked up: the vector's own gradient sums dy·W[i] over all tokens, which W'[i] does"
+        " not give"
+    ),
+}
+BEFORE = "overlapping windows are each multiplied by the adapter, and summed before the convolution reads its own"
+
+
+def _vector_after(analysis: Analysis, node: Node, kernel: Node) -> Node | None:
+    """The trained vector that a product's result is scaled by, through sums and numbers alone."""
+    flow = analysis.flow
+
+    def readers(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if u in flow.forward and (u.target is aten.mul.Tensor or addends(u)))
+
+    for user in _reached(node, readers):
+        others = [n for n in user.all_input_nodes if flow.is_weight(n)]
+        if user.target is aten.mul.Tensor and others and _is_beside(analysis, others[0], kernel):
+            return others[0]
+        if user.target is aten.mul.Tensor and len(user.all_input_nodes) > 1 and not others:
+            return None
+    return None
+
+
+def _matrix_before(analysis: Analysis, x: Node, kernel: Node) -> Node | None:
+    """The trained matrix in what overlapping windows are computed from."""
+    flow = analysis.flow
+
+    def read(n: Node) -> Iterable[Node]:
+        return (i for i in n.all_input_nodes if not flow.is_weight(i) and not _products(n))
+
+    for node in _reached(x, read):
+        for product in _products(node):
+            found = next((n for n in (product.left, product.right) if flow.is_weight(n)), None)
+            if found is not None and _is_beside(analysis, found, kernel):
+                return found
+    return None
+
+
+def _reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """The nodes near one, in the order of the steps to them."""
+    seen, todo = {start}, [start]
+    while todo and len(seen) < NEAR:
+        node = todo.pop(0)
+        yield node
+        new = [n for n in step(node) if n not in seen]
+        seen.update(new)
+        todo += new
+
+
+def _is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
+    """Whether a trained parameter of a weight is in the module around a kernel's own."""
+    roles = analysis.flow.roles
+    module = roles[analysis.flow.parameters(kernel)[0]].name.split(".")[:-2]
+    return any(
+        roles[p].trainable and roles[p].name.split(".")[: len(module)] == module
+        for p in analysis.flow.parameters(weight)
+    )
 
 
 def _without_base(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]:
@@ -75,7 +159,8 @@ def _without_base(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]
             A = None if inner is None else _narrow_operand(analysis, inner)
             if A is None or B is None or inner is None:
                 continue
-            module = common_path(*(flow.roles[flow.parameters(n)[0]].name for n in (A, B)))
+            pairs = [(flow.roles[p].name, flow.roles[q].name) for p in flow.parameters(A) for q in flow.parameters(B)]
+            module = max((common_path(a, b) for a, b in pairs if a != b), key=len, default="")
             own = [role for role in flow.roles.values() if role.name.startswith(module)]
             if all(role.trainable for role in own) and elsewhere.isdisjoint(flow.parameters(A)):
                 name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
@@ -89,6 +174,12 @@ def _through(node: Node) -> Node:
     while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
         node = parts[0].operand
     return node
+
+
+def _is_of_a_layer(analysis: Analysis, term: Term) -> bool:
+    """Whether a product is of a weight, and not an adapter's."""
+    weights = any(analysis.flow.is_weight(f.name) for f in term.factors)
+    return weights and not any(_is_narrow(analysis, f) for f in term.factors)
 
 
 def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
@@ -108,7 +199,7 @@ def _operand(occ: Occurrence) -> Node | None:
         return None
     node, i = occ.path[-1]
     operand = (addends(node) or [])[i].operand
-    return operand if isinstance(operand, Node) else node
+    return node if isinstance(operand, Product) else operand
 
 
 def _products(node: Node) -> list[Product]:
@@ -188,7 +279,7 @@ def _serving_only(analysis: Analysis, start: Node) -> set[Node]:
     return serving
 
 
-def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object]) -> tuple[str, str]:
+def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object], windows: set[Any]) -> tuple[str, str]:
     """What stands between the sum and the adapter's first product; or between that and the base's input."""
     for i, (node, operand) in enumerate(way[:-1]):
         verdict = _obstacle(analysis, node, operand, {n for n, _ in way[i + 1 :]})
@@ -210,6 +301,13 @@ def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object]) -> tup
             return "mutation", f"the input is changed in place between its two uses ({_label(node)})"
         todo += node.all_input_nodes
     through = f", through {', '.join(_label(n) for n in met[:3])}" if met else ""
+    own = {p.window for p in _products(last) if p.window is not None} - {None}
+    if reached and not met and own and not own & windows:
+        groups = max(w.groups for w in windows) if windows else 1
+        if groups > max(w.groups for w in own):
+            detail = f"the convolution is in {groups} groups, the adapter reads all channels: their sum is in no groups"
+            return "shape", detail
+        return "shape", "the adapter reads other windows of the input than the convolution"
     if reached and all(n.target in LAYOUTS for n in met):
         return "shape", f"the adapter groups the input's features differently{through}"
     return "different_input", f"the adapter reads another tensor than the base product{through}"

@@ -42,6 +42,7 @@ COPIED = (
 
 
 PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+WEIGHT_ARGUMENT = {aten.convolution.default: 1, aten.embedding.default: 0}
 Path = tuple[tuple[Node, int], ...]
 
 
@@ -187,7 +188,7 @@ class Rewriter:
         if node.target is operator.getitem:
             return self._input_gradient(node, merged)
         args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
-        args[1 if node.target is aten.convolution.default else -2 if left else -1] = merged
+        args[WEIGHT_ARGUMENT.get(node.target, -2 if left else -1)] = merged
         if not bias_gone:
             return self.build.call(node.target, *args, **node.kwargs)
         scale = next(part.scale for part in addends(node) or [] if isinstance(part.operand, Product))

@@ -8,14 +8,14 @@ factors, in forward and in the input gradient. What looks like an adapter and ha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
-from peft_fx.passes.flow import Flow, Roles
+from peft_fx.passes.flow import Flow, Roles, shared_path
 from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
 
 WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
@@ -87,6 +87,10 @@ class Group:
         return product
 
     @property
+    def product_node(self) -> Node:
+        return self.base.path[-1][0]
+
+    @property
     def at_left(self) -> bool:
         """Whether the base product, as it is written, reads W from its left."""
         return self.right != self.base.flipped
@@ -147,7 +151,8 @@ class Group:
 
     def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
         weight, dtype = self.weight, self.product.dtype
-        return price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
+        sizes = price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
+        return replace(sizes, gathered=self.product.gathered)
 
 
 def _factors(occ: Occurrence) -> tuple[Matrix, ...]:
@@ -202,7 +207,7 @@ class Analysis:
         backward = root in self.flow.backward
         for group in sorted(self._candidates(root, terms, backward), key=self._preference):
             ways = {occ.path for occ in (group.base, *group.others)}
-            if taken & ways or not self.flow.of(group.shared):  # of weights alone, u included: no tokens
+            if taken & ways or not (self.flow.of(group.shared) or self._is_from_elsewhere(group)):
                 continue
             refusal = self._refusal(group)
             if refusal is None:
@@ -211,6 +216,17 @@ class Analysis:
                 self.refusals.append(refusal)
             taken |= ways
         self.sums.append(Sum(root, terms, frozenset(taken)))
+
+    def _is_from_elsewhere(self, group: Group) -> bool:
+        """Where u is made of weights too, as a table of positions is: whether W and the adapter share a module that u
+        is no part of. If not, the sum makes a weight, and there are no tokens."""
+        own, adapter, u = (
+            [self.flow.roles[p].name for f in factors for p in self.flow.parameters(f.name)[:1]]
+            for factors in ((group.weight,), group.adapter_factors, group.shared)
+        )
+        return bool(own and adapter and u) and all(
+            shared_path(own[0], a) > max(shared_path(own[0], other) for other in u) for a in adapter
+        )
 
     def _candidates(self, root: Node, terms: Iterable[Occurrence], backward: bool) -> Iterator[Group]:
         products = [o for o in terms if o.term is not None and o.product and len(o.term.factors) > 1]

@@ -50,12 +50,16 @@ class Window:
         return point and set(self.padding) == {0} and self.groups == 1
 
 
+GATHERED = "gathered"  # what a matrix is that is given by the columns of its ones
+
+
 @dataclass(frozen=True)
 class Product:
     """The matrix product of two nodes over their last two dimensions, computed in `dtype`.
 
     With a `window`, a convolution: `left` is its kernel [N,K·window], `right` its input, or, `folded`, the gradient of
-    its output, and the product with the transposed kernel is folded back to the input's shape.
+    its output, and the product with the transposed kernel is folded back to the input's shape. `gathered`: `left` are
+    the numbers of rows of `right`, the columns of the ones in a matrix of zeros.
     """
 
     left: Node
@@ -63,6 +67,7 @@ class Product:
     dtype: torch.dtype
     window: Window | None = None
     folded: bool = False
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,11 @@ def _plus_product(node: Node) -> list[Addend] | None:
     return [Addend(tensor_arg(node, 0), beta), Addend(product, alpha)]
 
 
+def _embedding(node: Node) -> list[Addend] | None:
+    rows, numbers = tensor_arg(node, 0), tensor_arg(node, 1)
+    return [Addend(Product(numbers, rows, value(node).dtype, gathered=True))]
+
+
 def _window(kernel: Node, args: Sequence[Any]) -> Window | None:
     """Of `stride, padding, dilation, transposed, output_padding, groups`; None for a transposed convolution."""
     stride, padding, dilation, transposed, _, groups = args
@@ -208,6 +218,7 @@ def _result(node: Node) -> list[Addend] | None:
 RULES: dict[Any, Rule] = {
     operator.getitem: _result,
     aten.convolution.default: _convolution,
+    aten.embedding.default: _embedding,
     **dict.fromkeys(RESHAPES | SQUEEZES | COPIES, _unchanged),
     **dict.fromkeys(CASTS, _cast),
     aten.expand.default: _expand,
@@ -370,6 +381,9 @@ class Reader:
             return self._convolved(product, product.window, layout)
         if layout.cols != rs[-1]:
             return None
+        if product.gathered:
+            ones = Matrix(self.number[left], rs[0], window=GATHERED, rows=numel(ls))
+            return (Term((ones,)) @ self.term(right, Layout(1, rs[-1]))).computed_in(product.dtype)
         if len(rs) == 2:
             a, b = self.term(left, Layout(layout.batch, ls[-1])), self.term(right, Layout(1, rs[-1]))
         elif ls[0] == 1 and layout.batch == 1:

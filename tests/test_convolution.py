@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph
+from torch.nn import functional as F
 
 import peft_fx
 from peft_fx.passes.nodes import aten
@@ -101,3 +103,84 @@ def test_windows_must_be_the_same(windows: dict[str, Any]) -> None:
     report = peft_fx.explain(f)
     assert [s.forward for s in report.sites] == (["weight"] if same else [])
     assert [r.code for r in report.refusals] == ([] if same else ["shape"])
+
+
+class Spelled(nn.Module):
+    """A convolution in some groups, and an adapter of another kind than LoRA."""
+
+    def __init__(self, spell: Callable[[Any, Tensor], Tensor], groups: int = 1, **trained_shapes: tuple[int, ...]):
+        super().__init__()
+        self.spell, self.groups = spell, groups
+        self.W = frozen(OUT, CHANNELS // groups, 3, 3, gain=0.3)
+        self.bias = nn.Parameter(torch.randn(OUT), requires_grad=False)
+        for name, shape in trained_shapes.items():
+            setattr(self, name, trained(*shape, gain=0.3))
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.W, self.bias, padding=1, groups=self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spell(self, x)
+
+
+def delta_in_groups(m: Any, x: Tensor) -> Tensor:
+    """LoHa, LoKr and HiRA: a kernel like the base's, in its groups."""
+    return m.base(x) + F.conv2d(x, m.W * m.D, padding=1, groups=m.groups) * 2.0
+
+
+def lora_across_groups(m: Any, x: Tensor) -> Tensor:
+    """As PEFT writes it: A reads all channels, B is in groups."""
+    return m.base(x) + F.conv2d(F.conv2d(x, m.A, padding=1), m.B, groups=m.groups) * 2.0
+
+
+def vector_after(m: Any, x: Tensor) -> Tensor:
+    """IA3."""
+    return m.base(x) * m.l
+
+
+def dora(m: Any, x: Tensor) -> Tensor:
+    low = F.conv2d(F.conv2d(x, m.A, padding=1), m.B)
+    return m.base(x) + (m.l - 1) * (m.base(x) - m.bias.view(1, -1, 1, 1)) + m.l * low * 2.0
+
+
+def rotated_windows(m: Any, x: Tensor) -> Tensor:
+    """OFT."""
+    windows = F.unfold(x, 3)
+    return m.base(F.fold((windows.mT @ m.M).mT, x.shape[2:], 3))
+
+
+A, B, VECTOR = (2, CHANNELS, 3, 3), (OUT, 1, 1, 1), (1, OUT, 1, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_kernel_in_groups_joins_its_base(groups: int) -> None:
+    """Both ways, to the bit."""
+    module = Spelled(delta_in_groups, groups, D=(OUT, CHANNELS // groups, 3, 3))
+    module, inputs = module.double(), make(SETTINGS["2d"])[1]
+    integers(module, 1), integers(inputs, 2)
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    report = peft_fx.explain(f)
+    assert [(s.forward, s.input_grad) for s in report.sites] == [("weight", "weight")]
+    assert report.refusals == []
+
+
+REFUSED = {
+    "across_groups": (lambda: Spelled(lora_across_groups, 2, A=A, B=B), "in 2 groups"),
+    "vector_after": (lambda: Spelled(vector_after, l=VECTOR), "a vector scales"),
+    "dora": (lambda: Spelled(dora, A=A, B=(OUT, 2, 1, 1), l=VECTOR), "a vector scales"),
+    "rotated_windows": (lambda: Spelled(rotated_windows, M=(CHANNELS * 9, CHANNELS * 9)), "overlapping windows"),
+}
+
+
+@pytest.mark.parametrize(("build", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_no_kernel_holds_is_refused(build: Callable[[], nn.Module], said: str) -> None:
+    """Once, with what stands against it, and computed as written."""
+    module, inputs = build().double(), make(SETTINGS["2d"])[1]
+    integers(module, 1), integers(inputs, 2)
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    report = peft_fx.explain(f)
+    assert report.sites == []
+    assert [(r.name, r.code) for r in report.refusals] == [("W", "shape")]
+    assert said in report.refusals[0].detail
