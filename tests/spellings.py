@@ -228,6 +228,19 @@ class ScaleBuffer(Lora):
         self.register_buffer("s", torch.tensor(S))
 
 
+class Int8Weight(Lora):
+    """A weight of int8 numbers and a scale of each output, dequantised in every call, as torchao's int8 weight-only."""
+
+    def __init__(self):
+        super().__init__(scale_right)
+        del self.W
+        self.register_buffer("q", torch.randint(-127, 128, (K, N), dtype=torch.int8))
+        self.scales = nn.Parameter((0.5 + torch.rand(N)) / 73 / math.sqrt(K), requires_grad=False)
+
+    def forward(self, x):
+        return self.spell(x, self.q.to(x.dtype) * self.scales, self.A, self.B, self.s)
+
+
 class TwoAdapters(Lora):
     """Two adapters of different rank on one weight."""
 
@@ -333,6 +346,7 @@ SPELLINGS = [
     Case("scale_buffer", ScaleBuffer, x(33, K)),
     Case("scale_one", lora(scale_right, s=1.0), x(33, K)),
     Case("scale_integer", lora(scale_right, s=-1), x(33, K)),
+    Case("int8_weight", Int8Weight, x(2, 17, K)),
     Case("base_bias", lambda: Bias(True, False), x(2, 17, K)),
     Case("adapter_bias", lambda: Bias(False, True), x(2, 17, K)),
     Case("both_biases", lambda: Bias(True, True), x(33, K)),

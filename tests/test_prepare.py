@@ -7,6 +7,7 @@ import logging
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_fx
 from peft_fx.preparing import TABLE, curable
+from tests import joint
 from tests.oracle import weight_form
 
 
@@ -393,6 +395,17 @@ def test_poly_still_refuses_an_unknown_task(monkeypatch: pytest.MonkeyPatch) -> 
     for f, error in ((model, ValueError), (torch.compile(model, backend="aot_eager"), RuntimeError)):
         with pytest.raises(error, match="task"):
             f(batch())
+
+
+@pytest.mark.parametrize("name", ["parameters", "experts"])
+def test_what_is_in_weight_form_already_is_left(name: str) -> None:
+    """PEFT's target_parameters, stacked experts among them: the same ops, each as often, and nothing to tell."""
+    model, x = peft_fx.prepare(build(name)), batch()
+    captured = joint.capture(model, x)
+    graph, outcome = captured.rewritten(form="weight", keep="inductor")
+    before, after = (Counter(str(n.target) for n in g.nodes) for g in (captured.graph, graph))
+    assert after == before
+    assert outcome.sites == outcome.refusals == []
 
 
 def test_the_backend_sees_through() -> None:
