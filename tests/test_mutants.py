@@ -446,7 +446,7 @@ def addend_kept_beside_the_merged_product() -> Any:
 
 @affine_mutant
 def strides_not_kept() -> Any:
-    return patch.object(regions, "_laid_out", lambda build, node, strides: node)
+    return patch.object(rewrite.Builder, "laid_out", lambda build, node, strides: node)
 
 
 def test_the_affine_rules_as_they_are_hold() -> None:
