@@ -23,6 +23,7 @@ from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
+from peft_fx.passes.regimes import AtLeast, Regimes
 from peft_fx.passes.regions import Region, regions, rewrite
 from peft_fx.passes.rewrite import Rewriter
 from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
@@ -90,10 +91,12 @@ def run(
     settings: Settings,
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
+    at_least: AtLeast | None = None,
 ) -> Outcome:
     """Rewrites a joint or inference graph in place. Raises on any failure of its own: the caller then uses the graph
-    that it kept."""
+    that it kept. `hint` gives a dynamic size as a number, `at_least` compares one and adds a guard."""
     start = time.perf_counter()
+    regimes = Regimes(hint, at_least or (lambda size, n: hint(size) >= n))
     before = Contract.of(graph)
     outcome, added = Outcome(), []
     added += without_identities(graph, fake_mode)
@@ -105,12 +108,12 @@ def run(
     left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
     if found:
-        replaced = _decided(found, analysis.flow, settings, hint, outcome)
+        replaced = _decided(found, analysis.flow, settings, regimes, outcome)
         added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     # a region's own sums stay for its parameters' gradients: no sites
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
-    chosen = _decided(groups, analysis.flow, settings, hint, outcome)
+    chosen = _decided(groups, analysis.flow, settings, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode, settings.rounding)
@@ -143,16 +146,16 @@ def _all_cheaper_as_written(outcome: Outcome, settings: Settings) -> bool:
     return priced and not weight and not outcome.refusals
 
 
-def _decided(
-    found: Sequence[Found], flow: Flow, settings: Settings, hint: Callable[[Size], int], outcome: Outcome
-) -> list[Found]:
+def _decided(found: Sequence[Found], flow: Flow, settings: Settings, regimes: Regimes, outcome: Outcome) -> list[Found]:
     """Adds a site for each adapter to the outcome; those of its groups or regions that are to be in weight form."""
     chosen: list[Found] = []
     refused = {r.name for r in outcome.refusals}
-    for adapter in _adapters(found, flow):
-        if adapter.either.site_name(flow) in refused:
-            continue
-        site, weight_form = _decide(adapter, flow, settings, hint)
+    adapters = [a for a in _adapters(found, flow) if a.either.site_name(flow) not in refused]
+    priced = [_Priced.of(adapter, flow, settings, regimes.hint) for adapter in adapters]
+    if settings.form == "auto":
+        regimes.settle((a.either.tokens, p.forms) for a, p in zip(adapters, priced, strict=True))
+    for adapter, prices in zip(adapters, priced, strict=True):
+        site, weight_form = _decide(adapter, flow, prices, regimes.tokens(adapter.either.tokens))
         outcome.sites.append(site)
         chosen += weight_form
     return chosen
@@ -208,17 +211,43 @@ def _paired(adapters: list[_Adapter], flow: Flow) -> list[_Adapter]:
     return adapters
 
 
-def _decide(adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> tuple[Site, list[Any]]:
-    training = bool(flow.backward)
-    forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
-    trained = training and adapter.either.is_trained(flow)
-    in_place = trained and settings.keep == "recompute" and settings.numerics == "default"
-    decision = price.decide(settings.machine, forward, grad, training, settings.form, in_place)
+@dataclass(frozen=True)
+class _Priced:
+    """What the price of an adapter's forms depends on."""
+
+    settings: Settings
+    forward: price.Shape | None
+    grad: price.Shape | None
+    training: bool
+    trained: bool
+
+    @classmethod
+    def of(cls, adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> _Priced:
+        forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
+        training = bool(flow.backward)
+        return cls(settings, forward, grad, training, training and adapter.either.is_trained(flow))
+
+    def decision(self, T: int) -> price.Decision:
+        """The forms at so many tokens."""
+        settings = self.settings
+        in_place = self.trained and settings.keep == "recompute" and settings.numerics == "default"
+        now = max(1, next(s.T for s in (self.forward, self.grad) if s))
+        forward, grad = (s and replace(s, T=s.T * T // now) for s in (self.forward, self.grad))  # a stride has two
+        return price.decide(settings.machine, forward, grad, self.training, settings.form, in_place)
+
+    def forms(self, T: int) -> tuple[str, str]:
+        found = self.decision(T)
+        return found.forward, found.input_grad
+
+
+def _decide(adapter: _Adapter, flow: Flow, priced: _Priced, T: int) -> tuple[Site, list[Any]]:
+    forward, grad, trained = priced.forward, priced.grad, priced.trained
+    decision = priced.decision(T)
     forms = (decision.forward, decision.input_grad)
     chosen = [f for f, form in zip((adapter.forward, adapter.grad), forms, strict=True) if f and form == WEIGHT]
     shape = forward or grad
     assert shape is not None
-    cost = _cost(settings.machine, [forward, grad], forms, trained)
+    cost = _cost(priced.settings.machine, [forward, grad], forms, trained)
     site = Site(
         name=adapter.either.site_name(flow),
         method=adapter.either.method,

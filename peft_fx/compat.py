@@ -68,6 +68,7 @@ __all__ = [
     "V",
     "WeakIdKeyDictionary",
     "assert_async",
+    "at_least",
     "cache_entries",
     "compile_fx",
     "counters",
@@ -102,6 +103,23 @@ def hint_for(fake_mode: FakeTensorMode) -> Callable[[Any], int]:
         return int(found) if found.is_number else 8192  # an unbacked size: long enough for neither form to be absurd
 
     return hint
+
+
+def at_least(fake_mode: FakeTensorMode) -> Callable[[Any, int], bool | None]:
+    """Whether a size is at least so large, guarded: another graph is compiled where it is not so. None for a size that
+    is not known before the graph runs."""
+    shape_env = fake_mode.shape_env
+
+    def known(size: Any, n: int) -> bool | None:
+        relation = sympy.Ge(sympy.sympify(size), n)
+        if relation.is_Boolean and relation in (sympy.true, sympy.false):
+            return bool(relation)
+        try:
+            return bool(shape_env.evaluate_expr(relation))
+        except GuardOnDataDependentSymNode:
+            return None
+
+    return known
 
 
 def _values(shape_env: Any) -> dict[Any, Any]:

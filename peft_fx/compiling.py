@@ -118,7 +118,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         # drawn by eager's generator, a mask drawn again would be another mask; Inductor's own draws start from a seed
         from_seed = not compat.inductor_config.fallback_random
         settings = replace(record.options.settings(_device(graph)), rebuild_random=from_seed)
-        return pipeline.run(graph, roles, settings, fake_mode, compat.hint_for(fake_mode))
+        return pipeline.run(graph, roles, settings, fake_mode, compat.hint_for(fake_mode), compat.at_least(fake_mode))
 
     def uuid(self) -> Any:
         """All that decides what the pass does besides the graph itself, which the caches look at."""
