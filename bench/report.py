@@ -28,7 +28,7 @@ COLOURS = {
 README = ROOT.parent / "README.md"
 
 REPORT = """\
-Reads bench/results/cpu.json and gpu.json, or the files named, and writes next to them
+Reads bench/results/cpu.json, methods.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
@@ -44,13 +44,14 @@ def add_command(commands: Any) -> None:
     report = commands.add_parser(
         "report", help="tables and figures from the results", description=REPORT, formatter_class=formatter
     )
-    report.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results (default: the two suites')")
+    report.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results (default: the suites')")
     report.add_argument("--folder", type=Path, default=FOLDER, help="where to write (default: bench/results)")
     report.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = [path for path in args.files or (FOLDER / "gpu.json", FOLDER / "cpu.json") if path.exists()]
+    known = [FOLDER / f"{suite}.json" for suite in ("gpu", "cpu", "methods")]
+    paths = [path for path in args.files or known if path.exists()]
     if not paths:
         print("There are no results yet. Measure some: python -m bench suite cpu")
         return 2
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     (args.folder / "tables.md").write_text(text)
     print(text)
     if args.folder == FOLDER:
-        README.write_text(with_tables(README.read_text(), stored[0][1]))
+        README.write_text(with_tables(README.read_text(), {path.stem: content for path, content in stored}))
     _draw_kept(next(({"rows": r} for _, c in stored if (r := _of_kind(c["rows"], "memory"))), None), args.folder)
     _draw_tokens(next((c for _, c in stored if _series(c["rows"])), None), args.folder)
     return 0
@@ -110,11 +111,12 @@ def _breakdown(memories: tables.Memories, style: str, heading: str) -> list[str]
     return parts
 
 
-def with_tables(text: str, content: dict[str, Any]) -> str:
+def with_tables(text: str, stored: dict[str, dict[str, Any]]) -> str:
     """A page with the tables between its marks made anew, each followed by where its numbers come from."""
-    for name, make in README_TABLES.items():
-        body = make(content["rows"])
-        if body:
+    for name, (suites, make) in README_TABLES.items():
+        content = next((stored[suite] for suite in suites if suite in stored), None)
+        body = make(content["rows"]) if content else ""
+        if content and body:
             text = page_with(text, name, f"{body}\n\n{provenance(content['runs'][-1])}")
     return text
 
@@ -139,7 +141,20 @@ def _kept(rows: Iterable[Row]) -> str:
     return tables.kept_table(tables.Memories(memory), "github") if memory else ""
 
 
-README_TABLES = {"step": _headline, "kept": _kept}
+def _methods(rows: Iterable[Row]) -> str:
+    steps = _of_kind(rows, "step")
+    if not steps:
+        return ""
+    s = tables.setup_in(steps[0])
+    size = f"{s.model}, {s.layers} layers × {s.hidden}, T = {s.tokens * s.batch}, {s.dtype}"
+    return f"{size}; memory and step × the frozen model's:\n\n{tables.methods_table(steps)}"
+
+
+README_TABLES = {
+    "step": (("gpu", "cpu"), _headline),
+    "kept": (("gpu", "cpu"), _kept),
+    "methods": (("methods",), _methods),
+}
 
 
 def _of_kind(rows: Iterable[Row], kind: str) -> list[Row]:

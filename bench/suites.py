@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.commands import device_of, memory_requests, results_of, step_request
-from bench.models import Setup, setup_of
+from bench.models import METHODS, Setup, setup_of
 from bench.report import print_rows
 from bench.running import describe, measure_all
 from bench.variants import CHECKPOINTED, VARIANTS
@@ -17,11 +17,14 @@ from bench.variants import CHECKPOINTED, VARIANTS
 SUITE = """\
 cpu   under 20 minutes on two idle cores: kept bytes per layer in every dtype setting and model family, of DoRA, IA3 and
       VeRA, a step of a Llama of 8 layers by every variant, and memory and time against T
+methods
+      a step of a Llama of 2 layers, T = 1024, by each of PEFT's methods: 15 minutes on two idle cores
 gpu   the shape of Llama-3.2-1B at T = 2048, 8192, 16384 and 32768, every variant. In calls of --minutes each: the same
       command again goes on where the last one stopped. --toy runs the same code small, on a CPU if need be
 
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
---fresh measures all of it again. Results: bench/results/cpu.json, gpu.json, gpu-toy.json.
+--fresh measures all of it again. Results: bench/results/cpu.json, methods.json, gpu.json,
+gpu-toy.json.
 """
 
 DEPTHS = (1, 2)
@@ -36,7 +39,7 @@ def add_command(commands: Any) -> None:
     suite = commands.add_parser(
         "suite", help="the measurements that are committed", description=SUITE, formatter_class=formatter
     )
-    suite.add_argument("suite", choices=("cpu", "gpu"))
+    suite.add_argument("suite", choices=("cpu", "methods", "gpu"))
     suite.add_argument("--toy", action="store_true", help="gpu at toy size, to see that it runs")
     suite.add_argument("--fresh", action="store_true", help="measure everything again")
     suite.add_argument("--list", action="store_true", help="say what would be measured, and measure nothing")
@@ -47,13 +50,13 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.suite == "cpu":
+    if args.suite != "gpu":
         args.device = "cpu"
     device = device_of(args)
     if args.suite == "gpu" and device == "cpu" and not args.toy:
         print("There is no GPU here. --toy runs the same suite at toy size.")
         return 2
-    requests = unique(cpu() if args.suite == "cpu" else gpu(device, args.toy))
+    requests = unique({"cpu": cpu, "methods": methods, "gpu": lambda: gpu(device, args.toy)}[args.suite]())
     if args.list:
         print("\n".join(describe(request) for request in requests))
         return 0
@@ -86,6 +89,13 @@ def cpu() -> Iterable[dict[str, Any]]:
     yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
     for T in (512, 1024, 2048):
         yield step_request(setup_of("llama-256", layers=2, tokens=T), compared, rounds=5, cold=False)
+
+
+def methods() -> Iterable[dict[str, Any]]:
+    """What each method costs, beside Inductor and no adapter at all."""
+    for method in METHODS:
+        setup = setup_of("llama-512", layers=2, method=method)
+        yield step_request(setup, ("frozen", "inductor", "peft_fx"), rounds=15, cold=False)
 
 
 def gpu(device: str, toy: bool) -> Iterable[dict[str, Any]]:

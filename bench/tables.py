@@ -173,6 +173,20 @@ def headline_table(row: Row) -> str:
     return table(head, lines, "github")
 
 
+def methods_table(rows: Iterable[Row]) -> str:
+    """Of `time` rows of several methods, for a page: what Inductor and peft_fx keep, and peft_fx's time."""
+    lines = []
+    for row in rows:
+        frozen, inductor, ours = (row["results"].get(name, {}) for name in ("frozen", "inductor", "peft_fx"))
+        if not all("times" in m for m in (frozen, inductor, ours)):
+            continue
+        memory = [_ratio(m[k], frozen[k]) for k in ("kept", "peak") for m in (inductor, ours)]
+        lines.append([setup_in(row).method, *memory, _paired(inductor, frozen), _paired(ours, frozen)])
+        lines[-1].append(_paired(inductor, ours))
+    head = ["", "Inductor keeps", "peft_fx keeps", "Inductor's peak", "peft_fx's peak", "Inductor's step"]
+    return table([*head, "peft_fx's step", "faster by"], lines, "github") if lines else ""
+
+
 def step_title(row: Row) -> str:
     """What the step is of, for the line above the table."""
     s = setup_in(row)
