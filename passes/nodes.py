@@ -51,6 +51,11 @@ def tensor_arg(node: Node, i: int) -> Node:
     return arg
 
 
+def is_read_twice(node: Node) -> bool:
+    """Whether one user reads a value more than once, as `t + 2·t` does: it counts as one of the node's users."""
+    return any(sum(arg is node for arg in user.args) > 1 for user in node.users)
+
+
 def numel(sizes: Sequence[Size]) -> Size:
     return math.prod(sizes)
 

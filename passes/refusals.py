@@ -18,7 +18,7 @@ from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import common_path, shared_path
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.sites import Analysis, Refusal, Sum
-from peft_fx.passes.transfer import Occurrence, Product, addends
+from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends
 
 Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
@@ -177,9 +177,10 @@ def _through(node: Node) -> Node:
 
 
 def _is_of_a_layer(analysis: Analysis, term: Term) -> bool:
-    """Whether a product is of a weight, and not an adapter's."""
+    """Whether a product is of a weight, and not an adapter's; rows picked of a table are the residual stream's start,
+    which every layer is added to."""
     weights = any(analysis.flow.is_weight(f.name) for f in term.factors)
-    return weights and not any(_is_narrow(analysis, f) for f in term.factors)
+    return weights and not any(_is_narrow(analysis, f) or f.window == GATHERED for f in term.factors)
 
 
 def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
@@ -219,7 +220,8 @@ def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
         same = all(analysis.flow.is_weight(n) for n in operands)  # a product of weights reads nothing
         return found[0] if len(operands) == 2 and len(found) == 1 and not same else None
     for product in _products(node):
-        if analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right):
+        weights = analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right)
+        if weights or product.gathered:  # a trained table is no adapter of what its rows are added to
             continue
         for operand in (product.left, product.right):
             rows, cols = shape(operand)[:2] if product.window is not None else shape(operand)[-2:]

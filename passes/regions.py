@@ -31,6 +31,7 @@ from peft_fx.passes.nodes import (
     TRANSPOSES,
     aten,
     expr,
+    is_read_twice,
     is_tensor,
     numel,
     shape,
@@ -164,10 +165,14 @@ def _addends(node: Node, rows: Rows) -> Iterator[Node]:
     for operand in node.args[:2]:
         if not (is_tensor(operand) and operand in rows.of):
             continue
-        if rows.of[operand].source is operand and operand.target is aten.add.Tensor and len(operand.users) == 1:
+        if rows.of[operand].source is operand and _is_a_sums_own(operand):
             yield from _addends(operand, rows)
         else:
             yield operand
+
+
+def _is_a_sums_own(node: Node) -> bool:
+    return node.target is aten.add.Tensor and len(node.users) == 1 and not is_read_twice(node)
 
 
 def _is_arithmetic(node: Node, rows: Rows) -> bool:

@@ -225,7 +225,7 @@ class Analysis:
             for factors in ((group.weight,), group.adapter_factors, group.shared)
         )
         return bool(own and adapter and u) and all(
-            shared_path(own[0], a) > max(shared_path(own[0], other) for other in u) for a in adapter
+            a != own[0] and shared_path(own[0], a) > max(shared_path(own[0], other) for other in u) for a in adapter
         )
 
     def _candidates(self, root: Node, terms: Iterable[Occurrence], backward: bool) -> Iterator[Group]:

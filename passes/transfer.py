@@ -23,6 +23,7 @@ from peft_fx.passes.nodes import (
     RESHAPES,
     SQUEEZES,
     aten,
+    is_read_twice,
     is_tensor,
     numel,
     prims,
@@ -316,7 +317,8 @@ class Reader:
         key = (node, layout, top)
         if key not in self._memo:
             found = self._flatten(node, layout, self._sum)
-            if found is None or (not top and len(node.users) > 1 and len(found) > 1):
+            several = len(node.users) > 1 and found is not None and len(found) > 1
+            if found is None or (not top and (several or is_read_twice(node))):
                 found = self._single(node, layout)
             self._memo[key] = found
         return self._memo[key]

@@ -92,6 +92,7 @@ def test_ranks_correlate() -> None:
 
 def test_the_tables_and_the_figure_of_a_sweep(tmp_path: Any) -> None:
     """Of made-up times: plain Inductor takes 1, the weight form T/100."""
+    pytest.importorskip("matplotlib")
     layer = {"K": 128, "N": 128, "r": 4, "dtype": "peft"}
     names = {INDUCTOR: 1.0, AGAIN: 1.02, "peft_fx activation": 1.1}
     rows = []
