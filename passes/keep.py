@@ -122,11 +122,11 @@ class Keep:
 
     def _is_narrow_product(self, node: Node) -> bool:
         """`u·A` with few columns: redoing it costs little next to the layer's own product."""
-        for part in addends(node) or []:
-            if isinstance(part.operand, Product) and part.operand.window is None:
-                k, n = shape(part.operand.right)[-2:]
+        for product in products(node):
+            if product.window is None:
+                k, n = shape(product.right)[-2:]
                 narrow = isinstance(k, int) and isinstance(n, int) and 4 * n <= k
-                return narrow and self.flow.is_weight(part.operand.right)
+                return narrow and self.flow.is_weight(product.right)
         return False
 
     def _choose(self, node: Node, inputs: list[Origin]) -> Origin:
@@ -146,8 +146,7 @@ class Keep:
 
     def _is_result(self, leaves: frozenset[Node]) -> bool:
         """While it is not yet known what is kept: a layer's result is, rather than what is computed from it alone."""
-        parts = [part for leaf in leaves for part in addends(leaf) or []]
-        return not self.kept_known and len(leaves) == 1 and any(isinstance(part.operand, Product) for part in parts)
+        return not self.kept_known and len(leaves) == 1 and any(products(leaf) for leaf in leaves)
 
     def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
         """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are
@@ -174,6 +173,12 @@ class Keep:
         for node in marked:
             node.meta["recompute"] = REBUILD
         return len(marked)
+
+
+def products(node: Node) -> list[Product]:
+    """The products in a node; rows that are picked of a table are not multiplied."""
+    found = [part.operand for part in addends(node) or []]
+    return [p for p in found if isinstance(p, Product) and not p.gathered]
 
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
@@ -205,5 +210,5 @@ def _sums_over_tokens(node: Node, flow: Flow) -> bool:
     operands = [n for n in node.all_input_nodes if is_tensor(n)]
     if node.target is aten.mul.Tensor:
         return len(operands) == 2 and any(n not in flow.backward and not flow.is_weight(n) for n in operands)
-    products = [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
-    return bool(products) and not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in products)
+    found = products(node)
+    return bool(found) and not any(flow.is_weight(p.left) or flow.is_weight(p.right) for p in found)
