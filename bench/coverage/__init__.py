@@ -42,7 +42,7 @@ def add_command(commands: Any) -> None:
     )
     coverage.add_argument("--table", choices=TABLES, nargs="+", default=list(TABLES), help="(default: all)")
     coverage.add_argument("--name", nargs="+", metavar="NAME", help="rows of these names alone")
-    coverage.add_argument("--draws", type=int, default=16, metavar="N", help="for the gate; 0: none (default: 16)")
+    coverage.add_argument("--draws", type=int, default=12, metavar="N", help="for the gate; 0: none (default: 12)")
     coverage.add_argument(
         "--time", action="store_true", help="also seconds of a step, compiled by Inductor: an hour or two"
     )
