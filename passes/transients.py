@@ -31,11 +31,11 @@ from torch.fx import Graph, Node
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.price import IN_PLACE
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.transfer import Layout, Reader
 
 MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
-NARROW = 8  # the other factor is at most an eighth of the copy
 
 
 def read_in_place(
@@ -120,7 +120,7 @@ def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
     is_copy = is_copy and torch.finfo(source.precision).tiny <= torch.finfo(dtype).tiny
     small, large = (hint(numel(shape(n))) for n in (other, copied))
-    if not is_copy or large < NARROW * small or not small:
+    if not is_copy or large < IN_PLACE * small or not small:
         return None
     narrow = reader.term(other, Layout(1, shape(other)[-1]))
     return _Copying(node, left, source, term.scale, narrow, vector, flipped == left)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peft_fx
 from tests.oracle import EAGER, PAIR, gate, to_dtype
 from tests.spellings import BF16, Lora, frozen, linear, peft_casts, trained
+from tests.strategies import same_at_every_run
 
 EXAMPLES = 3  # of each setting
 FP32, FP16 = torch.float32, torch.float16
@@ -96,15 +97,7 @@ def test_the_gate_holds_on_random_shapes(dtypes: str, form: str, rounding: str) 
     base, adapter = DTYPES[dtypes]
     mixed = base != adapter
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        print_blob=False,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @same_at_every_run(EXAMPLES)
     @given(examples(mixed))
     def check(example: Example) -> None:
         torch._dynamo.reset()
