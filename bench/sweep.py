@@ -111,7 +111,7 @@ def _regimes(layer: Layer, tokens: Sequence[int]) -> list[list[int]]:
     """T in groups for which the graphs are the same: a bf16 x is read in place where T is many times the rank."""
     if layer.dtype == "fp32":
         return [list(tokens)]
-    long = [price.IN_PLACE * layer.r <= T for T in tokens]
+    long = [price.reads_in_place(T, min(layer.K, layer.N), layer.r) for T in tokens]
     found = [[T for T, is_long in zip(tokens, long, strict=True) if is_long == which] for which in (False, True)]
     return [regime for regime in found if regime]
 

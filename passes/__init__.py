@@ -5,6 +5,7 @@
     transfer.py    what each ATen op does to a linear form: one short function per op, in one table
     flow.py        what depends on what: backward, weights, random draws; and the names of graph inputs
     identities.py  products with an identity are their other operand
+    factors.py     a vector that every addend of a sum carries, taken out of it
     quantised.py   a product fused with its weight's dequantisation, opened where an adapter joins
     sites.py       which sums are a product plus its adapters
     affine.py      which values are, row by row, an affine map of one source

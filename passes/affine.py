@@ -45,10 +45,11 @@ from peft_fx.passes.transfer import scale_of
 
 @dataclass(frozen=True)
 class Token:
-    """One of the source's dimensions that count tokens."""
+    """One of the source's dimensions that count tokens, or a part of one, the slowest first."""
 
     index: int
     size: Size
+    part: int = 0
 
 
 Atom = Token | int  # a token dimension, or the size of a part of the features
@@ -103,7 +104,7 @@ def _size(atom: Atom) -> Size:
 
 
 def regroup(dims: Dims, sizes: Iterable[Size]) -> Dims | None:
-    """The dimensions of a reshaped value; None where a token dimension would be torn apart."""
+    """The dimensions of a reshaped value; None where that would tear apart tokens of unknown number."""
     atoms = [a for dim in dims for a in dim]
     found: list[tuple[Atom, ...]] = []
     for n in sizes:
@@ -112,16 +113,20 @@ def regroup(dims: Dims, sizes: Iterable[Size]) -> Dims | None:
             if not atoms:
                 return None
             atom = atoms.pop(0)
-            if all(isinstance(v, int) for v in (n, done, atom)):
+            if all(isinstance(v, int) for v in (n, done, _size(atom))):
                 wanted, rest = divmod(n, done)
                 if rest:
                     return None
-                if atom > wanted:  # type: ignore[operator]
-                    parts, rest = divmod(atom, wanted)  # type: ignore[operator]
+                if _size(atom) > wanted:
+                    parts, rest = divmod(_size(atom), wanted)
                     if rest:
                         return None
-                    atoms.insert(0, parts)
-                    atom = wanted
+                    if isinstance(atom, Token):
+                        atoms.insert(0, replace(atom, size=parts, part=atom.part + 1))
+                        atom = replace(atom, size=wanted)
+                    else:
+                        atoms.insert(0, parts)
+                        atom = wanted
             if group and isinstance(atom, int) and isinstance(group[-1], int):
                 group[-1] *= atom
             else:
@@ -573,4 +578,4 @@ def in_order(dims: Dims) -> bool:
     """All tokens first, in the source's order, then the features."""
     atoms = [a for dim in dims for a in dim]
     tokens = [a for a in atoms if isinstance(a, Token)]
-    return atoms[: len(tokens)] == sorted(tokens, key=lambda t: t.index)
+    return atoms[: len(tokens)] == sorted(tokens, key=lambda t: (t.index, t.part))

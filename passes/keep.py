@@ -58,18 +58,27 @@ class Keep:
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
         gradients = parameter_gradients(graph, flow) | reading
-        frozen = {n for g in flow.backward - gradients for n in g.all_input_nodes}
+        frozen = {n for g in flow.backward - gradients if g.op != "output" for n in g.all_input_nodes}
         self.kept_known = False  # until then of two that are as large the earlier one is taken for kept
-        self._note_kept(n for n in graph.nodes if n in frozen)  # in graph order: each chain ends at one known before
+        read = [n for n in graph.nodes if n in frozen]  # in graph order: each chain ends at one known before
+        ways = self._note_kept(read)
         self.kept_known = True
+        self.kept_anyway = frozenset(self.kept)
         reads = {n for g in gradients for n in g.all_input_nodes if self._is_activation(n)}
         for node in sorted(reads, key=self._bytes, reverse=True):
             origin = self._origin(node)
             self.chosen |= origin.chain
             self.kept |= origin.leaves
             self._origins.clear()
+            for way in ways:  # a layer's result is kept for both, not also what the frozen model makes of it
+                if len(way.leaves) == 1 and way.leaves <= origin.leaves and any(map(products, way.leaves)):
+                    self.chosen |= way.chain
         if random:
             self.chosen |= self._masks_behind(self.chosen)
+
+    def costs_nothing(self, node: Node) -> bool:
+        """Whether a value is what the frozen model keeps, or rebuilt pointwise from that."""
+        return self._origin(node).leaves <= self.kept_anyway
 
     def _is_activation(self, node: Node) -> bool:
         """A value of forward that is no weight."""
@@ -79,12 +88,15 @@ class Keep:
         val = value(node)
         return self.hint(numel(shape(node))) * val.dtype.itemsize if isinstance(val, torch.Tensor) else 0
 
-    def _note_kept(self, nodes: Iterable[Node]) -> None:
-        """What the frozen backward reads is kept, or what it is cheaper rebuilt from."""
+    def _note_kept(self, nodes: Iterable[Node]) -> list[Origin]:
+        """What the frozen backward reads is kept, or what it is cheaper rebuilt from; returns the ways there."""
+        ways = []
         for node in nodes:
             if self._is_activation(node):
-                self.kept |= {node, *self._origin(node, frozen=True).leaves}
+                ways.append(self._origin(node, frozen=True))
+                self.kept |= {node, *ways[-1].leaves}
                 self._origins.clear()
+        return ways
 
     def _origin(self, node: Node, frozen: bool = False) -> Origin:
         """The cheapest beginning of a value's chain: the node itself, or what its inputs begin with."""
@@ -166,9 +178,11 @@ class Keep:
         return found
 
     def mark(self) -> int:
-        """Tags what is chosen and its equals: the partitioner merges them first, and the first one's tag stays."""
+        """Tags what is chosen, and the equals of all that is to be rebuilt: the partitioner merges them first, and the
+        first one's tag stays."""
         number = value_numbers(self.graph)
-        equals = {number[node] for node in self.chosen}
+        tagged = {node for node in self.graph.nodes if node.meta.get("recompute") is REBUILD}
+        equals = {number[node] for node in self.chosen | tagged}
         marked = [node for node in self.graph.nodes if number[node] in equals and "recompute" not in node.meta]
         for node in marked:
             node.meta["recompute"] = REBUILD

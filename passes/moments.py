@@ -9,7 +9,7 @@ is the narrowest value on the way: where the product is `z·B` with z = x·A of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +19,14 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.affine import Row, Rows, Token, in_order, plain
-from peft_fx.passes.algebra import MANTISSA, finer
+from peft_fx.passes.algebra import MANTISSA, Size, finer
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import CAST, aten, is_tensor, shape, tensor_arg, value
+from peft_fx.passes.nodes import CAST, aten, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.replay import Replay
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.transients import MIXED
 
+FEW = 8  # with an eighth as many tokens as G has rows, a result is kept for a vector's gradient
 NARROW = 4  # a product with a quarter of its input's columns is computed again
 
 
@@ -49,12 +50,24 @@ class Moments:
     weights: frozenset[Node] = frozenset()
 
 
-def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> Moments:
-    """Replaces such gradients in place."""
+def from_moments(
+    graph: Graph,
+    flow: Flow,
+    fake_mode: AbstractContextManager[Any],
+    hint: Callable[[Size], int],
+    at_hand: Callable[[Node], bool],
+) -> Moments:
+    """Replaces such gradients in place, but where the result that they read is `at_hand` in backward anyway, or is of
+    few tokens."""
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
     for found in list(_contractions(graph, rows, flow)):
+        width = rows.of[found.source].width
+        tokens = hint(numel(shape(found.source))) // width
+        few = tokens < (width if found.node.target is aten.mm.default else width / FEW)
+        if few or at_hand(found.read):
+            continue
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
         found.node.replace_all_uses_with(new)
@@ -136,6 +149,8 @@ class _Gradient:
     def gradient(self) -> Node:
         node, read, source = self.found.node, self.found.read, self.found.source
         count, dtype = self.rows.of[source].width, price.merge_dtype(value(source).dtype)
+        if node.target is aten.mm.default:  # a product in fp64 takes longer than what it is instead of
+            dtype = finer(torch.float32, value(node).dtype)
         self.build.rebuild = True
         replay = Replay(self.build, self.rows.from_source([read], source), source, count, dtype)
         if node.target is aten.mm.default:

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from peft_fx.passes import price
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_identities
 from peft_fx.passes.keep import Keep
@@ -100,6 +101,7 @@ def run(
     before = Contract.of(graph)
     outcome, added = Outcome(), []
     added += without_identities(graph, fake_mode)
+    added += factored(graph, Flow(graph, roles), fake_mode)
     unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     rows = Rows(graph.nodes, analysis.flow)
@@ -123,7 +125,9 @@ def run(
     if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
         moments = Moments([])
         if settings.numerics == "default":
-            moments = from_moments(graph, Flow(graph, roles), fake_mode)
+            flow = Flow(graph, roles)
+            at_hand = Keep(graph, flow, hint, settings.rebuild_random).costs_nothing
+            moments = from_moments(graph, flow, fake_mode, hint, at_hand)
             added += moments.added
             if not _all_cheaper_as_written(outcome, settings):
                 added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)

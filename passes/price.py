@@ -37,8 +37,9 @@ from peft_fx.passes.algebra import Size, Term, cheapest_order, finer
 from peft_fx.passes.machine import Machine
 
 FORMS = ("weight", "activation")
-IN_PLACE = 8  # an activation is read in place by a product whose other factor is an eighth of it at most
+IN_PLACE = 16  # an activation is read in place by products of a rank that is a sixteenth of its sides at most
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
+TIE = 0.99  # of a step of the whole layer: an adapter that saves less stays as it is written
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ def reads(machine: Machine, s: Shape, in_place: bool) -> Price:
     for (k, r), *rest in s.terms:
         if not rest:
             continue
-        copied = False
+        here = in_place and reads_in_place(s.T, k, r)
         for m, inner, narrow in ((s.T, k, k * r), (k, s.T, s.T * r)):
-            if in_place and IN_PLACE * narrow <= s.T * k:
+            if here:
                 results = 1 if machine.mixed else 2
                 for _ in range(results):
                     total += product(machine, m, inner, 2 * r, s.base_dtype, s.batch)
@@ -180,10 +181,15 @@ def reads(machine: Machine, s: Shape, in_place: bool) -> Price:
                 total += one_pass(machine, s.batch * m * r * size * (1 + results))
             else:
                 total += product(machine, m, inner, r, s.adapter_dtype, s.batch)
-                copied = True
-        if copied:
+        if not here:
             total += one_pass(machine, s.batch * s.T * k * (s.base_dtype.itemsize + s.adapter_dtype.itemsize))
     return total
+
+
+def reads_in_place(m: int, k: int, r: int) -> bool:
+    """Whether products of rank r read an activation [m,k] in place: as pairs they are twice as wide, or four times.
+    Those of rank one Inductor fuses with the copy."""
+    return r > 1 and IN_PLACE * r <= min(m, k)
 
 
 @dataclass(frozen=True)
@@ -230,6 +236,10 @@ def decide(
     pure = min((k for k in allowed if len(set(k) - {"none"}) == 1), key=lambda k: (allowed[k], k.count("weight")))
     best = min(allowed, key=lambda k: (allowed[k], k.count("weight")))
     best = best if allowed[best] < MIX * allowed[pure] else pure
+    written = next((k for k in allowed if set(k) <= {"activation", "none"}), best)
+    same = sum(base(machine, s).seconds for s in (forward, grad) if s is not None)
+    if same + allowed[best] > TIE * (same + allowed[written]):
+        best = written
     return Decision(*best, seconds=prices, reason=_reason(machine, prices, best, form))
 
 
@@ -240,7 +250,9 @@ def _reason(machine: Machine, prices: dict[tuple[str, str], float], best: tuple[
     compared = " vs ".join(f"{f} {1e6 * all_in(f):.0f} µs" for f in FORMS)
     if len(set(best) - {"none"}) > 1:
         compared += f" vs mix {1e6 * prices[best]:.0f} µs"
-    chosen = "asked for" if form != "auto" else "cheaper" if len(set(best) - {"none"}) == 1 else "cheapest mix"
+    pure = len(set(best) - {"none"}) == 1
+    tie = pure and any(prices[k] < prices[best] for k in prices if len(set(k) - {"none"}) == 1)
+    chosen = "asked for" if form != "auto" else "as good" if tie else "cheaper" if pure else "cheapest mix"
     return f"{chosen}: {compared} on {machine.name}"
 
 

@@ -199,6 +199,8 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     bases = [n for n in row.products if not set(rows.brought(n)[1]).isdisjoint(row.frozen)]
     if not bases or not rows.is_adapted(row) or any(not in_order(rows.of[end].dims) for end in ends):
         return None
+    if len(ends) == 1 and _is_scaled_adapter(ends[0], rows):
+        return None
     start = [a for dim in fresh(row.source).dims for a in dim]
     if not any(isinstance(a, Token) for a in start) or not isinstance(start[-1], int):
         return None  # a single token, or a single feature
@@ -221,12 +223,22 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     return Region(ends, row, nodes, diagonal, base, backward)
 
 
+def _is_scaled_adapter(end: Node, rows: Rows) -> bool:
+    """Whether a value is an adapter's, times a vector: that vector is no part of it."""
+    while end.target in COPIES | CASTS:
+        (end,) = rows.operands(end)
+    scaled = rows.operands(end) if end.target in SCALINGS else []
+    return len(scaled) == 1 and rows.is_adapted(rows.of[scaled[0]]) and bool(rows.of[scaled[0]].frozen)
+
+
 def _start(source: Node, nodes: frozenset[Node], rows: Rows) -> Node:
     """Where the ways to the ends part: a norm's scale or a rounding that all of the region reads its input through is
     the input's own."""
     while True:
         after = [n for n in source.users if n in nodes]
-        if len(after) != 1 or after[0].target not in COPIES | CASTS | SCALINGS or rows.brought(after[0])[0]:
+        if len(after) != 1 or after[0].target not in COPIES | CASTS | SCALINGS:
+            return source
+        if rows.brought(after[0])[0] and not any(rows.brought(n)[0] for n in nodes - {after[0]}):
             return source
         if coarser(value(after[0]).dtype, value(source).dtype) != value(after[0]).dtype:
             return source

@@ -223,7 +223,7 @@ class Replay:
 
     def _sizes(self, dims: Dims, count: int) -> list[int]:
         def size(atom: Atom) -> int:
-            return atom if isinstance(atom, int) else count if atom.index == self.lead else 1
+            return atom if isinstance(atom, int) else count if (atom.index, atom.part) == (self.lead, 0) else 1
 
         return [int(numel([size(a) for a in dim])) for dim in dims]
 

@@ -30,8 +30,8 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, aten, is_tensor, numel, shape, tensor_arg, value
-from peft_fx.passes.price import IN_PLACE
+from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, SCALINGS, aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.price import reads_in_place
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.transfer import Layout, Reader
 
@@ -110,7 +110,7 @@ class _Copying:
 def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
     copied, other = (a, b) if left else (b, a)
-    read, vector, flipped = _without_vector(copied, flow)
+    read, vector, number, flipped = _without_vector(copied, flow)
     term = reader.term(read, Layout(1, shape(read)[-1]))
     source, dtype = term.factors[0], value(copied).dtype
     if flipped:
@@ -119,28 +119,33 @@ def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[
         return None
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
     is_copy = is_copy and torch.finfo(source.precision).tiny <= torch.finfo(dtype).tiny
-    small, large = (hint(numel(shape(n))) for n in (other, copied))
-    if not is_copy or large < IN_PLACE * small or not small:
+    m, k, rank = (hint(n) for n in (*shape(copied), shape(other)[-1 if left else 0]))
+    if not is_copy or not reads_in_place(m, k, rank):
         return None
     narrow = reader.term(other, Layout(1, shape(other)[-1]))
-    return _Copying(node, left, source, term.scale, narrow, vector, flipped == left)
+    return _Copying(node, left, source, term.scale * Scale(number), narrow, vector, flipped == left)
 
 
-def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, bool]:
-    """What a factor for each feature was multiplied to, the factors, and whether the result was transposed since."""
-    start, flipped = node, False
-    while node.target in LAYOUTS or node.target is CAST:
+def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, float, bool]:
+    """What a factor for each feature was multiplied to, the factors, a number beside them, and whether the result was
+    transposed since."""
+    start, number, flipped = node, 1.0, False
+    while node.target in LAYOUTS | SCALINGS or node.target is CAST:
         source = tensor_arg(node, 0)
-        if node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
+        if node.target in SCALINGS:
+            if node.target is not aten.mul.Tensor or not isinstance(node.args[1], (int, float)):
+                break
+            number *= node.args[1]
+        elif node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]
             flipped = not flipped
         elif node.target is not CAST and (node.target not in RESHAPES or shape(source)[-1] != shape(node)[-1]):
-            return start, None, False
+            return start, None, 1.0, False
         node = source
     if node.target is aten.mul.Tensor and is_tensor(node.args[0]) and is_tensor(node.args[1]):
         for x, vector in (node.args[:2], node.args[1::-1]):
             if flow.is_weight(vector) and shape(vector)[-1:] == shape(x)[-1:] and numel(shape(vector)) == shape(x)[-1]:
-                return x, vector, flipped  # type: ignore[return-value]
-    return start, None, False
+                return x, vector, number, flipped  # type: ignore[return-value]
+    return start, None, 1.0, False
 
 
 def _batches(members: list[_Copying]) -> Iterator[tuple[list[_Copying], set[Node]]]:

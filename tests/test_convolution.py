@@ -165,10 +165,20 @@ def test_a_kernel_in_groups_joins_its_base(groups: int) -> None:
     assert report.refusals == []
 
 
+def test_dora_is_a_lora_and_a_vector() -> None:
+    """The vector is taken out of the sum, whose forward then is a LoRA's; to the bit."""
+    module, inputs = Spelled(dora, A=A, B=(OUT, 2, 1, 1), l=VECTOR).double(), make(SETTINGS["2d"])[1]
+    integers(module, 1), integers(inputs, 2)
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    report = peft_fx.explain(f)
+    assert [s.forward for s in report.sites] == ["weight"]
+    assert report.refusals == []
+
+
 REFUSED = {
     "across_groups": (lambda: Spelled(lora_across_groups, 2, A=A, B=B), "in 2 groups"),
     "vector_after": (lambda: Spelled(vector_after, l=VECTOR), "a vector scales"),
-    "dora": (lambda: Spelled(dora, A=A, B=(OUT, 2, 1, 1), l=VECTOR), "a vector scales"),
     "rotated_windows": (lambda: Spelled(rotated_windows, M=(CHANNELS * 9, CHANNELS * 9)), "overlapping windows"),
 }
 
