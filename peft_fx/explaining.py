@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from peft_fx import compat
 from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
 from peft_fx.options import Options, parse
+from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
@@ -95,7 +96,8 @@ class Idle(AdapterPass):
     kept: dict[str, int] | None = None
 
     def __call__(self, graph: Graph) -> None:
-        self.untouched = _copy_graph(graph)
+        if not is_body(graph):
+            self.untouched = _copy_graph(graph)
         super().__call__(graph)
 
 

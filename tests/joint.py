@@ -28,7 +28,7 @@ class Joint:
 
     def rewritten(self, **options: str) -> tuple[Graph, pipeline.Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix."""
-        graph = _copy_graph(self.graph)
+        graph = GraphModule(self.module, _copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
         settings = replace(parsed.settings(torch.device("cpu")), rebuild_random=parsed.lowering == "inductor")
         roles = compiling.roles_in(graph, self.roles)
