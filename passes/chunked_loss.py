@@ -35,9 +35,10 @@ from peft_fx.passes.sites import Refusal
 
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many
-DEARER = 1.05  # the loop's products by the price, in units of the whole product's
+DEARER = 1.1  # the loop's products by the price, in units of the whole product's
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
 PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}  # where each has its factors
+LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
 CURE = (
     "return the loss alone: peft_fx.loss_only(model), or compile a function such as "
@@ -92,8 +93,8 @@ def chunk_loss(
         if done.saved < LEAST or not (isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)):
             return [], [], []
     except Unfit as why:
-        told = bool(flow.backward)  # without a loss there is nothing to cure
-        return [], [Refusal(plan.name, why.code, why.detail)] if told else [], []
+        told = bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
+        return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], []
     return [done], [], _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
 
 
@@ -117,6 +118,13 @@ def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | Non
         if product or node in multiplied:
             multiplied.update(node.all_input_nodes)
     return best
+
+
+def _has_loss(graph: Graph, logits: Node) -> bool:
+    """Whether one number that is computed from the logits is an output."""
+    (output,) = graph.find_nodes(op="output")
+    following = reachable(graph, lambda n: n is logits)
+    return any(is_tensor(n) and n in following and numel(shape(n)) == 1 for n in output.args[0])
 
 
 def _factors(product: Node) -> tuple[Node, Node]:
@@ -211,7 +219,9 @@ def _wide_region(flow: Flow, logits: Node, plan: Plan) -> set[Node]:
     """All that is wide and connected with the logits, and all that reads it."""
 
     def is_wide(node: Node) -> bool:
-        if node.op != "call_function" or not is_tensor(node) or flow.is_weight(node) or node.target in FILLS:
+        if node.op != "call_function" or not is_tensor(node) or node.target in FILLS:
+            return False
+        if flow.is_weight(node) and node.target is not aten.expand.default:
             return False
         elements = numel([n if isinstance(n, int) else plan.hinted if n == plan.rows else n for n in shape(node)])
         return not _sums_over_tokens(node, flow) and _exceeds(elements, plan)
@@ -355,15 +365,15 @@ class _Rewriter:
             return {}
         needed = _ancestors(self.graph, [n for n, _ in self._inputs()])
         following = reachable(self.graph, lambda n: n is scalar)
-        way = [n for n in self.graph.nodes if n in needed and n in following and n not in self.loop.nodes]
+        behind = (needed & following) - {scalar, *self.loop.nodes}
+        way = [n for n in self.graph.nodes if n in behind]
         self._hoist([a for n in way for a in n.all_input_nodes if a not in following], point)
         val = value(scalar)
         like = {"dtype": val.dtype, "device": val.device}
         copies = {scalar: self.build.call(aten.full.default, list(val.shape), 1.0, **like)}
         for node in way:
-            if node is not scalar:
-                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
-                copies[node] = self._forward(self.build.call(node.target, *args, **kwargs))
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+            copies[node] = self._forward(self.build.call(node.target, *args, **kwargs))
         return copies
 
     def _forward(self, node: Node) -> Node:
