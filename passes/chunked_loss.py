@@ -113,7 +113,7 @@ def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | Non
         if product and node not in multiplied:
             k, n = shape(_factors(node)[1])
             size = hint(numel(shape(node)))
-            if isinstance(n, int) and isinstance(k, int) and n > k and (size, k) > largest:
+            if isinstance(n, int) and isinstance(k, int) and n > k and (size, k) >= largest:
                 best, largest = node, (size, k)
         if product or node in multiplied:
             multiplied.update(node.all_input_nodes)
@@ -496,11 +496,11 @@ class _Rewriter:
                 return inner[n, rows_of.get(n)]
 
             build.like = node
-            args = list(node.args)
             if node.target in SIZED:
                 assert how.rows is not None
-                args[1] = how.rows.part([int(n) if isinstance(n, int) else n for n in value(node).shape], count)
-            args = [torch.fx.map_arg(a, inside) for a in args]
+                args = (inside(tensor_arg(node, 0)), how.rows.part(list(value(node).shape), count))
+            else:
+                args = torch.fx.map_arg(node.args, inside)
             kwargs = torch.fx.map_arg(node.kwargs, inside)
             target = aten.reshape.default if node.target is aten.view.default else node.target
             made[node] = self._forward(build.call(target, *args, **kwargs))
