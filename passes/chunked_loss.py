@@ -347,8 +347,12 @@ class _Rewriter:
     # -------------------------------------------------------------------------------------------------- inputs
 
     def _inputs(self) -> list[tuple[Node, Rows | None]]:
-        """What the loop reads, with its rows."""
-        found: dict[tuple[Node, Rows | None], None] = {}
+        """What the loop reads, with its rows. Of a dynamic number of rows Inductor reads the symbols too."""
+        symbols = getattr(self.plan.rows, "free_symbols", ())
+        sizes = [n for n in self.graph.find_nodes(op="placeholder") if isinstance(value(n), torch.SymInt)]
+        found: dict[tuple[Node, Rows | None], None] = dict.fromkeys(
+            (n, None) for n in sizes if expr(value(n)) in symbols
+        )
         for node, how in self.loop.nodes.items():
             sized = node.args[1:] if node.target in SIZED else ()
             rows = {node.args[i]: there for i, there in how.operands.items()}
