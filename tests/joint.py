@@ -68,7 +68,11 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
 
         class Capture(compat.CustomGraphPass):  # type: ignore[misc]
             def __call__(self, graph: Graph) -> None:
-                found.append(Joint(_copy_graph(graph), roles, compat.V.fake_mode, gm, list(example_inputs)))
+                found.append(
+                    Joint(
+                        _copy_graph(graph), roles, compat.V.fake_mode, graph.owning_module or gm, list(example_inputs)
+                    )
+                )
 
             def uuid(self) -> None:
                 return None

@@ -37,7 +37,6 @@ def another_index_ignored(z: Tensor, y: Tensor, other: Tensor) -> Tensor:
     return F.cross_entropy(wide(z), y.clamp_min(0), ignore_index=0)
 
 
-
 @loss
 def weighted(z: Tensor, y: Tensor, other: Tensor) -> Tensor:
     return F.cross_entropy(wide(z), y, weight=torch.linspace(0.5, 2, z.shape[-1], dtype=wide(z).dtype))
@@ -45,7 +44,9 @@ def weighted(z: Tensor, y: Tensor, other: Tensor) -> Tensor:
 
 @loss
 def weighted_and_smoothed(z: Tensor, y: Tensor, other: Tensor) -> Tensor:
-    return F.cross_entropy(wide(z), y, weight=torch.linspace(0.5, 2, z.shape[-1], dtype=wide(z).dtype), label_smoothing=0.2)
+    return F.cross_entropy(
+        wide(z), y, weight=torch.linspace(0.5, 2, z.shape[-1], dtype=wide(z).dtype), label_smoothing=0.2
+    )
 
 
 @loss
