@@ -30,8 +30,9 @@ from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import aten, expr, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.regimes import AtLeast
 from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, tensors, treatment
+from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, treatment
 from peft_fx.passes.sites import Refusal
+from peft_fx.passes.transients import exact_products
 
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many
@@ -386,7 +387,7 @@ class _Rewriter:
 
     def _hoist(self, nodes: Iterable[Node], point: Node) -> None:
         """Moves nodes, and what they are computed from, before the point where they are read from now on."""
-        late = _ancestors(self.graph, [n for n in nodes])
+        late = _ancestors(self.graph, list(nodes))
         for node in [n for n in self.graph.nodes if n in late and self.position.get(n, -1) >= self._at(point)]:
             point.prepend(node)
             self.position[node] = -1  # once is enough
@@ -488,6 +489,7 @@ class _Rewriter:
         for key, placeholder in zip(read, placeholders, strict=False):
             inner[key] = self._unflat(build, placeholder, key, count)
         made: dict[Node, Node] = {}
+        addends: dict[Node, list[Node]] = {}
         for node, how in self.loop.nodes.items():
             rows_of = {node.args[i]: there for i, there in how.operands.items()}
 
@@ -507,13 +509,17 @@ class _Rewriter:
                 args = torch.fx.map_arg(node.args, inside)
             kwargs = torch.fx.map_arg(node.kwargs, inside)
             target = aten.reshape.default if node.target is aten.view.default else node.target
-            made[node] = self._forward(build.call(target, *args, **kwargs))
+            if how.rows is None:
+                addends[node] = _addends(build, target, args, kwargs)
+            else:
+                made[node] = self._forward(build.call(target, *args, **kwargs))
         build.like = None
         totals = placeholders[len(read) :]
-        results = [
-            build.call(aten.add.Tensor, total, build.cast(made[n], value(total).dtype))
-            for n, total in zip(summed, totals, strict=True)
-        ]
+        results = []
+        for n, total in zip(summed, totals, strict=True):
+            for addend in addends[n]:
+                total = build.call(aten.add.Tensor, total, build.cast(addend, value(total).dtype))
+            results.append(total)
         for n in parted:
             rows = self.loop.outputs[n].rows
             assert rows is not None
@@ -563,3 +569,13 @@ class _Rewriter:
     def _size(self, size: Size, sources: list[Node]) -> Node:
         source, i = next((n, i) for n in sources for i, other in enumerate(shape(n)) if other == size)
         return self.build.call(aten.sym_size.int, source, i)
+
+
+def _addends(build: Builder, target: Any, args: Any, kwargs: Any) -> list[Node]:
+    """A chunk's sum over rows, of half precision unrounded: the sum of all chunks is rounded once."""
+    wide = WIDE.get(value(args[0]).dtype)
+    if wide is not None and target is aten.mm.default:
+        return exact_products(build, *args)
+    if wide is not None and target is not aten.bmm.default:
+        args = (build.cast(args[0], wide), *args[1:])
+    return [build.call(target, *args, **kwargs)]

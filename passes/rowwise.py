@@ -170,7 +170,8 @@ def _expand(node: Node, row: Row) -> Treatment:
 @_rule(aten.permute.default)
 def _permute(node: Node, row: Row) -> Treatment:
     source, order = node.args[0], node.args[1]
-    assert isinstance(source, Node) and isinstance(order, (list, tuple))
+    assert isinstance(source, Node)
+    assert isinstance(order, (list, tuple))
     rows = row.of(source)
     if rows is None:
         raise _misshapen(node)
@@ -252,9 +253,9 @@ def _reduction(node: Node, row: Row) -> Treatment:
 )
 def _along(node: Node, row: Row) -> Treatment:
     """Along a dimension that counts no rows. All tensors have the same dimensions."""
-    found = {r for _, a in tensors(node) if (r := row.of(a))} or {row.by_size(shape(node))}
-    (rows, *others) = found
-    if rows is None or others or any(len(shape(a)) != len(shape(node)) for _, a in tensors(node)):
+    found = {r for _, a in tensors(node) if (r := row.of(a))}
+    rows = next(iter(found), None) or row.by_size(shape(node))
+    if rows is None or len(found) > 1 or any(len(shape(a)) != len(shape(node)) for _, a in tensors(node)):
         raise _misshapen(node)
     if node.target is aten.constant_pad_nd.default:
         pads, rank = list(node.args[1]), len(shape(node))  # type: ignore[arg-type]

@@ -30,7 +30,8 @@ def loss_only(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or isinstance(model, compat.OptimizedModule):
         raise TypeError(f"loss_only() needs a torch.nn.Module, not yet compiled, and not {type(model).__name__}")
     if not isinstance(model, LossOnly):
-        model.__class__ = _losing(type(model))
+        cls: type[nn.Module] = type(model)
+        model.__class__ = _losing(cls)
         _settle_losses(model)
     return model
 
@@ -49,7 +50,7 @@ def _settle_losses(model: nn.Module) -> None:
 
 
 @functools.cache
-def _losing(cls: type[nn.Module]) -> type[nn.Module]:
+def _losing(cls: Any) -> type[nn.Module]:
     whole: Callable[..., Any] = cls.forward
 
     @functools.wraps(whole)
@@ -58,7 +59,8 @@ def _losing(cls: type[nn.Module]) -> type[nn.Module]:
         if not torch.is_grad_enabled():
             return output
         if isinstance(output, Mapping):
-            return type(output)(loss=output["loss"]) if output.get("loss") is not None else output
+            made: Callable[..., Any] = type(output)
+            return made(loss=output["loss"]) if output.get("loss") is not None else output
         if isinstance(output, tuple) and kwargs.get("labels") is not None:
             return output[:1]
         return output

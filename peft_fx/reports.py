@@ -19,7 +19,8 @@ class Report:
     `graphs` is the number of graphs that Dynamo made of the model, `graph_breaks` says why it made more than one,
     `kept_bytes` is what backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now};
     empty where no graph was trained. `losses` are those computed chunk by chunk; one that could not be is a refusal, by
-    the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because they failed.
+    the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
+    they failed.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -50,8 +51,8 @@ class Report:
             head = ("site", "method", "T×K→N", "r", "forward", "input grad", "adapter grad", "FLOPs", "price")
             parts.append(tabulate([_row(s) for s in self.sites], headers=head, disable_numparse=True))
         if self.losses:
-            head = ("loss of", "rows×vocabulary", "chunks", "logits and gradients alive", "saved")
-            parts.append(tabulate([_loss_row(s) for s in self.losses], headers=head, disable_numparse=True))
+            columns = ("loss of", "rows×vocabulary", "chunks", "logits and gradients alive", "saved")
+            parts.append(tabulate([_loss_row(s) for s in self.losses], headers=columns, disable_numparse=True))
         if self.refusals:
             refused = [(r.name, r.code, r.detail) for r in self.refusals]
             parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -17,12 +15,10 @@ from torch.nn import functional as F
 
 import peft_fx
 from peft_fx.passes import chunked_loss
-from peft_fx.passes.chunked_loss import ChunkedLoss, chunks
-from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import aten
-from tests import joint, losses, peft_models
+from tests import joint, losses
 from tests.losses import LOSSES, Head, K, T, V
-from tests.oracle import EAGER, apply, assert_no_worse, exact, run, shuffle, stack, to_dtype
+from tests.oracle import EAGER, assert_no_worse, exact, run, shuffle, stack, to_dtype
 
 BF16 = torch.bfloat16
 HEADS: dict[str, dict[str, Any]] = {"frozen": {}, "trained": {"train": True, "bias": True}, "adapted": {"rank": 2}}
