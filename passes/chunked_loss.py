@@ -36,7 +36,8 @@ from peft_fx.passes.transients import exact_products
 
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many
-DEARER = 1.1  # the loop's products by the price, in units of the whole product's
+PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
+DEARER = 1.1  # the loop by the price, in units of what the whole costs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
 PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}  # where each has its factors
 LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
@@ -176,13 +177,14 @@ def chunks(T: int, K: int, V: int, dtype: torch.dtype, row_bytes: int, machine: 
     the price allows, since each chunk reads W anew. Where so many do not divide T and fewer do, fewer."""
     budget = max(LEAST, T * V * dtype.itemsize // PART)
     most = min(T, math.ceil(T * row_bytes / budget))
-    whole = machine.product(T, K, V, dtype)
-    best = max(n for n in range(1, most + 1) if n == 1 or _price(machine, n, T, K, V, dtype) <= DEARER * whole)
+    prices = [_price(machine, n, T, K, V, dtype) for n in range(1, most + 1)]
+    best = max(n for n, seconds in enumerate(prices, 1) if n == 1 or seconds <= DEARER * prices[0])
     return next((n for n in range(best, best // 2, -1) if T % n == 0), best)
 
 
 def _price(machine: Machine, n: int, T: int, K: int, V: int, dtype: torch.dtype) -> float:
-    return n * machine.product(math.ceil(T / n), K, V, dtype)
+    """Seconds of the two products of a loss with a frozen W, and of the passes over its logits."""
+    return 2 * n * machine.product(math.ceil(T / n), K, V, dtype) + machine.one_pass(PASSES * T * V * dtype.itemsize)
 
 
 def _bytes(node: Node) -> int:
