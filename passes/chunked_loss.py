@@ -189,7 +189,9 @@ def _price(machine: Machine, n: int, T: int, K: int, V: int, dtype: torch.dtype)
 
 def _bytes(node: Node) -> int:
     val = value(node)
-    return math.prod(val.shape) * WIDE.get(val.dtype, val.dtype).itemsize
+    dtype: torch.dtype = WIDE.get(val.dtype, val.dtype)
+    elements: int = math.prod(val.shape)
+    return int(elements * dtype.itemsize)
 
 
 # ---------------------------------------------------------------------------------------------------------------

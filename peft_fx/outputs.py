@@ -30,7 +30,7 @@ def loss_only(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module) or isinstance(model, compat.OptimizedModule):
         raise TypeError(f"loss_only() needs a torch.nn.Module, not yet compiled, and not {type(model).__name__}")
     if not isinstance(model, LossOnly):
-        cls: type[nn.Module] = type(model)
+        cls: Any = type(model)
         model.__class__ = _losing(cls)
         _settle_losses(model)
     return model
