@@ -14,7 +14,7 @@ from bench import fitting, tables
 from bench.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, setup_of
 from bench.results import FOLDER, Results, request
 from bench.running import measure_all
-from bench.variants import VARIANTS
+from bench.variants import LOSSES, VARIANTS
 
 SIZES = {
     "layers": "layers of the model",
@@ -58,7 +58,7 @@ def add_commands(commands: Any) -> None:
     memory.add_argument("--tensors", action="store_true", help="also list what a layer keeps, by dtype and shape")
 
     step = _command(commands, "time", "seconds of a step against the frozen model and Inductor", TIME, run_time)
-    setup_arguments(step, many=False, variants=tuple(VARIANTS))
+    setup_arguments(step, many=False, variants=tuple(name for name in VARIANTS if name not in LOSSES))
     step.add_argument("--rounds", type=int, default=9, metavar="N", help="steps of each variant (default: 9)")
     step.add_argument("--warm", action="store_true", help="let compiles use Inductor's caches")
 

@@ -1,4 +1,5 @@
-"""Fixed lists of measurements, whose results are committed: `cpu` for any machine, `gpu` for one large GPU."""
+"""Fixed lists of measurements, whose results are committed: `cpu` for any machine, `gpu` for one large GPU, `loss`
+for either."""
 
 from __future__ import annotations
 
@@ -12,19 +13,21 @@ from bench.commands import device_of, memory_requests, results_of, step_request
 from bench.models import METHODS, Setup, setup_of
 from bench.report import print_rows
 from bench.running import describe, measure_all
-from bench.variants import CHECKPOINTED, VARIANTS
+from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
 
 SUITE = """\
 cpu   under 20 minutes on two idle cores: kept bytes per layer in every dtype setting and model family, of DoRA, IA3 and
       VeRA, a step of a Llama of 8 layers by every variant, and memory and time against T
 methods
       a step of a Llama of 2 layers, T = 1024, by each of PEFT's methods: 15 minutes on two idle cores
+loss  a step of a Llama of 4 layers and width 512 that returns its loss alone, T = 2048, a vocabulary of 128256:
+      what the logits cost. Liger's kernel runs on a GPU alone, and says NotRun elsewhere
 gpu   the shape of Llama-3.2-1B at T = 2048, 8192, 16384 and 32768, every variant. In calls of --minutes each: the same
       command again goes on where the last one stopped. --toy runs the same code small, on a CPU if need be
 
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
---fresh measures all of it again. Results: bench/results/cpu.json, methods.json, gpu.json,
-gpu-toy.json.
+--fresh measures all of it again. Results: bench/results/cpu.json, methods.json, loss.json,
+gpu.json, gpu-toy.json.
 """
 
 DEPTHS = (1, 2)
@@ -39,7 +42,7 @@ def add_command(commands: Any) -> None:
     suite = commands.add_parser(
         "suite", help="the measurements that are committed", description=SUITE, formatter_class=formatter
     )
-    suite.add_argument("suite", choices=("cpu", "methods", "gpu"))
+    suite.add_argument("suite", choices=("cpu", "methods", "loss", "gpu"))
     suite.add_argument("--toy", action="store_true", help="gpu at toy size, to see that it runs")
     suite.add_argument("--fresh", action="store_true", help="measure everything again")
     suite.add_argument("--list", action="store_true", help="say what would be measured, and measure nothing")
@@ -50,13 +53,14 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.suite != "gpu":
+    if args.suite in ("cpu", "methods"):
         args.device = "cpu"
     device = device_of(args)
     if args.suite == "gpu" and device == "cpu" and not args.toy:
         print("There is no GPU here. --toy runs the same suite at toy size.")
         return 2
-    requests = unique({"cpu": cpu, "methods": methods, "gpu": lambda: gpu(device, args.toy)}[args.suite]())
+    suites = {"cpu": cpu, "methods": methods, "loss": lambda: loss(device), "gpu": lambda: gpu(device, args.toy)}
+    requests = unique(suites[args.suite]())
     if args.list:
         print("\n".join(describe(request) for request in requests))
         return 0
@@ -96,6 +100,12 @@ def methods() -> Iterable[dict[str, Any]]:
     for method in METHODS:
         setup = setup_of("llama-512", layers=2, method=method)
         yield step_request(setup, ("frozen", "inductor", "peft_fx"), rounds=15, cold=False)
+
+
+def loss(device: str) -> Iterable[dict[str, Any]]:
+    """The largest activation, with all of it and in chunks."""
+    setup = setup_of("llama-512", layers=4, tokens=2048, vocab=128256, dtype="peft", device=device)
+    yield step_request(setup, LOSSES, rounds=5, cold=False)
 
 
 def gpu(device: str, toy: bool) -> Iterable[dict[str, Any]]:

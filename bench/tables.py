@@ -126,7 +126,7 @@ def kept_tensors_table(memories: Memories, setup: Setup, name: str, style: str =
 def step_table(row: Row, style: str = "simple") -> str:
     """Memory, time and compile time of each variant of one `time` row; ratios are medians of paired rounds."""
     setup, results = setup_in(row), row["results"]
-    frozen, inductor = results.get("frozen", {}), results.get("inductor", {})
+    frozen, inductor = results.get("frozen", {}), results.get("inductor", results.get("inductor-loss", {}))
     rows = []
     for name in row["variants"]:
         measured = results[name]

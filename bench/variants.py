@@ -96,6 +96,28 @@ def checkpointed(base: Any, setup: Setup) -> Any:
     return with_adapters(base, setup)
 
 
+def losing(base: Any, setup: Setup) -> Any:
+    """With adapters; a step returns its loss alone."""
+    return peft_fx.loss_only(with_adapters(base, setup))
+
+
+class NotRun(Exception):
+    """A variant that this machine cannot run; the name stands in its row."""
+
+
+def liger(base: Any, setup: Setup) -> Any:
+    """With adapters, and Liger's fused linear cross entropy patched into the model: a GPU's kernel."""
+    if setup.device != "cuda":
+        raise NotRun("Liger's kernel needs a GPU")
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise NotRun(f"liger-kernel is not installed: {error}") from error
+    off = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=True, model=base, **off)
+    return losing(base, setup)
+
+
 def paper(base: Any, setup: Setup) -> Any:
     """The weight form as published: W + s·A·B by eager autograd, which derives dA and dB from the gradient [K, N]."""
     return _forward_by(with_adapters(base, setup), _weight_form)
@@ -176,6 +198,12 @@ def by_peft_fx(model: Any) -> Any:
     return torch.compile(model, dynamic=False, backend=peft_fx.backend)
 
 
+def by_peft_fx_whole(model: Any) -> Any:
+    """With all the logits at once."""
+    options = {"peft_fx.chunk_loss": False}
+    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=options)
+
+
 VARIANTS = {
     "eager": Variant("PEFT, eager", with_adapters, eagerly, compiled=False),
     "inductor": Variant("PEFT, Inductor", with_adapters, by_inductor),
@@ -187,5 +215,10 @@ VARIANTS = {
     "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
     "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
     "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
+    "inductor-loss": Variant("PEFT, Inductor, loss only", losing, by_inductor),
+    "peft_fx-whole-loss": Variant("PEFT, peft_fx, loss only, logits whole", losing, by_peft_fx_whole),
+    "peft_fx-loss": Variant("PEFT, peft_fx, loss only", losing, by_peft_fx),
+    "liger-loss": Variant("PEFT, Inductor, Liger's loss", liger, by_inductor),
 }
+LOSSES = tuple(name for name in VARIANTS if name.endswith("-loss"))
 CHECKPOINTED = tuple(name for name in VARIANTS if name.endswith("-ckpt"))

@@ -194,7 +194,7 @@ def _permuted(node: Node, known: Known) -> Dims | None:
 
 def _expanded(node: Node, known: Known) -> Dims | None:
     dims, sizes = known(node.args[0]), shape(node)
-    if dims is None:
+    if dims is None or len(dims) > len(sizes):  # one number has a dimension for itself
         return None
     dims = ((),) * (len(sizes) - len(dims)) + dims
     repeated = [n for d, n in zip(dims, sizes, strict=True) if not d]

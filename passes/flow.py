@@ -25,11 +25,11 @@ class Role:
 Roles = Mapping[Node, Role]
 
 
-def reachable(graph: Graph, start: Callable[[Node], bool]) -> set[Node]:
-    """The nodes that satisfy `start`, and all that is computed from them."""
+def reachable(graph: Graph, start: Callable[[Node], bool], without: Node | None = None) -> set[Node]:
+    """The nodes that satisfy `start`, and all that is computed from them, other than through the node `without`."""
     found: set[Node] = set()
     for node in graph.nodes:
-        if start(node) or any(n in found for n in node.all_input_nodes):
+        if node is not without and (start(node) or any(n in found for n in node.all_input_nodes)):
             found.add(node)
     return found
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from peft_fx.passes import price
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.chunked_loss import ChunkedLoss, chunk_loss
 from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_identities
@@ -43,6 +44,7 @@ class Settings:
     numerics: str = "default"
     rounding: str = "nearest"
     keep: str = "recompute"
+    chunk_loss: bool = True
     machine: Machine = MACHINES["cpu"]
     rebuild_random: bool = True
 
@@ -53,6 +55,7 @@ class Outcome:
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    losses: list[ChunkedLoss] = field(default_factory=list)
     rebuilt: int = 0
     seconds: float = 0.0
 
@@ -135,6 +138,12 @@ def run(
         outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
         keep = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading)
         outcome.rebuilt = keep.mark()
+    if settings.chunk_loss:
+        outcome.losses, unfit, new = chunk_loss(
+            graph, Flow(graph, roles), settings.machine, fake_mode, hint, regimes.at_least
+        )
+        outcome.refusals += unfit
+        added += new
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome

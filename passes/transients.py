@@ -194,7 +194,7 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
             starts[member.part] = width
             width += 2 * shape(other)[dim]
         both = build.call(aten.cat.default, halves, dim)
-        results = _products(build, *((plain, both) if last.first else (both, plain)))
+        results = exact_products(build, *((plain, both) if last.first else (both, plain)))
         for member in members:
             build.like = member.node
             start, r = starts[member.part], shape(member.node)[dim != member.turned]
@@ -221,7 +221,7 @@ def _vector(build: Builder, member: _Copying, factor: Node) -> Node:
     return build.cast(build.reshape(member.vector, sizes), value(factor).dtype)
 
 
-def _products(build: Builder, a: Node, b: Node) -> list[Node]:
+def exact_products(build: Builder, a: Node, b: Node) -> list[Node]:
     """The product of two half-precision matrices, as the sum of these: one fp32 result, or what a first result lacks
     as a second."""
     if value(a).device.type in MIXED:

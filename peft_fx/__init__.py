@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 from peft_fx.compiling import backend as backend
 from peft_fx.explaining import explain as explain
+from peft_fx.outputs import loss_only as loss_only
+from peft_fx.passes.chunked_loss import ChunkedLoss as ChunkedLoss
 from peft_fx.passes.sites import Refusal as Refusal
 from peft_fx.passes.sites import Site as Site
 from peft_fx.preparing import Cure as Cure
@@ -18,6 +20,7 @@ from peft_fx.preparing import restore as restore
 from peft_fx.reports import Report as Report
 
 __all__ = [
+    "ChunkedLoss",
     "Cure",
     "Refusal",
     "Report",
@@ -26,6 +29,7 @@ __all__ = [
     "backend",
     "cures",
     "explain",
+    "loss_only",
     "prepare",
     "restore",
 ]

@@ -25,6 +25,7 @@ import peft_fx
 from peft_fx import compat
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
+from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.flow import Role
 
 log = logging.getLogger("peft_fx")
@@ -106,6 +107,8 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
     def __call__(self, graph: Graph) -> None:
         for other in self.others:
             other(graph)
+        if is_body(graph):  # of a loop that the pass made itself
+            return
         try:
             self.record.outcomes.append(self.apply(graph))
         except Exception as error:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from peft_fx import compat
 from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
 from peft_fx.options import Options, parse
+from peft_fx.passes.chunked_loss import ChunkedLoss, is_body
 from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
@@ -95,7 +96,8 @@ class Idle(AdapterPass):
     kept: dict[str, int] | None = None
 
     def __call__(self, graph: Graph) -> None:
-        self.untouched = _copy_graph(graph)
+        if not is_body(graph):
+            self.untouched = _copy_graph(graph)
         super().__call__(graph)
 
 
@@ -253,15 +255,17 @@ def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[st
     sites: list[Site] = []
     refusals: list[Refusal] = []
     kept: dict[str, int] = {}
+    losses: list[ChunkedLoss] = []
     for record, bytes_ in traced:
         for outcome in record.outcomes:
             sites += outcome.sites
+            losses += outcome.losses
             told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
             refusals += [r for r in outcome.refusals if r.name not in told]
         for k, n in (bytes_ or {}).items():
             kept[k] = kept.get(k, 0) + n
     failures = [r.failure for r, _ in traced if r.failure]
-    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, failures)
+    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures)
 
 
 @contextlib.contextmanager

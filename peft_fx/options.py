@@ -15,12 +15,13 @@ from peft_fx.passes.pipeline import Settings
 from peft_fx.passes.rounding import ROUNDINGS
 
 PREFIX = "peft_fx."
-CHOICES: Mapping[str, tuple[str, ...]] = {
+CHOICES: Mapping[str, tuple[str | bool, ...]] = {
     "form": ("auto", "weight", "activation"),
     "adapter_grad": ("auto", "low_rank"),
     "numerics": ("default", "strict"),
     "rounding": ROUNDINGS,
     "keep": ("recompute", "inductor"),
+    "chunk_loss": (True, False),
     "machine": ("auto", *MACHINES),
     "lowering": ("inductor", "aot_eager"),
 }
@@ -35,13 +36,14 @@ class Options:
     numerics: str = "default"
     rounding: str = "nearest"
     keep: str = "recompute"
+    chunk_loss: bool = True
     machine: str = "auto"
     lowering: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, device: torch.device) -> Settings:
         machine = machines.resolve(self.machine, device)
-        return Settings(self.form, self.numerics, self.rounding, self.keep, machine)
+        return Settings(self.form, self.numerics, self.rounding, self.keep, self.chunk_loss, machine)
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -55,7 +57,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
             raise ValueError(f"peft_fx has no option {PREFIX + key!r}; valid ones: {valid}")
         if key == "machine":
             machines.check(chosen)
-        elif chosen not in CHOICES[key]:
+        elif not any(chosen is valid or (isinstance(valid, str) and chosen == valid) for valid in CHOICES[key]):
             valid = ", ".join(map(repr, CHOICES[key]))
             raise ValueError(f"{PREFIX + key!r} cannot be {chosen!r}; valid values: {valid}")
     if mode == "lite":

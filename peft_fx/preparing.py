@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_fx import compat
+from peft_fx.outputs import with_all_outputs
 
 log = logging.getLogger("peft_fx")
 
@@ -68,10 +69,12 @@ def prepare(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undoes `prepare`, in place, and returns the model. Raises TypeError for what is not a torch.nn.Module."""
+    """Undoes `prepare` and `loss_only`, in place, and returns the model. Raises TypeError for what is not a
+    torch.nn.Module."""
     for _, _, owner in _owners(model, "restore"):
         if isinstance(owner, Cured):
             owner.__class__ = owner._original
+    with_all_outputs(model)
     return model
 
 

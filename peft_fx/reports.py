@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
 from peft_fx.passes.sites import Refusal, Site
 
 
@@ -17,7 +18,9 @@ class Report:
 
     `graphs` is the number of graphs that Dynamo made of the model, `graph_breaks` says why it made more than one,
     `kept_bytes` is what backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now};
-    empty where no graph was trained. `failures` are graphs that our passes left to Inductor because they failed.
+    empty where no graph was trained. `losses` are those computed chunk by chunk; one that could not be is a refusal, by
+    the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
+    they failed.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -25,6 +28,7 @@ class Report:
     graphs: int = 0
     graph_breaks: list[str] = field(default_factory=list)
     kept_bytes: dict[str, int] = field(default_factory=dict)
+    losses: list[ChunkedLoss] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,6 +38,7 @@ class Report:
             "graphs": self.graphs,
             "graph_breaks": self.graph_breaks,
             "kept_bytes": self.kept_bytes,
+            "losses": [loss.to_dict() for loss in self.losses],
             "failures": self.failures,
         }
 
@@ -45,6 +50,9 @@ class Report:
         if self.sites:
             head = ("site", "method", "T×K→N", "r", "forward", "input grad", "adapter grad", "FLOPs", "price")
             parts.append(tabulate([_row(s) for s in self.sites], headers=head, disable_numparse=True))
+        if self.losses:
+            columns = ("loss of", "rows×vocabulary", "chunks", "logits and gradients alive", "saved")
+            parts.append(tabulate([_loss_row(s) for s in self.losses], headers=columns, disable_numparse=True))
         if self.refusals:
             refused = [(r.name, r.code, r.detail) for r in self.refusals]
             parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))
@@ -53,10 +61,11 @@ class Report:
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
+        refused = sum(not r.name.startswith(LOSS) for r in self.refusals)
         rewritten = sum("weight" in (s.forward, s.input_grad) for s in self.sites)
-        text = f"{rewritten} of {len(self.sites) + len(self.refusals)} adapters in weight form"
-        if self.refusals:
-            text += f", {len(self.refusals)} refused"
+        text = f"{rewritten} of {len(self.sites) + refused} adapters in weight form"
+        if refused:
+            text += f", {refused} refused"
         text += f"; {self.graphs} graph{'s' * (self.graphs != 1)}"
         if self.kept_bytes:
             before, after = (self.kept_bytes[k] / 1e6 for k in ("before", "after"))
@@ -67,6 +76,12 @@ class Report:
 def _row(s: Site) -> tuple[Any, ...]:
     size = f"{s.tokens}×{s.in_features}→{s.out_features}"
     return s.name, s.method, size, s.rank, s.forward, s.input_grad, s.adapter_grad, _ratio(s.flops), s.reason
+
+
+def _loss_row(s: ChunkedLoss) -> tuple[Any, ...]:
+    before, after = (s.bytes[k] / 1e6 for k in ("before", "after"))
+    alive = f"{after:.1f} MB, not {before:.1f}"
+    return s.name, f"{s.rows}×{s.vocabulary}", s.chunks, alive, f"{s.saved / 1e6:.1f} MB"
 
 
 def _ratio(amounts: dict[str, int]) -> str:

@@ -25,14 +25,27 @@ class Joint:
     roles: dict[int, Role]
     fake_mode: Any
     module: nn.Module
+    given: list[Any]
 
     def rewritten(self, **options: str) -> tuple[Graph, pipeline.Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix."""
-        graph = _copy_graph(self.graph)
+        graph = GraphModule(self.module, _copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
         settings = replace(parsed.settings(torch.device("cpu")), rebuild_random=parsed.lowering == "inductor")
         roles = compiling.roles_in(graph, self.roles)
         return graph, pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
+
+    def run_on_given(self, graph: Graph, tangent: float = 1.0) -> list[torch.Tensor | None]:
+        """The same on the tensors that the module was called with, and a tangent."""
+        inputs: list[Any] = []
+        for node in graph.find_nodes(op="placeholder"):
+            val, index = node.meta["val"], getattr(node.meta.get("desc"), "idx", None)
+            if "tangents" in node.name:
+                inputs.append(torch.full(val.shape, tangent, dtype=val.dtype))
+            else:
+                given = self.given[index]
+                inputs.append(given.detach() if isinstance(given, torch.Tensor) else given)
+        return list(GraphModule(graph.owning_module or self.module, graph)(*inputs))
 
     def run(self, graph: Graph, seed: int = 0, bound: int = 2) -> list[torch.Tensor | None]:
         """All outputs of a graph, the gradients among them, on small integers in its inputs' own dtypes."""
@@ -43,7 +56,7 @@ class Joint:
                 val = node.meta["val"]
                 filled = torch.randint(-bound, bound + 1, val.shape, generator=g).to(val.dtype)
                 inputs.append(torch.empty_strided(val.shape, val.stride(), dtype=val.dtype).copy_(filled))
-        return list(GraphModule(self.module, graph)(*inputs))
+        return list(GraphModule(graph.owning_module or self.module, graph)(*inputs))
 
 
 def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
@@ -55,7 +68,11 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
 
         class Capture(compat.CustomGraphPass):  # type: ignore[misc]
             def __call__(self, graph: Graph) -> None:
-                found.append(Joint(_copy_graph(graph), roles, compat.V.fake_mode, gm))
+                found.append(
+                    Joint(
+                        _copy_graph(graph), roles, compat.V.fake_mode, graph.owning_module or gm, list(example_inputs)
+                    )
+                )
 
             def uuid(self) -> None:
                 return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from peft_fx.passes import affine, algebra, regions, replay, rewrite, rounding, sites, transfer
+from peft_fx.passes import affine, algebra, chunked_loss, regions, replay, rewrite, rounding, rowwise, sites, transfer
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
 from peft_fx.passes.nodes import aten, numel, shape
-from tests import affine_spellings, dither, joint, spellings
+from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
 K = 24  # square weights, so that a lost transpose still has the right shape
@@ -554,3 +555,126 @@ def test_dithered_rounding_as_it_is_holds() -> None:
 def test_a_mutant_of_dithered_rounding_breaks_it(name: str) -> None:
     with DITHER_MUTANTS[name]():
         assert not dither.holds(), f"the mutant {name} lives"
+
+
+# ---------------------------------------------------------------------------------------------- a loss in chunks
+
+
+@cache
+def loss_captured() -> joint.Joint:
+    """Half of what a rule can get wrong: a trained head with a bias, weights of classes, rows that are ignored."""
+    torch.manual_seed(0)
+    module = losses.Head(losses.LOSSES["weighted_and_smoothed"], train=True, bias=True).double()
+    return joint.capture(module, *losses.inputs())
+
+
+def loss_holds() -> bool:
+    """Loss and gradients those of the whole graph, at a tangent that is not 1, in three chunks of unequal sizes."""
+    case = loss_captured()
+    with (
+        patch.object(chunked_loss, "LEAST", -(1 << 40)),
+        patch.object(chunked_loss, "chunks", lambda *sizes: 5),
+    ):
+        try:
+            graph, outcome = case.rewritten()
+            pairs = zip(case.run_on_given(case.graph, 1.5), case.run_on_given(graph, 1.5), strict=True)
+            return bool(outcome.losses) and all(
+                (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-12, atol=1e-14))
+                for a, b in pairs
+            )
+        except Exception:
+            return False
+
+
+def test_a_loss_in_chunks_holds() -> None:
+    assert loss_holds()
+
+
+LOSS_MUTANTS: dict[str, Mutation] = {}
+
+
+def loss_mutant(make: Mutation) -> Mutation:
+    LOSS_MUTANTS[make.__name__] = make
+    return make
+
+
+def _treated(op: Any, change: Callable[[Node, Any], Any]) -> Any:
+    """The rule of one op, with its answer changed."""
+    real = rowwise.RULES[op]
+    return patch.dict(rowwise.RULES, {op: lambda node, row: change(node, real(node, row))})
+
+
+@loss_mutant
+def tangent_forgotten() -> Any:
+    return patch.object(
+        chunked_loss._Rewriter, "_scaled", lambda self, node, result: self.build.cast(result, node.meta["val"].dtype)
+    )
+
+
+@loss_mutant
+def tangent_on_the_loss_too() -> Any:
+    real = chunked_loss._Rewriter._scaled
+
+    def scaled(self: Any, node: Node, result: Node) -> Node:
+        with patch.object(self.flow, "backward", {*self.flow.backward, node}):
+            return real(self, node, result)
+
+    return patch.object(chunked_loss._Rewriter, "_scaled", scaled)
+
+
+@loss_mutant
+def last_chunk_for_all_sums() -> Any:
+    real = chunked_loss._Rewriter._call
+
+    def call(self: Any, body: Node, operands: list[Node]) -> list[Node]:
+        zeros = [n if n.target is not operator.getitem else self._zeros(n) for n in operands]
+        return real(self, body, zeros)
+
+    return patch.object(chunked_loss._Rewriter, "_call", call)
+
+
+@loss_mutant
+def chunks_in_reverse() -> Any:
+    real = chunked_loss._Rewriter._whole
+    return patch.object(chunked_loss._Rewriter, "_whole", lambda self, node, parts: real(self, node, parts[::-1]))
+
+
+@loss_mutant
+def first_rows_for_all() -> Any:
+    real = chunked_loss._Rewriter._bounds
+
+    def bounds(self: Any, i: int, count: Any) -> Any:
+        *_, size = real(self, i, count)
+        return 0, size, size
+
+    return patch.object(chunked_loss._Rewriter, "_bounds", bounds)
+
+
+@loss_mutant
+def a_sum_over_rows_taken_for_rows() -> Any:
+    def change(node: Node, found: Any) -> Any:
+        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+
+    return _treated(aten.mm.default, change)
+
+
+@loss_mutant
+def a_weight_taken_for_rows() -> Any:
+    def change(node: Node, found: Any) -> Any:
+        return replace(found, operands={i: rowwise.Rows(0, 1) for i in range(len(node.args))})
+
+    return _treated(aten.addmm.default, change)
+
+
+@loss_mutant
+def a_bias_summed_along_the_vocabulary() -> Any:
+    def change(node: Node, found: Any) -> Any:
+        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+
+    return _treated(aten.sum.dim_IntList, change)
+
+
+@pytest.mark.parametrize("name", LOSS_MUTANTS)
+def test_a_broken_loop_is_noticed(name: str) -> None:
+    with LOSS_MUTANTS[name]():
+        assert not loss_holds()

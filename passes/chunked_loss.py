@@ -1,0 +1,585 @@
+"""A language model's loss, a few rows of the logits at a time.
+
+`h [T,K]` times the vocabulary's `W [K,V]` is the largest activation of a step, its gradient is another, and both serve
+one number. Where all that lies between the product and the loss treats each row by itself, a loop over chunks of rows
+computes what leaves it: each row's loss terms, and with a tangent of 1 its gradient `dh` as well. Backward multiplies
+`dh [T,K]` by the tangent, and no chunk's logits outlive it. Sums over rows, such as the gradient of a trained W, are
+added up from chunk to chunk in fp32.
+
+The region that is put in the loop: every value with a row of logits for each token (*wide*), what reads one, what one
+is computed from, and all between these. It is entered from backward through one scalar, the tangent or what is
+computed from it: gradients are linear in that, so the loop takes 1 for it. The body is a graph of its own, called once
+for each chunk (`invoke_subgraph`): Inductor compiles it once and runs the calls one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from peft_fx.passes.algebra import Size
+from peft_fx.passes.flow import Flow, is_tangent, reachable
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.nodes import aten, expr, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.regimes import AtLeast
+from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, treatment
+from peft_fx.passes.sites import Refusal
+from peft_fx.passes.transients import exact_products
+
+LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
+PART = 16  # of the logits' bytes, a chunk may have one part in so many
+PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
+DEARER = 1.1  # the loop by the price, in units of what the whole costs
+WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
+PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}  # where each has its factors
+LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
+BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
+CURE = (
+    "return the loss alone: peft_fx.loss_only(model), or compile a function such as "
+    "`lambda **batch: model(**batch).loss`"
+)
+
+
+@dataclass(frozen=True)
+class ChunkedLoss:
+    """A loss that is computed chunk by chunk: the weight's name, the size of its logits, the number of chunks, and the
+    bytes of logits and their gradients alive at a time, {"before": whole, "after": in the loop}."""
+
+    name: str
+    rows: int
+    vocabulary: int
+    dtype: str
+    chunks: int
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def saved(self) -> int:
+        return self.bytes["before"] - self.bytes["after"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"saved": self.saved}
+
+
+def is_body(graph: Graph) -> bool:
+    """Whether a graph is a loop's body: Inductor passes those to its joint passes by themselves."""
+    return BODY in getattr(graph.owning_module, "meta", {})
+
+
+def chunk_loss(
+    graph: Graph,
+    flow: Flow,
+    machine: Machine,
+    fake_mode: AbstractContextManager[Any],
+    hint: Callable[[Size], int],
+    at_least: AtLeast,
+) -> tuple[list[ChunkedLoss], list[Refusal], list[Node]]:
+    """Puts the loss of a joint or inference graph into a loop, in place: what was done, what was refused, the nodes
+    added."""
+    logits = _logits(graph, flow, hint)
+    if logits is None:
+        return [], [], []
+    plan = Plan.of(logits, flow, machine, hint)
+    if plan.chunks < 2:
+        return [], [], []
+    try:
+        loop = _found(graph, flow, logits, plan)
+        done = plan.described(loop, flow)
+        if done.saved < LEAST or not (isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)):
+            return [], [], []
+    except Unfit as why:
+        told = bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
+        return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], []
+    return [done], [], _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# how many chunks
+
+
+def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | None:
+    """The largest of forward's last products by a weight that make a row longer."""
+    best, largest = None, (0, 0)
+    multiplied: set[Node] = set()  # what goes into another such product is no logits
+    for node in reversed(graph.nodes):
+        if node not in flow.forward:
+            continue
+        product = node.target in PRODUCTS and flow.is_weight(_factors(node)[1])
+        if product and node not in multiplied:
+            k, n = shape(_factors(node)[1])
+            size = hint(numel(shape(node)))
+            if isinstance(n, int) and isinstance(k, int) and n > k and (size, k) >= largest:
+                best, largest = node, (size, k)
+        if product or node in multiplied:
+            multiplied.update(node.all_input_nodes)
+    return best
+
+
+def _has_loss(graph: Graph, logits: Node) -> bool:
+    """Whether one number that is computed from the logits is an output."""
+    (output,) = graph.find_nodes(op="output")
+    following = reachable(graph, lambda n: n is logits)
+    return any(is_tensor(n) and n in following and numel(shape(n)) == 1 for n in output.args[0])
+
+
+def _factors(product: Node) -> tuple[Node, Node]:
+    i, j = PRODUCTS[product.target]
+    return tensor_arg(product, i), tensor_arg(product, j)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of the logits `[rows, vocabulary]`, and the number of chunks; `row_bytes` are those of one row's logits
+    and its gradient."""
+
+    name: str
+    rows: Size
+    hinted: int
+    vocabulary: int
+    wide: float
+    dtype: torch.dtype
+    row_bytes: int
+    chunks: int
+
+    @classmethod
+    def of(cls, logits: Node, flow: Flow, machine: Machine, hint: Callable[[Size], int]) -> Plan:
+        h, W = _factors(logits)
+        (rows, n), k, dtype = shape(logits), int(shape(h)[1]), value(logits).dtype
+        T, V = hint(rows), int(n)
+        row = V * dtype.itemsize * (2 if flow.backward else 1)
+        single = V * 4 * (dtype.itemsize < 4)
+        named = [flow.roles[p].name for p in flow.parameters(W)]
+        name = named[0].removesuffix(".weight") if named else W.name
+        count = chunks(T, k, V, dtype, row + single, machine)
+        if not isinstance(rows, int):
+            count = chunks(max(T, 1 << 20), k, V, dtype, row + single, machine)
+        return cls(name, rows, T, V, max(k, V / 2), dtype, row, count)
+
+    def described(self, loop: Loop, flow: Flow) -> ChunkedLoss:
+        before = self.hinted * self.row_bytes
+        kept = sum(_bytes(n) for n, t in loop.outputs.items() if t.rows is None and n in flow.backward)
+        after = math.ceil(self.hinted / self.chunks) * self.row_bytes + kept
+        dtype = str(self.dtype).removeprefix("torch.")
+        return ChunkedLoss(
+            self.name, self.hinted, self.vocabulary, dtype, self.chunks, {"before": before, "after": after}
+        )
+
+
+def chunks(T: int, K: int, V: int, dtype: torch.dtype, row_bytes: int, machine: Machine) -> int:
+    """The number of chunks of `[T,K]·[K,V]`: as many as the bytes ask for, of `row_bytes` in each row, but no more than
+    the price allows, since each chunk reads W anew. Where so many do not divide T and fewer do, fewer."""
+    budget = max(LEAST, T * V * dtype.itemsize // PART)
+    most = min(T, math.ceil(T * row_bytes / budget))
+    prices = [_price(machine, n, T, K, V, dtype) for n in range(1, most + 1)]
+    best = max(n for n, seconds in enumerate(prices, 1) if n == 1 or seconds <= DEARER * prices[0])
+    return next((n for n in range(best, best // 2, -1) if T % n == 0), best)
+
+
+def _price(machine: Machine, n: int, T: int, K: int, V: int, dtype: torch.dtype) -> float:
+    """Seconds of the two products of a loss with a frozen W, and of the passes over its logits."""
+    return 2 * n * machine.product(math.ceil(T / n), K, V, dtype) + machine.one_pass(PASSES * T * V * dtype.itemsize)
+
+
+def _bytes(node: Node) -> int:
+    val = value(node)
+    dtype: torch.dtype = WIDE.get(val.dtype, val.dtype)
+    elements: int = math.prod(val.shape)
+    return int(elements * dtype.itemsize)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the region
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What is done for each chunk: nodes in order with what they make of rows, those that are read outside, and the
+    scalar of backward that the loop takes 1 for."""
+
+    nodes: Mapping[Node, Treatment]
+    outputs: Mapping[Node, Treatment]
+    scalar: Node | None
+
+
+def _found(graph: Graph, flow: Flow, logits: Node, plan: Plan) -> Loop:
+    """The loop that the logits ask for; `Unfit` where there is none."""
+    region = _wide_region(flow, logits, plan)
+    unfit = None
+    for scalar in _entries(graph, flow, region):
+        try:
+            return _loop(_hull(graph, region, scalar), plan, scalar)
+        except Unfit as why:
+            unfit = unfit or why
+    raise unfit or Unfit("nonlinear", "the gradient of the logits comes from more than one scalar")
+
+
+def _wide_region(flow: Flow, logits: Node, plan: Plan) -> set[Node]:
+    """All that is wide and connected with the logits, and all that reads it."""
+
+    def is_wide(node: Node) -> bool:
+        if node.op != "call_function" or not is_tensor(node) or node.target in FILLS:
+            return False
+        if flow.is_weight(node) and node.target is not aten.expand.default:
+            return False
+        elements = numel([n if isinstance(n, int) else plan.hinted if n == plan.rows else n for n in shape(node)])
+        return not _sums_over_tokens(node, flow) and _exceeds(elements, plan)
+
+    region, todo = {logits}, [logits]
+    while todo:
+        node = todo.pop()
+        if is_wide(node):
+            if any(u.op == "output" for u in node.users):
+                raise Unfit(
+                    "logits_returned",
+                    f"the logits, {plan.hinted}×{plan.vocabulary}, are an output of the graph, so they are kept whole; "
+                    + CURE,
+                )
+            near = [*node.users, *(n for n in node.all_input_nodes if is_wide(n))]
+        else:
+            near = [n for n in node.all_input_nodes if is_wide(n)]
+        todo += [n for n in near if n not in region]
+        region.update(near)
+    return region
+
+
+def _exceeds(elements: Size, plan: Plan) -> bool:
+    """Whether a value has more than `wide` elements for each row."""
+    ratio = elements / plan.hinted if isinstance(elements, int) else elements / plan.rows
+    try:
+        return bool(ratio > plan.wide)
+    except TypeError:  # of sizes that have nothing to do with the rows
+        return False
+
+
+def _sums_over_tokens(node: Node, flow: Flow) -> bool:
+    return node.target in PRODUCTS and not any(flow.is_weight(f) for f in _factors(node))
+
+
+def _entries(graph: Graph, flow: Flow, region: set[Node]) -> Iterator[Node | None]:
+    """The scalars through each of which alone backward enters the region, from the tangent onwards."""
+    inside = region & flow.backward
+    if not inside:
+        yield None
+        return
+    cone = (_ancestors(graph, inside) & flow.backward) - region
+    for node in graph.nodes:
+        if node in cone and is_tensor(node) and numel(shape(node)) == 1:
+            around = reachable(graph, is_tangent, node)
+            if not around & inside:
+                yield node
+
+
+def _ancestors(graph: Graph, of: Iterable[Node], without: Node | None = None) -> set[Node]:
+    found = set(of)
+    for node in reversed(graph.nodes):
+        if node in found and node is not without:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _hull(graph: Graph, region: set[Node], scalar: Node | None) -> list[Node]:
+    """The region and all between two of its nodes, the way through the scalar apart, in order."""
+    between = reachable(graph, region.__contains__, scalar) & _ancestors(graph, region, scalar)
+    return [n for n in graph.nodes if n in between]
+
+
+def _loop(nodes: list[Node], plan: Plan, scalar: Node | None) -> Loop:
+    known: dict[Node, Rows] = {}
+    treated: dict[Node, Treatment] = {}
+    row = Row(plan.rows, known)
+    for node in nodes:
+        treated[node] = treatment(node, row)
+        if (rows := treated[node].rows) is not None:
+            known[node] = rows
+        elif any(user in nodes for user in node.users):
+            raise Unfit("nonlinear", f"rows meet in {node.target} before the loss")
+        for i, there in treated[node].operands.items():
+            if node.args[i] in treated and treated[node.args[i]].rows != there:  # type: ignore[index]
+                raise Unfit("shape", f"rows are not told apart in {node.target}")
+        if any(n in known for n in node.all_input_nodes if n not in [node.args[i] for i in treated[node].operands]):
+            raise Unfit("shape", f"rows are lost in {node.target}")
+    outputs = {n: t for n, t in treated.items() if any(u not in treated for u in n.users)}
+    return Loop(treated, outputs, scalar)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the rewrite
+
+
+class _Rewriter:
+    """Puts a loop in the place of its nodes."""
+
+    def __init__(
+        self, graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], plan: Plan, loop: Loop
+    ) -> None:
+        self.graph, self.flow, self.plan, self.loop, self.fake_mode = graph, flow, plan, loop, fake_mode
+        self.build = Builder(graph, fake_mode)
+        self.build.like = next(iter(loop.nodes))
+        self.position = {n: i for i, n in enumerate(graph.nodes)}
+        self.users = {n: min((u for u in n.users if u not in loop.nodes), key=self._at) for n in loop.outputs}
+
+    def _at(self, node: Node) -> int:
+        return self.position[node]
+
+    def rewrite(self) -> list[Node]:
+        point = min(self.users.values(), key=self._at)
+        sources: list[Node] = []
+        with self.graph.inserting_before(point):
+            at_one = self._at_one(point)
+            read = self._inputs()
+            self._hoist([at_one.get(n, n) for n, _ in read], point)
+            sources += [at_one.get(n, n) for n, _ in read if is_tensor(n)]
+            sums, parts = self._chunks([(at_one.get(n, n), rows) for n, rows in read], read)
+            results = {n: self._whole(n, parts[n]) for n in parts} | sums
+        for node, result in results.items():
+            with self.graph.inserting_before(self.users[node]):
+                new = self._like(node, self._scaled(node, result), sources)
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.loop.nodes)
+        inputs = {n for node in self.loop.nodes for n in node.all_input_nodes if n not in self.loop.nodes}
+        for node in reversed(self.loop.nodes):
+            self.graph.erase_node(node)
+        for node in inputs:
+            erase_unused(self.graph, node)
+        return self.build.added
+
+    # -------------------------------------------------------------------------------------------------- inputs
+
+    def _inputs(self) -> list[tuple[Node, Rows | None]]:
+        """What the loop reads, with its rows. Of a dynamic number of rows Inductor reads the symbols too."""
+        symbols = getattr(self.plan.rows, "free_symbols", ())
+        sizes = [n for n in self.graph.find_nodes(op="placeholder") if isinstance(value(n), torch.SymInt)]
+        found: dict[tuple[Node, Rows | None], None] = dict.fromkeys(
+            (n, None) for n in sizes if expr(value(n)) in symbols
+        )
+        for node, how in self.loop.nodes.items():
+            sized = node.args[1:] if node.target in SIZED else ()
+            rows = {node.args[i]: there for i, there in how.operands.items()}
+            for n in node.all_input_nodes:
+                only_size = not is_tensor(n) and bool(sized)
+                if n not in self.loop.nodes and not only_size and not (n.target in FILLS and n in rows):
+                    found[n, rows.get(n)] = None
+        return list(found)
+
+    def _at_one(self, point: Node) -> dict[Node, Node]:
+        """Copies of what is computed on the way from the scalar to the loop, with 1 for the scalar."""
+        scalar = self.loop.scalar
+        if scalar is None:
+            return {}
+        needed = _ancestors(self.graph, [n for n, _ in self._inputs()])
+        following = reachable(self.graph, lambda n: n is scalar)
+        behind = (needed & following) - {scalar, *self.loop.nodes}
+        way = [n for n in self.graph.nodes if n in behind]
+        self._hoist([a for n in way for a in n.all_input_nodes if a not in following], point)
+        val = value(scalar)
+        like = {"dtype": val.dtype, "device": val.device}
+        copies = {scalar: self.build.call(aten.full.default, list(val.shape), 1.0, **like)}
+        for node in way:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
+            copies[node] = self._forward(self.build.call(node.target, *args, **kwargs))
+        return copies
+
+    def _forward(self, node: Node) -> Node:
+        node.meta.pop("recompute", None)
+        return node
+
+    def _hoist(self, nodes: Iterable[Node], point: Node) -> None:
+        """Moves nodes, and what they are computed from, before the point where they are read from now on."""
+        late = _ancestors(self.graph, list(nodes))
+        for node in [n for n in self.graph.nodes if n in late and self.position.get(n, -1) >= self._at(point)]:
+            point.prepend(node)
+            self.position[node] = -1  # once is enough
+
+    # ---------------------------------------------------------------------------------------------------- loop
+
+    def _chunks(
+        self, given: list[tuple[Node, Rows | None]], read: list[tuple[Node, Rows | None]]
+    ) -> tuple[dict[Node, Node], dict[Node, list[Node]]]:
+        """The calls of the body, one for each chunk: sums over rows, and the parts of all other results."""
+        summed = [n for n, t in self.loop.outputs.items() if t.rows is None]
+        parted = [n for n, t in self.loop.outputs.items() if t.rows is not None]
+        totals = [self._zeros(n) for n in summed]
+        flat = [self._flat(n, rows) for n, rows in given]
+        count = self._count(flat, given)
+        parts: dict[Node, list[Node]] = {n: [] for n in parted}
+        bodies: dict[Any, Node] = {}
+        for i in range(self.plan.chunks):
+            start, stop, size = self._bounds(i, count)
+            operands = [
+                n if rows is None else self.build.call(aten.slice.Tensor, n, rows.start, start, stop)
+                for n, (_, rows) in zip(flat, given, strict=True)
+            ]
+            if size not in bodies:
+                bodies[size] = self._body(len(bodies), read, [*operands, *totals], summed, parted)
+            results = self._call(bodies[size], [*operands, *totals])
+            totals = results[: len(summed)]
+            for n, part in zip(parted, results[len(summed) :], strict=True):
+                parts[n].append(part)
+        return dict(zip(summed, totals, strict=True)), parts
+
+    def _zeros(self, node: Node) -> Node:
+        val = value(node)
+        dtype = WIDE.get(val.dtype, val.dtype)
+        return self.build.call(aten.full.default, list(val.shape), 0, dtype=dtype, device=val.device)
+
+    def _flat(self, node: Node, rows: Rows | None) -> Node:
+        """A value with its rows in one dimension."""
+        if rows is None or rows.stop - rows.start == 1:
+            return node
+        sizes = self.build.sizes_of(node)
+        return self.build.call(aten.reshape.default, node, rows.sizes(sizes, [-1]))
+
+    def _count(self, flat: list[Node], given: list[tuple[Node, Rows | None]]) -> tuple[Any, Any]:
+        """The rows in all and in a chunk: numbers, or nodes."""
+        if isinstance(self.plan.rows, int):
+            return self.plan.rows, math.ceil(self.plan.rows / self.plan.chunks)
+        n, rows = next((n, rows) for n, (_, rows) in zip(flat, given, strict=True) if rows is not None)
+        whole = self.build.call(aten.sym_size.int, n, rows.start)
+        return whole, self.build.call(operator.floordiv, whole, self.plan.chunks)
+
+    def _bounds(self, i: int, count: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+        """Where chunk `i` starts and stops, and what tells its size from others'."""
+        whole, each = count
+        if isinstance(whole, int):
+            start, stop = min(whole, i * each), min(whole, (i + 1) * each)
+            return start, stop, stop - start
+        last = i == self.plan.chunks - 1
+        start = self.build.call(operator.mul, each, i) if i else 0
+        return start, whole if last else self.build.call(operator.mul, each, i + 1), last
+
+    def _call(self, body: Node, operands: list[Node]) -> list[Node]:
+        hop = torch.ops.higher_order.invoke_subgraph
+        node = self.graph.call_function(hop, (body, body.target, *operands))
+        (output,) = body.meta["body"].graph.find_nodes(op="output")
+        with self.fake_mode:
+            vals = tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+                         for v in map(value, output.args[0]))  # fmt: skip
+        node.meta["val"] = vals
+        node.meta["partitioner_tag"] = "is_forward"
+        return [self._forward(self.build.call(operator.getitem, node, i)) for i in range(len(vals))]
+
+    def _whole(self, node: Node, parts: list[Node]) -> Node:
+        rows = self.loop.outputs[node].rows
+        assert rows is not None
+        return self._forward(self.build.call(aten.cat.default, parts, rows.start))
+
+    # ---------------------------------------------------------------------------------------------------- body
+
+    def _body(
+        self,
+        number: int,
+        read: list[tuple[Node, Rows | None]],
+        operands: list[Node],
+        summed: list[Node],
+        parted: list[Node],
+    ) -> Node:
+        """The graph of one chunk, as an attribute of the graph's module: operands in, sums and parts of rows out."""
+        graph = Graph()
+        build = Builder(graph, self.fake_mode)
+        inner: dict[tuple[Node, Rows | None], Node] = {}
+        placeholders = []
+        for i, operand in enumerate(operands):
+            placeholders.append(graph.placeholder(f"operand_{i}"))
+            placeholders[-1].meta["val"] = value(operand)
+        sized = next((p, r.start) for p, (_, r) in zip(placeholders, read, strict=False) if r is not None)
+        count = value(sized[0]).shape[sized[1]]
+        count = count if isinstance(count, int) else build.call(aten.sym_size.int, *sized)
+        for key, placeholder in zip(read, placeholders, strict=False):
+            inner[key] = self._unflat(build, placeholder, key, count)
+        made: dict[Node, Node] = {}
+        addends: dict[Node, list[Node]] = {}
+        for node, how in self.loop.nodes.items():
+            rows_of = {node.args[i]: there for i, there in how.operands.items()}
+
+            def inside(n: Node, rows_of: dict[Any, Rows] = rows_of) -> Node:
+                if n in made:
+                    return made[n]
+                if n.target in FILLS and n in rows_of:
+                    sizes = rows_of[n].part(list(value(n).shape), count)
+                    return build.call(n.target, sizes, *n.args[1:], **n.kwargs)
+                return inner[n, rows_of.get(n)]
+
+            build.like = node
+            if node.target in SIZED:
+                assert how.rows is not None
+                args = (inside(tensor_arg(node, 0)), how.rows.part(list(value(node).shape), count))
+            else:
+                args = torch.fx.map_arg(node.args, inside)
+            kwargs = torch.fx.map_arg(node.kwargs, inside)
+            target = aten.reshape.default if node.target is aten.view.default else node.target
+            if how.rows is None:
+                addends[node] = _addends(build, target, args, kwargs)
+            else:
+                made[node] = self._forward(build.call(target, *args, **kwargs))
+        build.like = None
+        totals = placeholders[len(read) :]
+        results = []
+        for n, total in zip(summed, totals, strict=True):
+            for addend in addends[n]:
+                total = build.call(aten.add.Tensor, total, build.cast(addend, value(total).dtype))
+            results.append(total)
+        for n in parted:
+            rows = self.loop.outputs[n].rows
+            assert rows is not None
+            sizes = rows.sizes(list(value(made[n]).shape), [count])
+            part = made[n] if rows.stop - rows.start == 1 else build.call(aten.reshape.default, made[n], sizes)
+            if not value(part).is_contiguous():
+                part = build.call(aten.clone.default, part, memory_format=torch.contiguous_format)
+            results.append(part)
+        graph.output(tuple(results))
+        graph.lint()
+        self.build.added += build.added
+        module = self.graph.owning_module
+        assert module is not None, "a graph without a module has nowhere to keep a loop's body"
+        body = GraphModule({}, graph)
+        body.meta[BODY] = True
+        name = f"{BODY}_{number}"
+        setattr(module, name, body)
+        node = self.graph.get_attr(name)
+        node.meta["body"] = body
+        return node
+
+    def _unflat(self, build: Builder, placeholder: Node, key: tuple[Node, Rows | None], count: Any) -> Node:
+        """A chunk's rows in as many dimensions as the whole has them in."""
+        node, rows = key
+        if rows is None or rows.stop - rows.start == 1:
+            return placeholder
+        return build.call(aten.reshape.default, placeholder, rows.part(list(value(node).shape), count))
+
+    # ------------------------------------------------------------------------------------------------- results
+
+    def _scaled(self, node: Node, result: Node) -> Node:
+        """A gradient, times the scalar that the loop took 1 for."""
+        dtype = value(node).dtype
+        if node not in self.flow.backward or self.loop.scalar is None:
+            return self.build.cast(result, dtype)
+        wide = WIDE.get(dtype, dtype)
+        scale = self.build.cast(self.loop.scalar, wide)
+        return self.build.cast(self.build.call(aten.mul.Tensor, self.build.cast(result, wide), scale), dtype)
+
+    def _like(self, node: Node, result: Node, sources: list[Node]) -> Node:
+        """A result in the sizes and strides of the node that it stands in for; a dynamic size is read off a source."""
+        if shape(result) != shape(node):
+            sizes = [n if isinstance(n, int) else self._size(n, sources) for n in shape(node)]
+            result = self.build.call(aten.reshape.default, result, sizes)
+        return self.build.laid_out(result, value(node).stride())
+
+    def _size(self, size: Size, sources: list[Node]) -> Node:
+        source, i = next((n, i) for n in sources for i, other in enumerate(shape(n)) if other == size)
+        return self.build.call(aten.sym_size.int, source, i)
+
+
+def _addends(build: Builder, target: Any, args: Any, kwargs: Any) -> list[Node]:
+    """A chunk's sum over rows, of half precision unrounded: the sum of all chunks is rounded once."""
+    wide = WIDE.get(value(args[0]).dtype)
+    if wide is not None and target is aten.mm.default:
+        return exact_products(build, *args)
+    if wide is not None and target is not aten.bmm.default:
+        args = (build.cast(args[0], wide), *args[1:])
+    return [build.call(target, *args, **kwargs)]
