@@ -49,12 +49,14 @@ class Moments:
     weights: frozenset[Node] = frozenset()
 
 
-def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> Moments:
-    """Replaces such gradients in place."""
+def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], of_matrices: bool = True) -> Moments:
+    """Replaces such gradients in place; those `of_matrices` only if wanted."""
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
     for found in list(_contractions(graph, rows, flow)):
+        if found.node.target is aten.mm.default and not of_matrices:
+            continue
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
         found.node.replace_all_uses_with(new)
