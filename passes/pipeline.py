@@ -122,7 +122,7 @@ def run(
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
     chosen = _decided(groups, analysis.flow, settings, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
-    members |= _members(groups, analysis.flow)
+    members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode, settings.rounding)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))

@@ -9,16 +9,20 @@ __version__ = "0.1.0"
 
 from peft_fx.compiling import backend as backend
 from peft_fx.explaining import explain as explain
+from peft_fx.passes.lossy import KeptInput as KeptInput
 from peft_fx.passes.sites import Refusal as Refusal
 from peft_fx.passes.sites import Site as Site
 from peft_fx.preparing import Cure as Cure
 from peft_fx.preparing import cures as cures
 from peft_fx.preparing import prepare as prepare
 from peft_fx.preparing import restore as restore
+from peft_fx.reports import GradientError as GradientError
 from peft_fx.reports import Report as Report
 
 __all__ = [
     "Cure",
+    "GradientError",
+    "KeptInput",
     "Refusal",
     "Report",
     "Site",
