@@ -148,12 +148,16 @@ class Keep:
         if node.target in SUMS and extra and self._joins(node, leaves, inputs):
             return alone
         saved = self.bytes(node) - extra
-        as_good = saved == 0 and (node.target in LAYOUTS or self._is_result(leaves))
+        as_good = saved == 0 and (node.target in LAYOUTS or self._is_result(leaves) or self._is_masked(chain))
         return Origin(leaves, chain) if saved > 0 or as_good else alone
 
     def _is_result(self, leaves: frozenset[Node]) -> bool:
         """While it is not yet known what is kept: a layer's result is, rather than what is computed from it alone."""
         return not self.kept_known and len(leaves) == 1 and any(products(leaf) for leaf in leaves)
+
+    def _is_masked(self, chain: frozenset[Node]) -> bool:
+        """Whether a dropout mask is drawn on the way: what is kept before it need not be kept for each mask."""
+        return self.random and any(self.flow.is_mask(n) for n in chain)
 
     def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
         """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are
@@ -171,6 +175,12 @@ class Keep:
                     found.add(n)
                     todo.append(n)
         return found
+
+    def cost(self, node: Node) -> int:
+        """Bytes to be kept more for a value of forward to be there in backward."""
+        leaves = self._origin(node).leaves
+        self._origins.clear()
+        return sum(self.bytes(n) for n in leaves - self.kept)
 
     def mark(self) -> int:
         """Tags what is chosen and its equals: the partitioner merges them first, and the first one's tag stays."""

@@ -25,15 +25,16 @@ from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import is_tangent
+from peft_fx.passes.flow import Flow, is_tangent
 from peft_fx.passes.keep import PARTS, SMALL, Keep, products
-from peft_fx.passes.nodes import CAST, LAYOUTS, SUMS, aten, is_tensor, shape, value, value_numbers
+from peft_fx.passes.nodes import CAST, LAYOUTS, SCALINGS, SUMS, aten, is_tensor, shape, value, value_numbers
 from peft_fx.passes.policies import Policy
 from peft_fx.passes.rewrite import REBUILD, Builder, erase_unused
 
 SAVE = CheckpointPolicy.MUST_SAVE
 EXACT, REBUILT = "exact", "rebuilt"
 FREE = "rebuilt from what backward keeps in any case"
+ALIKE = LAYOUTS | {CAST}
 MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default}
 
 
@@ -93,6 +94,7 @@ class Lossy:
 def compress(
     keep: Keep,
     members: Mapping[Node, str],
+    inputs: Set[Node],
     fake_mode: AbstractContextManager[Any],
     policies: Mapping[str, Policy],
     chosen: str,
@@ -101,12 +103,14 @@ def compress(
     """Changes a graph in place so that it keeps parts of what it can, by the policy of the name `chosen`; a name
     without a policy changes nothing.
 
-    `members` are the parameters of adapters, with the adapter's name; `layers` are glob patterns of names: it acts on
-    these alone, and then on those of other modules too.
+    `members` are the parameters of adapters, with the adapter's name; `inputs` is what layers read; `layers` are glob
+    patterns of names: it acts on these alone, and then on those of other modules too.
     """
-    change = _Change(keep, members, fake_mode, layers)
+    change = _Change(keep, members, inputs, fake_mode, layers)
     found: list[KeptInput] = []
     for node, readers in change.values.items():
+        if not _names(readers):
+            continue
         point = change.point(node, readers)
         verdicts = {name: change.verdict(point, readers, name) for name in _names(readers)}
         able = {} if any(verdicts.values()) else {k: p for k, p in policies.items() if not p.refusal(value(point))}
@@ -133,6 +137,25 @@ def compress(
     return Lossy(change.build.added, rebuilt, found + free)
 
 
+def layer_inputs(flow: Flow) -> frozenset[Node]:
+    """What forward multiplies to a weight that is not, or not only, trained."""
+    found: list[Node] = []
+    for node in flow.forward:
+        for product in products(node):
+            for weight, x in ((product.left, product.right), (product.right, product.left)):
+                if flow.is_weight(weight) and not all(flow.roles[p].trainable for p in flow.parameters(weight)):
+                    found += _alike(x, ALIKE)
+    return frozenset(found)
+
+
+def _alike(node: Node, ops: Collection[Any]) -> list[Node]:
+    """A value and those that it is made of by such ops alone."""
+    found = [node]
+    for n in found:
+        found += [i for i in n.all_input_nodes if n.target in ops and is_tensor(i) and i not in found]
+    return found
+
+
 def _names(reads: Iterable[Read]) -> list[str]:
     return list(dict.fromkeys(name for r in reads for name in sorted(r.names)))
 
@@ -150,10 +173,11 @@ class _Change:
         self,
         keep: Keep,
         members: Mapping[Node, str],
+        inputs: Set[Node],
         fake_mode: AbstractContextManager[Any],
         layers: Collection[str],
     ):
-        self.keep, self.members, self.layers = keep, members, layers
+        self.keep, self.members, self.layer_inputs, self.layers = keep, members, inputs, layers
         self.number = value_numbers(keep.graph)
         self.build = Builder(keep.graph, fake_mode)
         self.reads = list(self._reads())
@@ -206,10 +230,10 @@ class _Change:
     def verdict(self, point: Node, readers: list[Read], name: str) -> tuple[str, str] | None:
         """Why nothing lossy can be kept of a value for this adapter."""
         direct = [r for r in readers if not r.through_product]
-        if not direct or self._is_adapters_own(point):
-            return "low_rank", "x·A is kept, not x"
         if "recompute" in point.meta:
             return "checkpointed", "inside a checkpoint, where it is computed again and not kept"
+        if not direct or (name in self.members.values() and self._is_low_rank(point)):
+            return "low_rank", "x·A is kept, not x"
         if not self._is_named(name):
             return "not_named", "no pattern of peft_fx.keep_layers names it"
         others = [n for n in _names(direct) if not self._is_named(n)]
@@ -217,16 +241,11 @@ class _Change:
             return "shared", f"kept in any case, for the gradients of {', '.join(others) or 'what is no adapter'}"
         return None
 
-    def _is_adapters_own(self, node: Node) -> bool:
-        """x·A, or another product by adapters' parameters alone."""
-        todo, weights = [node], []
-        for n in todo:
-            found = [m for p in products(n) for m in (p.left, p.right) if self.keep.flow.is_weight(m)]
-            weights += found
-            if not found and n.target in LAYOUTS | PARTS | SUMS | {CAST}:
-                todo += [i for i in n.all_input_nodes if is_tensor(i) and i not in todo]
-        parameters = [set(self.keep.flow.parameters(w)) for w in weights]
-        return bool(parameters) and all(p and p <= self.members.keys() for p in parameters)
+    def _is_low_rank(self, node: Node) -> bool:
+        """x·A and the like: a product by weights that no layer reads."""
+        made_of = _alike(node, ALIKE | PARTS | SUMS | SCALINGS)
+        multiplied = any(self.keep.flow.is_weight(m) for n in made_of for p in products(n) for m in (p.left, p.right))
+        return multiplied and self.layer_inputs.isdisjoint(_alike(node, ALIKE))
 
     def kept_beside(self, node: Node) -> list[Node]:
         """What the frozen model keeps and could be made of the value, as a bool mask of a relu's result is."""

@@ -9,7 +9,7 @@ is the narrowest value on the way: where the product is `z·B` with z = x·A of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +49,14 @@ class Moments:
     weights: frozenset[Node] = frozenset()
 
 
-def from_moments(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], of_matrices: bool = True) -> Moments:
-    """Replaces such gradients in place; those `of_matrices` only if wanted."""
+def from_moments(
+    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], wanted: Callable[[Contraction], bool]
+) -> Moments:
+    """Replaces such gradients in place, those that are wanted."""
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
-    for found in list(_contractions(graph, rows, flow)):
-        if found.node.target is aten.mm.default and not of_matrices:
-            continue
+    for found in [c for c in _contractions(graph, rows, flow) if wanted(c)]:
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
         found.node.replace_all_uses_with(new)

@@ -3,6 +3,7 @@ alike."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import Counter
@@ -13,15 +14,16 @@ from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes import price
+from peft_fx.passes import nodes, price
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_identities
 from peft_fx.passes.keep import Keep
-from peft_fx.passes.lossy import KeptInput, Lossy, compress
+from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
-from peft_fx.passes.moments import Moments, from_moments
+from peft_fx.passes.moments import Contraction, Moments, from_moments
+from peft_fx.passes.nodes import aten, numel
 from peft_fx.passes.policies import POLICIES
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
@@ -108,6 +110,7 @@ def run(
     added += without_identities(graph, fake_mode)
     unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
+    inputs = layer_inputs(analysis.flow)
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
     known = {r.name for r in refused}  # more is known of a region than of what is left over
@@ -131,8 +134,16 @@ def run(
     if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
         moments = Moments([])
         if settings.numerics == "default":
-            # what a lossy policy keeps is read, not made again by a product
-            moments = from_moments(graph, Flow(graph, roles), fake_mode, of_matrices=settings.keep not in POLICIES)
+            exact = functools.cache(lambda: Keep(graph, Flow(graph, roles), hint, settings.rebuild_random))
+
+            def wanted(found: Contraction) -> bool:
+                if found.node.target is aten.mm.default and settings.keep in POLICIES:
+                    return False  # what a lossy policy keeps is read, not made again by a product
+                if hint(numel(nodes.shape(found.read))) >= hint(numel(nodes.shape(found.source))):
+                    return True
+                return exact().cost(found.source) <= exact().bytes(found.read)  # x·A kept, as in LoRA-FA, or x
+
+            moments = from_moments(graph, Flow(graph, roles), fake_mode, wanted)
             added += moments.added
 
         def analysed(rebuilt: frozenset[Node] = frozenset()) -> Keep:
@@ -140,7 +151,7 @@ def run(
 
         def lossy(keep: Keep) -> Lossy:
             policies = {k: make(settings.velora_group, settings.keep_rounding) for k, make in POLICIES.items()}
-            return compress(keep, members, fake_mode, policies, settings.keep, settings.keep_layers)
+            return compress(keep, members, inputs, fake_mode, policies, settings.keep, settings.keep_layers)
 
         compressed = lossy(analysed()) if settings.keep in POLICIES else None
         added += compressed.added if compressed else []
@@ -187,9 +198,14 @@ def _members(found: Sequence[Group | Region], flow: Flow) -> dict[Node, str]:
 
 
 def _refused_members(refused: Sequence[Refusal], roles: Roles) -> dict[Node, str]:
-    """Of adapters without a weight form: what is below their module."""
-    innermost_last = sorted(refused, key=lambda r: len(r.name))
-    return {p: r.name for r in innermost_last for p, role in roles.items() if role.name.startswith(f"{r.name}.")}
+    """Of adapters without a weight form: what is below their module, and what is trained beside their weight."""
+    found = {}
+    for r in sorted(refused, key=lambda r: len(r.name)):  # an inner module's after that of one around it
+        for p, role in roles.items():
+            module, beside = role.name.rpartition(".")[0], r.name.rpartition(".")[0]
+            if role.name.startswith(f"{r.name}.") or (role.trainable and module == beside and p not in found):
+                found[p] = r.name
+    return found
 
 
 def _with_dense_gradient(site: Site, weights: set[str]) -> Site:
