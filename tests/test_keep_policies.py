@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -394,3 +392,235 @@ def test_fp8_where_the_device_has_it() -> None:
 def test_bad_values_are_refused_at_once(option: str, value: Any, listed: str) -> None:
     with pytest.raises(ValueError, match=listed):
         peft_fx.backend(None, [], options={f"peft_fx.{option}": value})
+
+
+# -------------------------------------------------------------------------------------------------- stochastic rounding
+
+
+def rounded(keep_rounding: str, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """x, and its likeness: dA where what reaches A is one for each token of a unit vector, so that x̃ itself is seen."""
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W, self.A, self.B = frozen(H, T), trained(H, T), trained(T, T)
+
+        def forward(self, z: Tensor) -> Tensor:
+            x = z.cumsum(0)
+            return x @ self.W + (x @ self.A) @ self.B
+
+    case = joint.capture(Seen().double(), torch.randn(T, H, dtype=FP64, requires_grad=True))
+    graph, _ = case.rewritten(form="activation", keep=f"int{bits}", keep_rounding=keep_rounding)
+    numbers = torch.Generator().manual_seed(5)
+    inputs = []
+    for node in graph.find_nodes(op="placeholder"):
+        sizes = tuple(node.meta["val"].shape)
+        is_square = sizes == (T, T)  # B and dy: dy·Bᵀ = 1, so dA = x̃ᵀ
+        inputs.append(torch.eye(T, dtype=FP64) if is_square else torch.randn(sizes, generator=numbers, dtype=FP64))
+    outputs = GraphModule(case.module, graph)(*inputs)
+    (dA,) = (o for o in outputs if o is not None and o.shape == (H, T))
+    return inputs[0].cumsum(0), dA.T
+
+
+@pytest.mark.parametrize("keep_rounding", policies.ROUNDINGS)
+def test_rounding_is_to_a_neighbour(keep_rounding: str) -> None:
+    """To nearest within half a step, stochastically within one; either way the least and the largest are exact."""
+    x, likeness = rounded(keep_rounding)
+    _, step = steps(x, 4, H)
+    error = (likeness - x).abs() / step
+    assert error.max() <= {"nearest": 0.5, "stochastic": 1.0}[keep_rounding] + 1e-9
+    assert error.max() > {"nearest": 0.45, "stochastic": 0.9}[keep_rounding]
+
+
+def test_stochastic_rounding_has_no_bias() -> None:
+    """Up as often as the part of a step that is above: in each tenth of a step, within four standard errors."""
+    x, likeness = rounded("stochastic")
+    low, step = steps(x, 4, H)
+    part = ((x - low) / step).frac().flatten()
+    up = ((likeness - low) / step).round().flatten() > ((x - low) / step).flatten()
+    for i in range(10):
+        inside = (part > i / 10) & (part <= (i + 1) / 10) & (part > 1e-6)
+        expected, seen, count = part[inside].mean(), up[inside].double().mean(), int(inside.sum())
+        assert count > 300
+        assert abs(seen - expected) < 4 * (0.25 / count) ** 0.5
+
+
+def test_stochastic_rounding_is_of_the_number_not_of_its_place() -> None:
+    """The same number elsewhere, or in another batch, goes another way; the same batch the same way."""
+    case = captured()
+    graph, _ = case.rewritten(form="weight", keep="int4", keep_rounding="stochastic")
+    given, got = run(case, graph)
+    _, again = run(case, graph)
+    assert torch.equal(got["A"], again["A"])
+    assert not [n for n in graph.nodes if "rand" in str(n.target)]
+    assert 0.99 < cosine(got["A"], exact(case)["A"]) < 1
+    assert not torch.equal(got["A"], run(case, case.rewritten(form="weight", keep="int4")[0])[1]["A"])
+    assert given.keys() >= got.keys() - {"y"}
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+class WithBuffer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(H, affine=False)
+
+    def x(self, z: Tensor) -> Tensor:
+        return super().x(self.norm(z))
+
+
+def test_explain_measures_the_error_of_each_gradient() -> None:
+    """Of dA that of the formula, of dB none; and the model is as it was."""
+    model, z = WithBuffer(), torch.randn(T, H, requires_grad=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random = torch.get_rng_state()
+    options = {"peft_fx.form": "weight", "peft_fx.keep": "int4"}
+    report = peft_fx.explain(model, z, options=options, measure=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert z.grad is None
+    assert model.A.grad is None
+    found = {e.name: e for e in report.errors}
+    assert found.keys() == {"A", "B"}
+    assert (found["B"].relative, found["B"].cosine) == (0.0, 1.0)
+    y = model(z)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    x = model.x(z).detach()
+    inner = dy @ model.B.T
+    want = ((affine(x, 4) - x).T @ inner).norm() / (x.T @ inner).norm()
+    assert found["A"].relative == pytest.approx(want.item(), rel=0.05)
+    assert "relative error" in str(report)
+
+
+def test_exact_keeps_have_no_error() -> None:
+    report = peft_fx.explain(Block(), torch.randn(T, H, requires_grad=True), measure=True)
+    assert {(e.relative, e.cosine) for e in report.errors} == {(0.0, 1.0)}
+
+
+def test_nothing_is_measured_without_numbers() -> None:
+    with torch.device("meta"):
+        model, z = Block(), torch.randn(T, H)
+    with pytest.raises(TypeError, match="real numbers"):
+        peft_fx.explain(model, z, measure=True)
+
+
+# -------------------------------------------------------------------------------------------- with other things, whole
+
+
+def adapted(**config: Any) -> nn.Module:
+    """An MLP with a ReLU between adapted layers."""
+    return adapt(mlp(nn.ReLU), **config).train()
+
+
+def twice(model: nn.Module) -> nn.Module:
+    model.add_adapter("other", peft.LoraConfig(target_modules=["0", "2"], r=4, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "lora": adapted,
+    "dropout": lambda: adapted(lora_dropout=0.3),
+    "dora": lambda: peft_fx.prepare(adapted(use_dora=True)),
+    "two adapters": lambda: twice(adapted()),
+}
+
+
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
+def test_only_adapters_gradients_change_in_a_model(make: Callable[[], nn.Module]) -> None:
+    """Outputs, the input's gradient and all that reads no such x: to the bit; the rest points the same way."""
+    model, x = make(), torch.randn(T, 64, requires_grad=True)
+
+    def compiled(keep: str) -> oracle.Run:
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        return oracle.run(oracle.weight_form(model, **{"peft_fx.keep": keep}), model, (x,))
+
+    want, got = compiled("recompute"), compiled("int8")
+    changed = {n for n, a, b in oracle.pairs(want, got) if not torch.equal(a, b)}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    for name, a, b in oracle.pairs(want, got):
+        assert cosine(a, b) > 0.999, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["velora", "int4"])
+def test_compiled_by_inductor(keep: str) -> None:
+    """The same through Inductor: to the bit but for dA, whose error is the formula's."""
+    model, z = Block(F.relu), torch.randn(T, H, requires_grad=True)
+    runs = {}
+    for chosen in ("recompute", keep):
+        torch._dynamo.reset()
+        options = {"peft_fx.form": "weight", "peft_fx.keep": chosen, "peft_fx.keep_rounding": "nearest"}
+        runs[chosen] = oracle.run(torch.compile(model, backend=peft_fx.backend, options=options), model, (z,))
+    want, got = runs["recompute"], runs[keep]
+    assert {n for n, a, b in oracle.pairs(want, got) if not torch.equal(a, b)} == {"gradient of A"}
+    x = model.x(z).detach()
+    dy = oracle.signs(want.y[0], 7)
+    expected = 2 * FORMULAS[keep](x).T @ (dy @ model.B.T)
+    torch.testing.assert_close(got.params["A"], expected, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- mutants
+
+
+def holds() -> bool:
+    """What the tests above ask of every policy, as one answer."""
+    case = captured()
+    try:
+        want = exact(case)
+        for keep in LOSSY:
+            given, got = run(case, case.rewritten(form="weight", keep=keep)[0])
+            if any(not torch.equal(got[k], want[k]) for k in ("y", "z", "B")):
+                return False
+            if not torch.allclose(got["A"], gradient_of_A(given, FORMULAS[keep]), rtol=1e-9, atol=1e-9):
+                return False
+        return True
+    except Exception:
+        return False
+
+
+def _calls(owner: Any, name: str, change: Callable[..., Any]) -> Any:
+    real = getattr(owner, name)
+    return patch.object(owner, name, lambda self, build, *args: change(self, real, build, *args))
+
+
+def _without(op: Any) -> Callable[..., Any]:
+    """A policy's nodes without one op: its first operand is handed on."""
+
+    def change(self: Any, real: Any, build: Any, *args: Any) -> Any:
+        call = build.call
+
+        def skipping(target: Any, *given: Any, **kwargs: Any) -> Any:
+            return given[0] if target is op else call(target, *given, **kwargs)
+
+        with patch.object(build, "call", skipping):
+            return real(self, build, *args)
+
+    return change
+
+
+MUTANTS: dict[str, Callable[[], Any]] = {
+    "vector of another length": lambda: _calls(policies.Velora, "compress", _without(aten.sqrt.default)),
+    "groups of another size": lambda: patch.object(
+        policies, "_grouped", lambda build, x, m, real=policies._grouped: real(build, x, m // 2)
+    ),
+    "halves of a byte exchanged": lambda: _calls(policies.Affine, "restore", _without(aten.__rshift__.Scalar)),
+    "rounded down": lambda: _calls(policies.Affine, "compress", _without(aten.floor.default)),
+    "least number forgotten": lambda: _calls(policies.Affine, "restore", _without(aten.add.Tensor)),
+    "unit forgotten": lambda: _calls(policies.Float8, "restore", _without(aten.mul.Tensor)),
+    "x·A of the likeness": lambda: patch.object(lossy, "products", lambda node: []),
+    "nobody reads the likeness": lambda: patch.object(lossy._Change, "reread", lambda self: None),
+}
+
+
+def test_the_rules_as_they_are_hold() -> None:
+    assert holds()
+
+
+@pytest.mark.parametrize("mutation", MUTANTS.values(), ids=MUTANTS)
+def test_mutant_is_caught(mutation: Callable[[], Any]) -> None:
+    with mutation():
+        assert not holds()
