@@ -259,13 +259,12 @@ def run(args: argparse.Namespace) -> int:
     if len(known) < len(TASKS):
         print("scikit-learn is not installed: without the digits")
     seeds, steps = args.seeds or SEEDS, args.steps or STEPS
-    requests: list[dict[str, Any]] = [{"kind": "keep-cost", "variants": list(FORMS), "task": task} for task in known]
-    requests += [
-        {"kind": "keep", "variants": [form], "task": task, "seed": seed, "steps": steps}
-        for task in known
-        for form in TRAINED
-        for seed in range(seeds)
-    ]
+    requests: list[dict[str, Any]] = []
+    for task in known:
+        requests.append({"kind": "keep-cost", "variants": list(FORMS), "task": task})
+        for form in TRAINED:
+            trainings = {"kind": "keep", "variants": [form], "task": task, "steps": steps}
+            requests += [trainings | {"seed": seed} for seed in range(seeds)]
     if len(known) == len(TASKS):
         results.keep_only(requests)
     with progress_bar() as bar:

@@ -608,7 +608,7 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         policies, "_grouped", lambda build, x, m, real=policies._grouped: real(build, x, m // 2)
     ),
     "halves of a byte exchanged": lambda: _calls(policies.Affine, "restore", _without(aten.__rshift__.Scalar)),
-    "rounded down": lambda: _calls(policies.Affine, "compress", _without(aten.floor.default)),
+    "rounded down": lambda: _calls(policies.Affine, "compress", _without(aten.add.Tensor)),
     "least number forgotten": lambda: _calls(policies.Affine, "restore", _without(aten.add.Tensor)),
     "unit forgotten": lambda: _calls(policies.Float8, "restore", _without(aten.mul.Tensor)),
     "x·A of the likeness": lambda: patch.object(lossy, "products", lambda node: []),
