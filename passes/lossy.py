@@ -74,12 +74,8 @@ class Read:
     @property
     def features(self) -> Size:
         """K of x in xᵀ·g or gᵀ·x."""
-        sizes = shape(self.operand)
-        return (
-            sizes[-2]
-            if self.gradient.target in MATRIX_PRODUCTS and self.gradient.args[0] is self.operand
-            else sizes[-1]
-        )
+        is_left = self.gradient.target in MATRIX_PRODUCTS and self.gradient.args[0] is self.operand
+        return shape(self.operand)[-2 if is_left else -1]
 
 
 @dataclass
@@ -179,6 +175,9 @@ class _Change:
     ):
         self.keep, self.members, self.layer_inputs, self.layers = keep, members, inputs, layers
         self.number = value_numbers(keep.graph)
+        self.equals: dict[Node, list[Node]] = defaultdict(list)
+        for node, first in self.number.items():
+            self.equals[first].append(node)
         self.build = Builder(keep.graph, fake_mode)
         self.reads = list(self._reads())
         self.values: dict[Node, list[Read]] = {}
@@ -222,7 +221,7 @@ class _Change:
             on_the_way = {*self.keep.origins[read.operand].chain, read.operand}
             todo = [n for n in read.costs if self.number[n] is node]
             for n in todo:
-                if shape(n)[-1] == read.features:
+                if shape(n)[-1:] == (read.features,):
                     return n
                 todo += [u for u in n.users if u.target in LAYOUTS and u in on_the_way and u not in todo]
         return node
@@ -234,6 +233,8 @@ class _Change:
             return "checkpointed", "inside a checkpoint, where it is computed again and not kept"
         if not direct or (name in self.members.values() and self._is_low_rank(point)):
             return "low_rank", "x·A is kept, not x"
+        if not all(isinstance(n, int) for n in (shape(point) or ("",))[-1:]):
+            return "shape", "the number of features is not fixed"
         if not self._is_named(name):
             return "not_named", "no pattern of peft_fx.keep_layers names it"
         others = [n for n in _names(direct) if not self._is_named(n)]
@@ -250,12 +251,12 @@ class _Change:
     def kept_beside(self, node: Node) -> list[Node]:
         """What the frozen model keeps and could be made of the value, as a bool mask of a relu's result is."""
         flow, found = self.keep.flow, []
-        todo = [n for n, first in self.number.items() if first is node]
+        todo = list(self.equals[node])
         for n in todo:
-            for user in n.users:
-                if user in self.keep.frozen and user not in found and user not in flow.forward:
-                    found.append(user)
-                elif user not in flow.forward | flow.backward and user not in todo:
+            for user in (u for u in n.users if u not in flow.forward and u not in flow.backward):
+                if user in self.keep.frozen:
+                    found += [user] if user not in found else []
+                elif user not in todo:
                     todo.append(user)
         return found
 

@@ -114,9 +114,8 @@ class Affine:
         step = build.call(aten.clamp_min.default, step, torch.finfo(value(step).dtype).tiny)
         q = build.call(aten.div.Tensor, build.call(aten.sub.Tensor, groups, low), step)
         up = 0.5 if self.rounding == "nearest" else self._dither(build, groups, step)
-        q = build.call(aten.floor.default, build.call(aten.add.Tensor, q, up))
-        q = build.call(aten.clamp_max.default, build.call(aten.clamp_min.default, q, 0), most)
-        q = build.cast(q, torch.uint8)
+        q = build.call(aten.clamp_max.default, build.call(aten.add.Tensor, q, up), most)
+        q = build.cast(q, torch.uint8)  # drops what is behind the point
         if self.bits == 4:
             half = int(shape(q)[-1]) // 2  # type: ignore[arg-type]
             first, second = (build.call(aten.slice.Tensor, q, -1, i, i + half) for i in (0, half))
