@@ -21,7 +21,7 @@ from peft_fx import compiling
 from peft_fx.passes import lossy, policies
 from peft_fx.passes.nodes import aten
 from peft_fx.passes.policies import POLICIES
-from tests import joint, oracle
+from tests import joint, oracle, test_keep
 from tests.peft_models import adapt, mlp
 from tests.spellings import frozen, trained
 
@@ -300,6 +300,25 @@ def test_pefts_own_optimizer_for_it() -> None:
         assert all(torch.equal(p, A[n]) for n, p in model.named_parameters() if n in A)
     assert losses[True][2] < losses[True][0]
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["weight", "auto"])
+def test_a_layer_keeps_what_the_frozen_one_does(form: str) -> None:
+    """Also behind a ReLU and an attention that is written out, where exact LoRA keeps x: what a second layer adds is at
+    most 1.02 times as much, the rest being x·A of r = H / 32."""
+
+    def bytes_of(layers: int, adapters: bool) -> int:
+        base, inputs = test_keep.opt(layers)
+        base.set_attn_implementation("eager")
+        model = adapt(base, r=2).train() if adapters else base.requires_grad_(False)
+        for name, p in model.named_parameters():
+            p.requires_grad_("lora_B" in name)
+        test_keep.train_embeddings(base)
+        return peft_fx.explain(model, **inputs, options={"peft_fx.form": form}).kept_bytes["after"]
+
+    more, floor = (bytes_of(2, adapters) - bytes_of(1, adapters) for adapters in (True, False))
+    assert more <= 1.02 * floor
 
 
 # --------------------------------------------------------------------------------------------------------------- codes
