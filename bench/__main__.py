@@ -19,6 +19,7 @@ examples:
   python -m bench suite gpu --minutes 9                        in parts: the same command again goes on
   python -m bench coverage                                     what is rewritten, of every adapter and architecture
   python -m bench study rounding                               nearest or dithered, by learning rate: 15 minutes
+  python -m bench study keep                                   LoRA-FA, VeLoRA and quantised keeps in training
   python -m bench sweep                                        the forms of one layer, measured and predicted
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
-import inspect
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_fx
-from bench import models, tables
+from bench import keeping, models, tables
+from bench.corpus import batches_of, parts
 from bench.models import setup_of
 from bench.report import figure_of, page_with, provenance, save
 from bench.results import FOLDER, ROOT, Results
@@ -47,7 +46,6 @@ SEEDS = 4
 STEPS, BATCH, LENGTH = 200, 8, 64  # of fine-tuning; sequences in a step, and their bytes
 PRETRAINING = 600
 LOOKED_AT = (5, 20, 50, 100, 150)  # steps
-READ = ("argparse", "inspect", "typing", "dataclasses", "ast")
 PAGE = ROOT.parent / "docs" / "rounding.md"
 
 
@@ -55,18 +53,27 @@ def add_command(commands: Any) -> None:
     """Adds `study` to the sub-commands of an argument parser."""
     formatter = argparse.RawDescriptionHelpFormatter
     study = commands.add_parser(
-        "study", help="what rounding does to training, by learning rate", description=STUDY, formatter_class=formatter
+        "study",
+        help="what rounding, and lossy keeps, do to training",
+        description=f"rounding: {STUDY}\nkeep: {keeping.STUDY}",
+        formatter_class=formatter,
     )
-    study.add_argument("study", choices=("rounding",))
-    study.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each (default: {SEEDS})")
-    study.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"of each training (default: {STEPS})")
-    study.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="learning rates")
+    study.add_argument("study", choices=STUDIES)
+    seeds = f"of each (default: {SEEDS}; keep: {keeping.SEEDS})"
+    study.add_argument("--seeds", type=int, metavar="N", help=seeds)
+    study.add_argument("--steps", type=int, metavar="N", help=f"of each training (default: {STEPS})")
+    study.add_argument("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="learning rates of rounding")
     study.add_argument("--resume", action="store_true", help="keep what was measured before on the same device")
-    study.add_argument("--output", type=Path, metavar="FILE", help="(default: bench/results/rounding.json)")
+    study.add_argument("--output", type=Path, metavar="FILE", help="(default: in bench/results)")
     study.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    return STUDIES[args.study](args)
+
+
+def _rounding(args: argparse.Namespace) -> int:
+    args.seeds, args.steps = args.seeds or SEEDS, args.steps or STEPS
     torch.set_num_threads(1)  # products this small lose more to a pool of threads than they gain
     results = Results(args.output or FOLDER / "rounding.json", "cpu")
     requests = [
@@ -97,37 +104,18 @@ def _variant(form: str) -> str:
     return f"peft_fx {form}" if form in ("nearest", "dithered") else form
 
 
+STUDIES: dict[str, Callable[[argparse.Namespace], int]] = {"rounding": _rounding, "keep": keeping.run}
+
+
 # ------------------------------------------------------------------------------------------------------- training
 
 
-def _text(of: str) -> Tensor:
-    """Python's documentation, or source code, as bytes."""
-    if of == "documentation":
-        topics = importlib.import_module("pydoc_data.topics").topics
-        text = "\n".join(topics[name] for name in sorted(topics))
-    else:
-        text = "\n".join(inspect.getsource(importlib.import_module(name)) for name in READ)
-    return torch.tensor(list(text.encode()), dtype=torch.long)
-
-
-@cache
 def _parts(of: str) -> tuple[Tensor, Tensor]:
-    """Nine tenths to train on, and 64 sequences spread over the last tenth to look at."""
-    text = _text(of)
-    cut = len(text) * 9 // 10
-    starts = torch.linspace(cut, len(text) - LENGTH, 64).long()
-    return text[:cut], _sequences(text, starts)
-
-
-def _sequences(text: Tensor, starts: Tensor) -> Tensor:
-    return text[starts[:, None] + torch.arange(LENGTH)]
+    return parts(of, LENGTH)
 
 
 def _batches(of: str, seed: int, steps: int, size: int) -> Iterable[Tensor]:
-    text, _ = _parts(of)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        yield _sequences(text, torch.randint(len(text) - LENGTH, (size,), generator=generator))
+    return batches_of(of, seed, steps, size, LENGTH)
 
 
 def _loss(model: Callable[..., Any], ids: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class Keep:
     """Finds the nodes to rebuild, `chosen`. Pure but for `mark`, which writes the tags.
 
     `random` is whether a random draw may be repeated from its seed; `reading` are products of backward known to serve
-    parameter gradients alone.
+    parameter gradients alone; `rebuilt` are nodes that are rebuilt in any case. `frozen` is what the frozen model
+    keeps, `origins` where each value that a parameter's gradient reads begins.
     """
 
     def __init__(
@@ -52,21 +53,22 @@ class Keep:
         hint: Callable[[Size], int],
         random: bool = True,
         reading: Set[Node] = frozenset(),
+        rebuilt: Set[Node] = frozenset(),
     ):
-        self.flow, self.hint, self.random, self.graph = flow, hint, random, graph
+        self.flow, self.hint, self.random, self.graph, self.rebuilt = flow, hint, random, graph, rebuilt
         self.kept: set[Node] = set()
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
-        gradients = parameter_gradients(graph, flow) | reading
-        frozen = {n for g in flow.backward - gradients if g.op != "output" for n in g.all_input_nodes}
+        self.gradients = parameter_gradients(graph, flow) | reading
+        frozen = {n for g in flow.backward - self.gradients if g.op != "output" for n in g.all_input_nodes}
         self.kept_known = False  # until then of two that are as large the earlier one is taken for kept
         read = [n for n in graph.nodes if n in frozen]  # in graph order: each chain ends at one known before
         ways = self._note_kept(read)
         self.kept_known = True
-        self.kept_anyway = frozenset(self.kept)
-        reads = {n for g in gradients for n in g.all_input_nodes if self._is_activation(n)}
-        for node in sorted(reads, key=self._bytes, reverse=True):
-            origin = self._origin(node)
+        self.frozen, self.origins = frozenset(self.kept), {}
+        reads = {n for g in self.gradients for n in g.all_input_nodes if self._is_activation(n)}
+        for node in sorted(reads, key=self.bytes, reverse=True):
+            origin = self.origins[node] = self._origin(node)
             self.chosen |= origin.chain
             self.kept |= origin.leaves
             self._origins.clear()
@@ -78,13 +80,13 @@ class Keep:
 
     def costs_nothing(self, node: Node) -> bool:
         """Whether a value is what the frozen model keeps, or rebuilt pointwise from that."""
-        return self._origin(node).leaves <= self.kept_anyway
+        return self._origin(node).leaves <= self.frozen
 
     def _is_activation(self, node: Node) -> bool:
         """A value of forward that is no weight."""
         return is_tensor(node) and node not in self.flow.backward and not self.flow.is_weight(node)
 
-    def _bytes(self, node: Node) -> int:
+    def bytes(self, node: Node) -> int:
         val = value(node)
         return self.hint(numel(shape(node))) * val.dtype.itemsize if isinstance(val, torch.Tensor) else 0
 
@@ -116,6 +118,8 @@ class Keep:
         return [n for n in node.all_input_nodes if is_tensor(n)]
 
     def _is_beginning(self, node: Node, even_if_kept: bool = False) -> bool:
+        if node in self.rebuilt:
+            return False
         if node.op != "call_function" or self.flow.is_weight(node) or "recompute" in node.meta:
             return True
         if node in self.kept and not even_if_kept:
@@ -149,21 +153,27 @@ class Keep:
             return alone
         leaves = frozenset().union(*(o.leaves for o in inputs))
         chain = frozenset({node}).union(*(o.chain for o in inputs))
-        extra = sum(self._bytes(n) for n in leaves - self.kept)
+        if node in self.rebuilt:
+            return Origin(leaves, chain)
+        extra = sum(self.bytes(n) for n in leaves - self.kept)
         if node.target in SUMS and extra and self._joins(node, leaves, inputs):
             return alone
-        saved = self._bytes(node) - extra
-        as_good = saved == 0 and (node.target in LAYOUTS or self._is_result(leaves))
+        saved = self.bytes(node) - extra
+        as_good = saved == 0 and (node.target in LAYOUTS or self._is_result(leaves) or self._is_masked(chain))
         return Origin(leaves, chain) if saved > 0 or as_good else alone
 
     def _is_result(self, leaves: frozenset[Node]) -> bool:
         """While it is not yet known what is kept: a layer's result is, rather than what is computed from it alone."""
         return not self.kept_known and len(leaves) == 1 and any(products(leaf) for leaf in leaves)
 
+    def _is_masked(self, chain: frozenset[Node]) -> bool:
+        """Whether a dropout mask is drawn on the way: what is kept before it need not be kept for each mask."""
+        return self.random and any(self.flow.is_mask(n) for n in chain)
+
     def _joins(self, node: Node, leaves: frozenset[Node], inputs: list[Origin]) -> bool:
         """Whether a sum's addends begin in different places. A norm's `x - mean` has one beginning: statistics are
         small."""
-        small = {n for n in leaves if SMALL * self._bytes(n) <= self._bytes(node)}
+        small = {n for n in leaves if SMALL * self.bytes(n) <= self.bytes(node)}
         return not any(leaves - small == o.leaves - small for o in inputs)
 
     def _masks_behind(self, nodes: set[Node]) -> set[Node]:
@@ -176,6 +186,12 @@ class Keep:
                     found.add(n)
                     todo.append(n)
         return found
+
+    def cost(self, node: Node) -> int:
+        """Bytes to be kept more for a value of forward to be there in backward."""
+        leaves = self._origin(node).leaves
+        self._origins.clear()
+        return sum(self.bytes(n) for n in leaves - self.kept)
 
     def mark(self) -> int:
         """Tags what is chosen, and the equals of all that is to be rebuilt: the partitioner merges them first, and the

@@ -21,6 +21,7 @@ from peft_fx.passes import price
 from peft_fx.passes.affine import Row, Rows, Token, in_order, plain
 from peft_fx.passes.algebra import MANTISSA, Size, finer
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.keep import Keep
 from peft_fx.passes.nodes import CAST, aten, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.replay import Replay
 from peft_fx.passes.rewrite import Builder, erase_unused
@@ -55,18 +56,17 @@ def from_moments(
     flow: Flow,
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
-    at_hand: Callable[[Node], bool],
+    keep: Keep,
+    matrices: bool = True,
 ) -> Moments:
-    """Replaces such gradients in place, but where the result that they read is `at_hand` in backward anyway, or is of
-    few tokens."""
+    """Replaces such gradients in place, where that pays beside what `keep` says to be kept without; those of matrices
+    only if `matrices`."""
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
     for found in list(_contractions(graph, rows, flow)):
-        width = rows.of[found.source].width
-        tokens = hint(numel(shape(found.source))) // width
-        few = tokens < (width if found.node.target is aten.mm.default else width / FEW)
-        if few or at_hand(found.read):
+        is_matrix = found.node.target is aten.mm.default
+        if (is_matrix and not matrices) or not _pays(found, rows.of[found.source].width, hint, keep):
             continue
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
@@ -76,6 +76,16 @@ def from_moments(
         is_input = found.source is row.source or not rows.of[found.source].products
         weights |= row.frozen if is_input else set()
     return Moments(build.added, frozenset(shared.values()), frozenset(weights))
+
+
+def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Keep) -> bool:
+    """Not where the result is at hand anyway, or of few tokens; nor where x would be kept in the place of less, of x·A
+    where A is frozen."""
+    tokens = hint(numel(shape(found.source))) // width
+    if tokens < (width if found.node.target is aten.mm.default else width / FEW) or keep.costs_nothing(found.read):
+        return False
+    read, source = (hint(numel(shape(n))) for n in (found.read, found.source))
+    return read >= source or keep.cost(found.source) <= keep.bytes(found.read)
 
 
 def _contractions(graph: Graph, rows: Rows, flow: Flow) -> Iterator[Contraction]:

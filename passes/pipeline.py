@@ -21,8 +21,10 @@ from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_identities
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
+from peft_fx.passes.policies import POLICIES
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
 from peft_fx.passes.regimes import AtLeast, Regimes
@@ -44,6 +46,9 @@ class Settings:
     numerics: str = "default"
     rounding: str = "nearest"
     keep: str = "recompute"
+    velora_group: int = 32
+    keep_layers: tuple[str, ...] = ()
+    keep_rounding: str = "nearest"
     chunk_loss: bool = True
     machine: Machine = MACHINES["cpu"]
     rebuild_random: bool = True
@@ -56,6 +61,7 @@ class Outcome:
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     losses: list[ChunkedLoss] = field(default_factory=list)
+    inputs: list[KeptInput] = field(default_factory=list)
     rebuilt: int = 0
     seconds: float = 0.0
 
@@ -107,11 +113,13 @@ def run(
     added += factored(graph, Flow(graph, roles), fake_mode)
     unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
+    inputs = layer_inputs(analysis.flow)
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
     known = {r.name for r in refused}  # more is known of a region than of what is left over
     left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
+    members = _refused_members(outcome.refusals, roles) | _members(found, analysis.flow)
     if found:
         replaced = _decided(found, analysis.flow, settings, regimes, outcome)
         added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
@@ -120,23 +128,36 @@ def run(
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
     chosen = _decided(groups, analysis.flow, settings, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
+    members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode, settings.rounding)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
     added += rewriter.build.added + unfused.settle()
     training = bool(analysis.flow.backward)
-    if training and settings.keep == "recompute" and (outcome.sites or outcome.refusals):
+    if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
         moments = Moments([])
         if settings.numerics == "default":
             flow = Flow(graph, roles)
-            at_hand = Keep(graph, flow, hint, settings.rebuild_random).costs_nothing
-            moments = from_moments(graph, flow, fake_mode, hint, at_hand)
+            exact = Keep(graph, flow, hint, settings.rebuild_random)
+            # what a lossy policy keeps is read, not made again by a product
+            moments = from_moments(graph, flow, fake_mode, hint, exact, matrices=settings.keep not in POLICIES)
             added += moments.added
-            if not _all_cheaper_as_written(outcome, settings):
-                added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
+
+        def analysed(rebuilt: frozenset[Node] = frozenset()) -> Keep:
+            return Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading, rebuilt)
+
+        def lossy(keep: Keep) -> Lossy:
+            policies = {k: make(settings.velora_group, settings.keep_rounding) for k, make in POLICIES.items()}
+            return compress(keep, members, inputs, fake_mode, policies, settings.keep, settings.keep_layers)
+
+        compressed = lossy(analysed()) if settings.keep in POLICIES else None
+        added += compressed.added if compressed else []
+        if settings.numerics == "default" and not _all_cheaper_as_written(outcome, settings):
+            added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
         weights = {roles[p].name for p in moments.weights}
         outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
-        keep = Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading)
+        keep = analysed(compressed.rebuilt if compressed else frozenset())
+        outcome.inputs = (compressed or lossy(keep)).inputs
         outcome.rebuilt = keep.mark()
     if settings.chunk_loss:
         outcome.losses, unfit, new = chunk_loss(
@@ -172,6 +193,22 @@ def _decided(found: Sequence[Found], flow: Flow, settings: Settings, regimes: Re
         outcome.sites.append(site)
         chosen += weight_form
     return chosen
+
+
+def _members(found: Sequence[Group | Region], flow: Flow) -> dict[Node, str]:
+    """The parameters of adapters, frozen ones too, with the adapter's name."""
+    return {p: one.site_name(flow) for one in found for node in one.adapter_nodes for p in flow.parameters(node)}
+
+
+def _refused_members(refused: Sequence[Refusal], roles: Roles) -> dict[Node, str]:
+    """Of adapters without a weight form: what is below their module, and what is trained beside their weight."""
+    found = {}
+    for r in sorted(refused, key=lambda r: len(r.name)):  # an inner module's after that of one around it
+        for p, role in roles.items():
+            module, beside = role.name.rpartition(".")[0], r.name.rpartition(".")[0]
+            if role.name.startswith(f"{r.name}.") or (role.trainable and module == beside and p not in found):
+                found[p] = r.name
+    return found
 
 
 def _with_dense_gradient(site: Site, weights: set[str]) -> Site:
@@ -243,7 +280,7 @@ class _Priced:
     def decision(self, T: int) -> price.Decision:
         """The forms at so many tokens."""
         settings = self.settings
-        in_place = self.trained and settings.keep == "recompute" and settings.numerics == "default"
+        in_place = self.trained and settings.keep != "inductor" and settings.numerics == "default"
         now = max(1, next(s.T for s in (self.forward, self.grad) if s))
         forward, grad = (s and replace(s, T=s.T * T // now) for s in (self.forward, self.grad))  # a stride has two
         return price.decide(settings.machine, forward, grad, self.training, settings.form, in_place)

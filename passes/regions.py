@@ -68,6 +68,10 @@ class Region:
         return next(n for n in _operands(self.base) if n not in self.nodes and n is not self.source)
 
     @property
+    def adapter_nodes(self) -> list[Any]:
+        return list(self.row.trained)
+
+    @property
     def product_node(self) -> Node:
         return self.base
 

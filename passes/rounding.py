@@ -52,7 +52,7 @@ def _dithered(build: Builder, node: Node, dtype: torch.dtype, transposed: bool) 
     subnormal or beyond the largest in it: the cast rounds these to nearest."""
     bits = build.call(aten.view.dtype, node, torch.int32)
     low = (1 << LACKS[dtype]) - 1
-    noise = build.call(aten.bitwise_and.Scalar, _hash(build, _index(build, node, transposed)), low)
+    noise = build.call(aten.bitwise_and.Scalar, hash_of(build, _index(build, node, transposed)), low)
     bits = build.call(aten.bitwise_and.Scalar, build.call(aten.add.Tensor, bits, noise), ~low)
     size, limits = build.call(aten.abs.default, node), torch.finfo(dtype)
     above, below = build.call(aten.ge.Scalar, size, limits.tiny), build.call(aten.le.Scalar, size, limits.max)
@@ -73,7 +73,7 @@ def _index(build: Builder, node: Node, transposed: bool) -> Node:
     return build.flip(index) if transposed else index
 
 
-def _hash(build: Builder, index: Node) -> Node:
+def hash_of(build: Builder, index: Node) -> Node:
     """16 bits of each index: four rounds of a Feistel network over its halves, of products that no int32 overflows.
 
     Two rounds leave patterns. After four, the spectrum and the differences of neighbours are those of random numbers,

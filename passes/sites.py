@@ -121,6 +121,10 @@ class Group:
         return [f for t in self.remainders for f in t.factors]
 
     @property
+    def adapter_nodes(self) -> list[Any]:
+        return [f.name for f in self.adapter_factors]
+
+    @property
     def ratios(self) -> tuple[Scale | None, ...]:
         """`s` of `u·W + s·u·A·B` for each of the others, with the base product's own scale divided out."""
         return tuple(occ.term.scale.over(self.outer) if self.outer and occ.term else None for occ in self.others)

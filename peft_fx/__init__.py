@@ -11,17 +11,21 @@ from peft_fx.compiling import backend as backend
 from peft_fx.explaining import explain as explain
 from peft_fx.outputs import loss_only as loss_only
 from peft_fx.passes.chunked_loss import ChunkedLoss as ChunkedLoss
+from peft_fx.passes.lossy import KeptInput as KeptInput
 from peft_fx.passes.sites import Refusal as Refusal
 from peft_fx.passes.sites import Site as Site
 from peft_fx.preparing import Cure as Cure
 from peft_fx.preparing import cures as cures
 from peft_fx.preparing import prepare as prepare
 from peft_fx.preparing import restore as restore
+from peft_fx.reports import GradientError as GradientError
 from peft_fx.reports import Report as Report
 
 __all__ = [
     "ChunkedLoss",
     "Cure",
+    "GradientError",
+    "KeptInput",
     "Refusal",
     "Report",
     "Site",

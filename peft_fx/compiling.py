@@ -187,6 +187,12 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
+    """A graph compiled with our pass and no record of it; a failure of the pass is raised."""
+    record = Record(gm, [], roles_of(gm, example_inputs), options, torch.is_grad_enabled())
+    return _lower(gm, example_inputs, options, AdapterPass(record))
+
+
 def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
     patches = dict(options.inductor) if ours is None else patches_for(ours, options.inductor)
     if options.lowering == "aot_eager":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -15,23 +16,36 @@ from torch.utils import _pytree as pytree
 
 from peft_fx import compat
 from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
+from peft_fx.gradients import gradient_errors
 from peft_fx.options import Options, parse
 from peft_fx.passes.chunked_loss import ChunkedLoss, is_body
+from peft_fx.passes.lossy import KeptInput
 from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
 from peft_fx.reports import Report
 
 
-def explain(model: Any, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Any, *args: Any, options: Mapping[str, Any] | None = None, measure: bool = False, **kwargs: Any
+) -> Report:
     """What is rewritten in a model, what is not, and why. Nothing is computed and nothing is changed; weights need
     not exist.
+
+    With `measure` the call is made, forward and backward, and the report has the error that a lossy `"peft_fx.keep"`
+    puts on every gradient. Then weights and inputs must be real; gradients, buffers and random state stay as they are.
 
     `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a
     model on the meta device works. `explain(compiled)` of a compiled model that already ran tells what that compile
     did. For a transformers model, `explain(model)` makes its own inputs. Raises TypeError where there is nothing to
     go by.
     """
+    if measure:
+        report = explain(model, *args, options=options, **kwargs)
+        plain, compiled_options = _unwrap(model)
+        kwargs = kwargs if args or kwargs else _own_inputs(plain)
+        chosen = parse(options) if options is not None else compiled_options or Options()
+        return replace(report, errors=gradient_errors(plain, args, kwargs, chosen))
     plain, compiled_options = _unwrap(model)
     if not args and not kwargs:
         records = records_of(plain) if isinstance(plain, torch.nn.Module) else []
@@ -254,18 +268,20 @@ def _run_again(record: Record) -> None:
 def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[str]) -> Report:
     sites: list[Site] = []
     refusals: list[Refusal] = []
+    inputs: list[KeptInput] = []
     kept: dict[str, int] = {}
     losses: list[ChunkedLoss] = []
     for record, bytes_ in traced:
         for outcome in record.outcomes:
             sites += outcome.sites
             losses += outcome.losses
+            inputs += outcome.inputs
             told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
             refusals += [r for r in outcome.refusals if r.name not in told]
         for k, n in (bytes_ or {}).items():
             kept[k] = kept.get(k, 0) + n
     failures = [r.failure for r, _ in traced if r.failure]
-    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures)
+    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures, inputs)
 
 
 @contextlib.contextmanager

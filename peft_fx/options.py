@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from peft_fx import machines
 from peft_fx.compat import list_mode_options
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.pipeline import Settings
+from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.policies import ROUNDINGS as KEEP_ROUNDINGS
 from peft_fx.passes.rounding import ROUNDINGS
 
 PREFIX = "peft_fx."
@@ -20,11 +22,28 @@ CHOICES: Mapping[str, tuple[str | bool, ...]] = {
     "adapter_grad": ("auto", "low_rank"),
     "numerics": ("default", "strict"),
     "rounding": ROUNDINGS,
-    "keep": ("recompute", "inductor"),
+    "keep": ("recompute", "inductor", *POLICIES),
+    "keep_rounding": KEEP_ROUNDINGS,
     "chunk_loss": (True, False),
     "machine": ("auto", *MACHINES),
     "lowering": ("inductor", "aot_eager"),
 }
+
+
+def _a_group(chosen: Any) -> int:
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or chosen < 2:
+        raise ValueError(f"'{PREFIX}velora_group' cannot be {chosen!r}; valid values: whole numbers from 2 on")
+    return chosen
+
+
+def _patterns(chosen: Any) -> tuple[str, ...]:
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable) or not all(isinstance(c, str) for c in chosen):
+        wanted = "lists of glob patterns of module names, such as ['*.down_proj']"
+        raise ValueError(f"'{PREFIX}keep_layers' cannot be {chosen!r}; valid values: {wanted}")
+    return tuple(chosen)
+
+
+OTHERS: Mapping[str, Callable[[Any], Any]] = {"velora_group": _a_group, "keep_layers": _patterns}
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,9 @@ class Options:
     numerics: str = "default"
     rounding: str = "nearest"
     keep: str = "recompute"
+    keep_rounding: str = "nearest"
+    velora_group: int = 32
+    keep_layers: tuple[str, ...] = ()
     chunk_loss: bool = True
     machine: str = "auto"
     lowering: str = "inductor"
@@ -43,7 +65,17 @@ class Options:
 
     def settings(self, device: torch.device) -> Settings:
         machine = machines.resolve(self.machine, device)
-        return Settings(self.form, self.numerics, self.rounding, self.keep, self.chunk_loss, machine)
+        return Settings(
+            self.form,
+            self.numerics,
+            self.rounding,
+            self.keep,
+            self.velora_group,
+            self.keep_layers,
+            self.keep_rounding,
+            self.chunk_loss,
+            machine,
+        )
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -52,10 +84,12 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
     ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
     inductor = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
     for key, chosen in ours.items():
-        if key not in CHOICES:
-            valid = ", ".join(f"{PREFIX}{k}" for k in CHOICES)
+        if key not in CHOICES and key not in OTHERS:
+            valid = ", ".join(f"{PREFIX}{k}" for k in (*CHOICES, *OTHERS))
             raise ValueError(f"peft_fx has no option {PREFIX + key!r}; valid ones: {valid}")
-        if key == "machine":
+        if key in OTHERS:
+            ours[key] = OTHERS[key](chosen)
+        elif key == "machine":
             machines.check(chosen)
         elif not any(chosen is valid or (isinstance(valid, str) and chosen == valid) for valid in CHOICES[key]):
             valid = ", ".join(map(repr, CHOICES[key]))

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
 from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
+from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
 from peft_fx.passes.sites import Refusal, Site
+
+TOLD = ("", "rebuilt", "low_rank", "checkpointed")  # codes that hold of exact keeps as well
+
+
+@dataclass(frozen=True)
+class GradientError:
+    """How far a trained parameter's gradient is from that of exact keeps: ‖g - exact‖ / ‖exact‖, and the cosine between
+    the two."""
+
+    name: str
+    relative: float
+    cosine: float
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,8 @@ class Report:
     `kept_bytes` is what backward keeps of forward's intermediate values, {"before": by Inductor alone, "after": now};
     empty where no graph was trained. `losses` are those computed chunk by chunk; one that could not be is a refusal, by
     the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
-    they failed.
+    they failed. `inputs` are the values that adapters' gradients read, with what is kept of each, `errors` what lossy
+    keeps do to the gradients, where that was measured.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -30,6 +44,8 @@ class Report:
     kept_bytes: dict[str, int] = field(default_factory=dict)
     losses: list[ChunkedLoss] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    inputs: list[KeptInput] = field(default_factory=list)
+    errors: list[GradientError] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -40,6 +56,8 @@ class Report:
             "kept_bytes": self.kept_bytes,
             "losses": [loss.to_dict() for loss in self.losses],
             "failures": self.failures,
+            "inputs": [i.to_dict() for i in self.inputs],
+            "errors": [asdict(e) for e in self.errors],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -56,6 +74,12 @@ class Report:
         if self.refusals:
             refused = [(r.name, r.code, r.detail) for r in self.refusals]
             parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))
+        if any(i.keep not in (EXACT, REBUILT) for i in self.inputs) or any(i.code not in TOLD for i in self.inputs):
+            heads = ("input of", "keeps", "bytes", "exact", "code", "why not")
+            parts.append(tabulate([_kept(i) for i in self.inputs], headers=heads, disable_numparse=True))
+        if self.errors:
+            errors = [(e.name, f"{e.relative:.2e}", f"{e.cosine:.6f}") for e in self.errors]
+            parts.append(tabulate(errors, headers=("gradient of", "relative error", "cosine"), disable_numparse=True))
         parts += [f"graph break: {b}" for b in self.graph_breaks]
         parts += [f"left to Inductor untouched: {f}" for f in self.failures]
         return "\n\n".join(parts)
@@ -82,6 +106,10 @@ def _loss_row(s: ChunkedLoss) -> tuple[Any, ...]:
     before, after = (s.bytes[k] / 1e6 for k in ("before", "after"))
     alive = f"{after:.1f} MB, not {before:.1f}"
     return s.name, f"{s.rows}×{s.vocabulary}", s.chunks, alive, f"{s.saved / 1e6:.1f} MB"
+
+
+def _kept(i: KeptInput) -> tuple[Any, ...]:
+    return i.name, i.keep, i.sizes.get("now", 0), i.sizes.get(EXACT, 0), i.code, i.detail
 
 
 def _ratio(amounts: dict[str, int]) -> str:

@@ -423,7 +423,8 @@ def test_dict_and_json_hold_everything(report: peft_fx.Report) -> None:
     assert as_dict == report.to_dict() == json.loads(report.to_json(indent=None))
     sites = [peft_fx.Site(**s) for s in as_dict.pop("sites")]
     refusals = [peft_fx.Refusal(**r) for r in as_dict.pop("refusals")]
-    assert peft_fx.Report(sites, refusals, **as_dict) == report
+    inputs = [peft_fx.KeptInput(**i) for i in as_dict.pop("inputs")]
+    assert peft_fx.Report(sites, refusals, inputs=inputs, **as_dict) == report
 
 
 def test_str_is_a_table_of_every_adapter(report: peft_fx.Report) -> None:

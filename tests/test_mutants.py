@@ -479,8 +479,8 @@ def dither_mutant(make: Mutation) -> Mutation:
 
 def _hash(change: Callable[[Any, Node, Node], Node]) -> Any:
     """The noise of each index, changed; `change` is given the index, too."""
-    real = rounding._hash
-    return patch.object(rounding, "_hash", lambda build, index: change(build, index, real(build, index)))
+    real = rounding.hash_of
+    return patch.object(rounding, "hash_of", lambda build, index: change(build, index, real(build, index)))
 
 
 @dither_mutant

@@ -1,0 +1,188 @@
+"""Lossy ways to keep an activation: each makes small parts of a value in forward, and a likeness of it from them.
+
+A value's features are its last dimension; K of them are cut into groups of m. All statistics are fp32 (of fp64: fp64).
+
+    velora   one unit vector v [m], the direction of the mean group of the batch at hand; of each group its
+             coefficient u·v in the value's dtype; the likeness of a group is (u·v)·v
+    int8     of each group its least number and a step; numbers in 0..255 above that, in steps
+    int4     the same in 0..15, two of them in a byte
+    fp8      numbers of e4m3 in units of each row's largest
+
+The vector of VeLoRA (Miles et al. 2024) is fixed after the first batch in the paper; a graph has no state, so here it
+is that of each batch, kept with its coefficients. Groups of int8 and int4 (as in ActNN and GACT) have 128 features at
+most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.fx import Node
+
+from peft_fx.passes.nodes import aten, prims, shape, value
+from peft_fx.passes.rewrite import Builder
+from peft_fx.passes.rounding import hash_of
+
+ROUNDINGS = ("nearest", "stochastic")
+LARGEST_GROUP, SMALLEST_GROUP = 128, 16
+
+
+class Policy(Protocol):
+    """One way. `refusal` is the code and the reason why it cannot keep such a value, `size` the bytes that it keeps of
+    one of so many rows; `compress` and `restore` add nodes."""
+
+    def refusal(self, val: torch.Tensor) -> tuple[str, str] | None: ...
+    def size(self, rows: int, features: int, dtype: torch.dtype) -> int: ...
+    def compress(self, build: Builder, x: Node) -> list[Node]: ...
+    def restore(self, build: Builder, parts: list[Node]) -> Node: ...
+
+
+def _features(val: torch.Tensor) -> int:
+    return int(val.shape[-1])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _bytes_of_statistics(dtype: torch.dtype) -> int:
+    return int(_wide(dtype).itemsize)
+
+
+def _grouped(build: Builder, x: Node, m: int) -> Node:
+    """[rows, K/m, m], wide."""
+    features = _features(value(x))
+    groups = build.reshape(x, [-1, features // m, m])
+    return build.cast(groups, _wide(value(x).dtype))
+
+
+@dataclass(frozen=True)
+class Velora:
+    """Rank-1 sub-token projections, of groups of m."""
+
+    m: int = 32
+
+    def refusal(self, val: torch.Tensor) -> tuple[str, str] | None:
+        if _features(val) % self.m == 0:
+            return None
+        return "shape", f"{_features(val)} features are no multiple of groups of {self.m}"
+
+    def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
+        return rows * (features // self.m) * int(dtype.itemsize) + self.m * _bytes_of_statistics(dtype)
+
+    def compress(self, build: Builder, x: Node) -> list[Node]:
+        groups = _grouped(build, x, self.m)
+        total = build.call(aten.sum.dim_IntList, groups, [0, 1])
+        square = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, total, total), [0], True)
+        length = build.call(aten.clamp_min.default, build.call(aten.sqrt.default, square), 1e-12)
+        v = build.call(aten.div.Tensor, total, length)
+        coefficients = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, groups, v), [-1])
+        return [build.cast(coefficients, value(x).dtype), v]
+
+    def restore(self, build: Builder, parts: list[Node]) -> Node:
+        coefficients, v = parts
+        coefficients = build.call(aten.unsqueeze.default, build.cast(coefficients, value(v).dtype), -1)
+        return build.call(aten.mul.Tensor, coefficients, v)
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Whole numbers of so many bits in steps from each group's least number. Stochastic rounding adds a hash of the
+    number itself, its step and its feature before it drops the rest, so nothing is drawn and nothing else is kept."""
+
+    bits: int
+    rounding: str = "nearest"
+
+    def refusal(self, val: torch.Tensor) -> tuple[str, str] | None:
+        m = self._group(_features(val))
+        if m >= SMALLEST_GROUP and m * self.bits % 8 == 0:
+            return None
+        return "shape", f"{_features(val)} features have no groups of {SMALLEST_GROUP} to {LARGEST_GROUP}"
+
+    def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
+        groups = features // self._group(features)
+        return rows * (features * self.bits // 8 + groups * 2 * _bytes_of_statistics(dtype))
+
+    def compress(self, build: Builder, x: Node) -> list[Node]:
+        groups, most = _grouped(build, x, self._group(_features(value(x)))), (1 << self.bits) - 1
+        low, high = build.call(aten.amin.default, groups, [-1], True), build.call(aten.amax.default, groups, [-1], True)
+        step = build.call(aten.div.Tensor, build.call(aten.sub.Tensor, high, low), most)
+        step = build.call(aten.clamp_min.default, step, torch.finfo(value(step).dtype).tiny)
+        q = build.call(aten.div.Tensor, build.call(aten.sub.Tensor, groups, low), step)
+        up = 0.5 if self.rounding == "nearest" else self._dither(build, groups, step)
+        q = build.call(aten.clamp_max.default, build.call(aten.add.Tensor, q, up), most)
+        q = build.cast(q, torch.uint8)  # drops what is behind the point
+        if self.bits == 4:
+            half = int(shape(q)[-1]) // 2  # type: ignore[arg-type]
+            first, second = (build.call(aten.slice.Tensor, q, -1, i, i + half) for i in (0, half))
+            q = build.call(aten.bitwise_or.Tensor, first, build.call(aten.__lshift__.Scalar, second, 4))
+        return [q, step, low]
+
+    def restore(self, build: Builder, parts: list[Node]) -> Node:
+        q, step, low = parts
+        if self.bits == 4:
+            halves = [build.call(aten.bitwise_and.Scalar, q, 15), build.call(aten.__rshift__.Scalar, q, 4)]
+            q = build.call(aten.cat.default, halves, -1)
+        q = build.call(aten.mul.Tensor, build.cast(q, value(step).dtype), step)
+        return build.call(aten.add.Tensor, q, low)
+
+    def _group(self, features: int) -> int:
+        return max((m for m in range(1, LARGEST_GROUP + 1) if features % m == 0), default=1)
+
+    def _dither(self, build: Builder, groups: Node, step: Node) -> Node:
+        """In [0, 1)."""
+        bits, steps = (build.call(aten.view.dtype, build.cast(n, torch.float32), torch.int32) for n in (groups, step))
+        sizes = [int(n) for n in shape(groups)[1:]]
+        device = value(groups).device
+        place = build.call(
+            prims.iota.default,
+            math.prod(sizes),
+            start=0,
+            step=1,
+            dtype=torch.int32,
+            device=device,
+            requires_grad=False,
+        )
+        mixed = build.call(aten.bitwise_xor.Tensor, bits, hash_of(build, steps))
+        mixed = build.call(aten.bitwise_xor.Tensor, mixed, build.reshape(place, sizes))
+        return build.call(aten.mul.Tensor, build.cast(hash_of(build, mixed), value(groups).dtype), 2.0**-16)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """e4m3 in units of each row's largest number."""
+
+    dtype: torch.dtype = torch.float8_e4m3fn
+
+    def refusal(self, val: torch.Tensor) -> tuple[str, str] | None:
+        if val.device.type == "cpu":
+            return None
+        if val.device.type == "cuda" and torch.cuda.get_device_capability(val.device) >= (8, 9):
+            return None
+        return "device", f"{val.device} has no {str(self.dtype).removeprefix('torch.')}"
+
+    def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
+        return rows * (features + _bytes_of_statistics(dtype))
+
+    def compress(self, build: Builder, x: Node) -> list[Node]:
+        row = _grouped(build, x, _features(value(x)))
+        largest = build.call(aten.amax.default, build.call(aten.abs.default, row), [-1], True)
+        unit = build.call(aten.div.Tensor, largest, torch.finfo(self.dtype).max)
+        unit = build.call(aten.clamp_min.default, unit, torch.finfo(value(unit).dtype).tiny)
+        return [build.cast(build.call(aten.div.Tensor, row, unit), self.dtype), unit]
+
+    def restore(self, build: Builder, parts: list[Node]) -> Node:
+        q, unit = parts
+        return build.call(aten.mul.Tensor, build.cast(q, value(unit).dtype), unit)
+
+
+POLICIES: Mapping[str, Callable[[int, str], Policy]] = {
+    "velora": lambda group, rounding: Velora(group),
+    "int8": lambda group, rounding: Affine(8, rounding),
+    "int4": lambda group, rounding: Affine(4, rounding),
+    "fp8": lambda group, rounding: Float8(),
+}

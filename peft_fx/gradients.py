@@ -1,0 +1,79 @@
+"""What lossy keeps do to gradients, measured: the same call with and without them, its graphs run by eager ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from peft_fx import compat, compiling
+from peft_fx.options import Options
+from peft_fx.reports import GradientError
+
+
+def gradient_errors(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
+) -> list[GradientError]:
+    """Of every trained parameter that the call's loss depends on: its output's `loss`, or all its floating-point
+    tensors against the same random numbers. Raises TypeError where there is nothing real to compute with."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError("explain(measure=True) needs a module: the gradients are those of its parameters")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    given = [*trained.values(), *(t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))]
+    if not trained or any(t.is_meta or isinstance(t, compat.FakeTensor) for t in given):
+        raise TypeError("explain(measure=True) computes gradients: it needs trained parameters, and real numbers")
+    exact, lossy = (
+        _gradients(model, args, kwargs, trained, replace(options, keep=keep, lowering="aot_eager"))
+        for keep in ("recompute", options.keep)
+    )
+    return [_error(name, exact[name], lossy[name]) for name in trained if exact[name] is not None]
+
+
+def _gradients(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    trained: Mapping[str, torch.Tensor],
+    options: Options,
+) -> dict[str, Any]:
+    def lowered(gm: Any, example_inputs: Sequence[Any]) -> Any:
+        return compiling.lower(gm, example_inputs, options)
+
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = {t.device.index for t in trained.values() if t.device.type == "cuda"}
+    with compat.forgetting(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+        torch.manual_seed(0)
+        # in code of its own, so that the model's own code gets no compiled version of this
+        call = FunctionType(_call.__code__.replace(), globals())
+        output = torch.compile(call, backend=lowered)(model, args, kwargs)
+        found = torch.autograd.grad(_loss(output), list(trained.values()), allow_unused=True)
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
+    return dict(zip(trained, found, strict=True))
+
+
+def _call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _loss(output: Any) -> torch.Tensor:
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss.sum()
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(
+        [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors]
+    ).sum()
+
+
+def _error(name: str, exact: torch.Tensor, lossy: torch.Tensor) -> GradientError:
+    a, b = exact.double().flatten(), lossy.double().flatten()
+    size = a.norm().clamp_min(1e-300)
+    cosine = torch.dot(a, b) / (size * b.norm().clamp_min(1e-300))
+    return GradientError(name, float((b - a).norm() / size), float(cosine) if torch.any(a != b) else 1.0)
