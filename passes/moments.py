@@ -57,16 +57,20 @@ def from_moments(
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
     keep: Keep,
-    matrices: bool = True,
+    lossy: bool = False,
 ) -> Moments:
-    """Replaces such gradients in place, where that pays beside what `keep` says to be kept without; those of matrices
-    only if `matrices`."""
+    """Replaces such gradients in place, where that pays beside what `keep` says to be kept without.
+
+    A `lossy` policy keeps less than that: what it keeps of a matrix's input is read, not made again by a product; and a
+    layer's result is not kept for a vector.
+    """
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
     for found in list(_contractions(graph, rows, flow)):
         is_matrix = found.node.target is aten.mm.default
-        if (is_matrix and not matrices) or not _pays(found, rows.of[found.source].width, hint, keep):
+        at_hand = not lossy and keep.costs_nothing(found.read)
+        if at_hand or (is_matrix and lossy) or not _pays(found, rows.of[found.source].width, hint, keep):
             continue
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
@@ -79,10 +83,9 @@ def from_moments(
 
 
 def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Keep) -> bool:
-    """Not where the result is at hand anyway, or of few tokens; nor where x would be kept in the place of less, of x·A
-    where A is frozen."""
+    """Not for few tokens, nor where x would be kept in the place of less, of x·A where A is frozen."""
     tokens = hint(numel(shape(found.source))) // width
-    if tokens < (width if found.node.target is aten.mm.default else width / FEW) or keep.costs_nothing(found.read):
+    if tokens < (width if found.node.target is aten.mm.default else width / FEW):
         return False
     read, source = (hint(numel(shape(n))) for n in (found.read, found.source))
     return read >= source or keep.cost(found.source) <= keep.bytes(found.read)

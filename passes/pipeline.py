@@ -139,8 +139,7 @@ def run(
         if settings.numerics == "default":
             flow = Flow(graph, roles)
             exact = Keep(graph, flow, hint, settings.rebuild_random)
-            # what a lossy policy keeps is read, not made again by a product
-            moments = from_moments(graph, flow, fake_mode, hint, exact, matrices=settings.keep not in POLICIES)
+            moments = from_moments(graph, flow, fake_mode, hint, exact, lossy=settings.keep in POLICIES)
             added += moments.added
 
         def analysed(rebuilt: frozenset[Node] = frozenset()) -> Keep:
@@ -196,8 +195,11 @@ def _decided(found: Sequence[Found], flow: Flow, settings: Settings, regimes: Re
 
 
 def _members(found: Sequence[Group | Region], flow: Flow) -> dict[Node, str]:
-    """The parameters of adapters, frozen ones too, with the adapter's name."""
-    return {p: one.site_name(flow) for one in found for node in one.adapter_nodes for p in flow.parameters(node)}
+    """The parameters of adapters, frozen ones too, and what is trained below their modules, with the adapter's name."""
+    own = {p: one.site_name(flow) for one in found for node in one.adapter_nodes for p in flow.parameters(node)}
+    trained = {p: role.name for p, role in flow.roles.items() if role.trainable and p not in own}
+    below = {p: site for p, name in trained.items() for site in own.values() if name.startswith(f"{site}.")}
+    return below | own
 
 
 def _refused_members(refused: Sequence[Refusal], roles: Roles) -> dict[Node, str]:
