@@ -113,6 +113,8 @@ def regroup(dims: Dims, sizes: Iterable[Size]) -> Dims | None:
                 return None
             atom = atoms.pop(0)
             if all(isinstance(v, int) for v in (n, done, atom)):
+                if 0 in (n, done):
+                    return None
                 wanted, rest = divmod(n, done)
                 if rest:
                     return None

@@ -100,7 +100,7 @@ def _uncast(node: Node) -> Node:
 
 def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
     tokens = [i for i, dim in enumerate(row.dims) if any(isinstance(a, Token) for a in dim)]
-    if any(isinstance(a, int) for i in tokens for a in row.dims[i]):
+    if not tokens or any(isinstance(a, int) for i in tokens for a in row.dims[i]):
         return False
     if node.target is aten.mm.default:
         return tokens == [1 if node.args[0] is read else 0]
@@ -118,7 +118,8 @@ def _narrowest(read: Node, rows: Rows) -> Node | None:
             node = row.source  # several ways lead here: they meet at the source
         else:
             (node,) = operands
-        earlier = rows.of[node].products < row.products and plain(rows.of[node].dims)
+        one_piece = plain(rows.of[node].dims) and shape(node)[-1] == rows.of[node].width
+        earlier = rows.of[node].products < row.products and one_piece
         if earlier and (best is None or rows.of[node].width < rows.of[best].width):
             best = node
     if best is None or NARROW * rows.of[read].width <= rows.of[best].width:

@@ -66,11 +66,13 @@ def _signature(output: Any) -> Any:
 
 
 def _described(val: Any) -> Any:
+    """What must not change: of a dimension of size one the stride may, which nothing ever multiplies by."""
     if not isinstance(val, torch.Tensor):
         return str(val)
+    sizes = tuple(expr(n) for n in val.shape)
     return (
-        tuple(expr(n) for n in val.shape),
-        tuple(expr(n) for n in val.stride()),
+        sizes,
+        tuple(None if n == 1 or 0 in sizes else expr(m) for n, m in zip(sizes, val.stride(), strict=True)),
         val.dtype,
         val.device,
     )
