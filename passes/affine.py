@@ -427,11 +427,12 @@ class Rows:
         for node in nodes:
             if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
                 self.of.setdefault(node, self._row(node) or fresh(node))
+        self._position = {node: i for i, node in enumerate(self.of)}
 
     def from_source(self, ends: Iterable[Node], source: Node) -> Rows:
         """The same of the nodes between a source and the ends alone."""
-        between = self.between(ends, source)
-        return Rows([n for n in self.of if n in between], self.flow, source)
+        between = self.between(ends, source) & self.of.keys()
+        return Rows(sorted(between, key=self._position.__getitem__), self.flow, source)
 
     def _row(self, node: Node) -> Row | None:
         rule = RULES.get(node.target)

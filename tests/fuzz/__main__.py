@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import time
+import warnings
 from collections import Counter
 from random import Random
 
 import torch
 
-from tests.fuzz.search import CORPUS, Found, search, shrunk, stored
+from tests.fuzz.search import Found, search, shrunk, stored
 from tests.test_mutants import AFFINE_MUTANTS, MUTANTS
 
 ALL = MUTANTS | AFFINE_MUTANTS
@@ -31,6 +33,8 @@ def main() -> int:
         print("\n".join(ALL))
         return 0
     torch.set_num_threads(1)
+    logging.disable(logging.ERROR)  # programs that eager refuses
+    warnings.filterwarnings("ignore")
     start, counts = time.time(), Counter()
     with ALL[asked.mutant]() if asked.mutant else contextlib.nullcontext():
         for i in range(asked.first, asked.first + asked.cases):

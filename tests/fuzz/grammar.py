@@ -166,7 +166,7 @@ class Draft:
         self.values: dict[str, tuple[Shape, str]] = {}
         self.weights: dict[str, Leaf] = {}  # frozen ones, to share
         self.params: dict[str, Leaf] = {}  # of the step in the making
-        self.layers = 0
+        self.layers, self.rank = 0, 0
 
     def new(self, shape: Shape, dtype: str) -> str:
         name = f"v{len(self.values)}"
@@ -200,7 +200,7 @@ class Draft:
 
     def lora(self, K: int, N: int, dtype: str, lead: Shape = (), adapter: str | None = None) -> list[str]:
         """W, A, B and s."""
-        r = self.rng.randint(1, 3)
+        self.rank = r = self.rng.randint(1, 3)
         W = self.param("W", (*lead, K, N), dtype, 0.1)
         A = self.param("A", (*lead, K, r), adapter or dtype, 0.85)
         B = self.param("B", (*lead, r, N), adapter or dtype, 0.85)
@@ -228,8 +228,9 @@ def adapted(d: Draft, v: str) -> Step:
     N, (dtype, _) = d.rng.choice(DIMS), d.base()
     a, b = (d.rng.choice(spellings.ANY_RANK).__name__ for _ in range(2))
     given = ", ".join([d.cast(v, dtype), *d.lora(K, N, dtype)])
+    plain = min(prod(lead), K, N, d.rank) > 1  # a product with a size of one becomes a sum, or none
     y = d.new((*lead, N), dtype)
-    return d.step(f"{y} = {a}({given})", reads=(v,), makes=y, other=(f"{y} = {b}({given})",))
+    return d.step(f"{y} = {a}({given})", reads=(v,), makes=y, other=(f"{y} = {b}({given})",) if plain else ())
 
 
 def adapted_by_rank(d: Draft, v: str) -> Step | None:
@@ -291,8 +292,8 @@ def siblings(d: Draft, v: str) -> Step:
     *lead, K = d.shape(v)
     N, (dtype, adapter) = d.rng.choice(DIMS), d.base()
     x, (W, A, B, s) = d.cast(v, dtype), d.lora(K, N, dtype, adapter=adapter)
-    V, D = d.param("V", (K, N), dtype, 0.0), d.param("D", (A_rank(d), N), adapter, 0.85)
-    C = A if d.chance(0.4) else d.param("C", (K, A_rank(d)), adapter, 0.85)
+    V, D = d.param("V", (K, N), dtype, 0.0), d.param("D", (d.rank, N), adapter, 0.85)
+    C = A if d.chance(0.4) else d.param("C", (K, d.rank), adapter, 0.85)
     y = d.new((*lead, N), dtype)
     z = f"{x}.to(torch.{adapter})"
     lines = (
@@ -301,11 +302,6 @@ def siblings(d: Draft, v: str) -> Step:
         f"{y} = {d.rng.choice(['q * k', 'q + k', 'torch.relu(q) - k'])}",
     )
     return d.step(*lines, reads=(v,), makes=y)
-
-
-def A_rank(d: Draft) -> int:
-    """The rank of the layer in the making."""
-    return next((leaf.shape[-1] for name, leaf in d.params.items() if name.endswith(".A")), 2)
 
 
 def rowwise(d: Draft, v: str) -> Step:
