@@ -96,9 +96,9 @@ def trace(module: nn.Module, *args: torch.Tensor) -> Joint:
         raise _Traced
 
     with contextlib.suppress(_Traced):
-        aot_function(
-            call, inference, partition_fn=partition, decompositions=select_decomp_table()
-        )(*named.values(), *args)
+        aot_function(call, inference, partition_fn=partition, decompositions=select_decomp_table())(
+            *named.values(), *args
+        )
     (joint,) = found
     return joint
 

@@ -507,7 +507,9 @@ def layout(d: Draft, v: str) -> Step | None:
             ("{v}.unsqueeze(-2).expand(%s)" % ", ".join(map(str, (*lead, 2, n))), (*lead, 2, n)),
         ]
     if len(shape) > 2:
-        options.append(("{v}.permute(%s)" % ", ".join(map(str, (1, 0, *range(2, len(shape))))), (shape[1], shape[0], *shape[2:])))
+        options.append(
+            ("{v}.permute(%s)" % ", ".join(map(str, (1, 0, *range(2, len(shape))))), (shape[1], shape[0], *shape[2:]))
+        )
         options.append(("{v}.flatten(0, 1)", (shape[0] * shape[1], *shape[2:])))
     text, made = d.rng.choice(options)
     if prod(made) > LARGEST or not made or len(made) > 4:
