@@ -7,6 +7,8 @@ print(peft_fx.explain(model, **batch))      # what was rewritten, what was not, 
 
 __version__ = "0.1.0"
 
+from peft_fx.checking import Check as Check
+from peft_fx.checking import check as check
 from peft_fx.compiling import backend as backend
 from peft_fx.explaining import explain as explain
 from peft_fx.passes.sites import Refusal as Refusal
@@ -18,12 +20,14 @@ from peft_fx.preparing import restore as restore
 from peft_fx.reports import Report as Report
 
 __all__ = [
+    "Check",
     "Cure",
     "Refusal",
     "Report",
     "Site",
     "__version__",
     "backend",
+    "check",
     "cures",
     "explain",
     "prepare",

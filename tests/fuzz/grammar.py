@@ -228,7 +228,7 @@ def adapted(d: Draft, v: str) -> Step:
     N, (dtype, _) = d.rng.choice(DIMS), d.base()
     a, b = (d.rng.choice(spellings.ANY_RANK).__name__ for _ in range(2))
     given = ", ".join([d.cast(v, dtype), *d.lora(K, N, dtype)])
-    plain = min(prod(lead), K, N, d.rank) > 1  # a product with a size of one becomes a sum, or none
+    plain = min(prod(lead), K, N) > d.rank > 1  # of a size of one a sum is made, of a wide factor a layer
     y = d.new((*lead, N), dtype)
     return d.step(f"{y} = {a}({given})", reads=(v,), makes=y, other=(f"{y} = {b}({given})",) if plain else ())
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from peft_fx import compat
 from peft_fx.passes.nodes import is_random
 from peft_fx.passes.pipeline import Outcome
 from tests import joint
