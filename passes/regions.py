@@ -264,9 +264,7 @@ def _is_beside(base: Node, nodes: frozenset[Node], rows: Rows) -> bool:
     """Whether a larger frozen weight of the base's module reads the same source, on its own."""
     size = numel(_weight_sizes(base, rows))
     return any(
-        node not in nodes
-        and numel(_weight_sizes(node, rows)) > size
-        and _in_module(rows.brought(node)[1], base, rows)
+        node not in nodes and numel(_weight_sizes(node, rows)) > size and _in_module(rows.brought(node)[1], base, rows)
         for node in rows.products_of.get(rows.of[base].source, [])
     )
 

@@ -224,8 +224,9 @@ def _errors(run: Run, truth: Run) -> Iterator[tuple[str, float]]:
 
 def _off(got: Tensor, exact: Tensor) -> float:
     exact = exact.to(torch.float64) if exact.device.type != "mps" else exact.float()
-    size = exact.square().mean().sqrt().item() if exact.numel() else 0.0
-    off = (got.to(exact.dtype) - exact).square().mean().sqrt().item() if exact.numel() else 0.0
+    if not exact.numel():
+        return 0.0
+    size, off = (float(t.square().mean().sqrt()) for t in (exact, got.to(exact.dtype) - exact))
     return off / size if size else off
 
 
@@ -255,7 +256,7 @@ def _problems(runs: dict[str, Run], truth: Run, variants: tuple[Variant, ...], r
 
 
 def _eps(t: Tensor) -> float:
-    return torch.finfo(t.dtype).eps
+    return float(torch.finfo(t.dtype).eps)
 
 
 def _verdict(variants: tuple[Variant, ...], problems: list[str], report: Report) -> str:

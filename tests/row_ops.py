@@ -38,6 +38,10 @@ def matrix(x, M):
     return x @ M
 
 
+def narrower(x, M):
+    return x @ M
+
+
 def low_rank(x, A, B):
     return x @ A @ B
 
@@ -119,6 +123,7 @@ OPS = {
         *(Op(f, _vector) for f in (scale, shift, shift_less)),
         *(Op(f) for f in (number, flip, roll)),
         Op(matrix, lambda n: ((n, n),)),
+        Op(narrower, lambda n: ((n, 4),), result=lambda n: 4),
         Op(low_rank, lambda n: ((n, 2), (2, n))),
         Op(residual, lambda n: ((n, 2), (2,), (2, n))),
         Op(reflection, lambda n: ((n, 1),)),
@@ -134,7 +139,6 @@ OPS = {
         Op(repeated, result=lambda n: 2 * n),
     ]
 }
-NARROWER = Op(matrix, lambda n: ((n, 4),), result=lambda n: 4)
 
 
 def fitting(n: int) -> list[str]:

@@ -15,10 +15,6 @@ from tests.oracle import EAGER, WEIGHT
 from tests.spellings import BF16, Lora, linear, peft_casts
 
 
-def with_dropout(x: Any, W: Any, A: Any, B: Any, s: float) -> Any:
-    return linear(x, W, A, B, s) + nn.functional.dropout(x, 0.5, training=W.requires_grad is False) @ A @ B
-
-
 class Dropped(Lora):
     """An adapter behind dropout, as PEFT has it in training."""
 
@@ -86,13 +82,13 @@ def test_a_failure_is_told() -> None:
 
 
 def test_what_is_drawn_is_judged_as_in_evaluation() -> None:
-    module = Dropped()
+    module, given = Dropped(), x()
     state = torch.get_rng_state()
-    found = peft_fx.check(module, x(), options=EAGER)
+    found = peft_fx.check(module, given, options=EAGER)
     assert found.ok, found
     assert module.training
     assert [r.code for r in found.report.refusals] == ["dropout"]
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state() if state is None else torch.get_rng_state())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_without_adapters() -> None:

@@ -155,7 +155,7 @@ def _helpers(body: str) -> list[str]:
     return [found[name] for name in sorted(found)]
 
 
-# --------------------------------------------------------------------------------------------------------------- drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 
 class Draft:
@@ -396,7 +396,7 @@ def dora(d: Draft, v: str) -> Step | None:
 
 def embedded(d: Draft, v: str) -> Step:
     """LoRA on an embedding; the ids are made of a value's signs."""
-    *lead, K = d.shape(v)
+    lead = d.shape(v)[:-1]
     N, (dtype, _) = d.rng.choice(DIMS), d.base()
     W, A, B, s = d.lora(3, N, dtype)
     y = d.new((*lead, N), dtype)
@@ -495,7 +495,7 @@ def layout(d: Draft, v: str) -> Step | None:
         ("{v}[None]", (1, *shape)),
         ("{v}.flip(-1)", shape),
         ("{v}.sum(-1, keepdim=True)", (*lead, 1)),
-        ("{v}[..., : %d]" % max(1, n // 2), (*lead, max(1, n // 2))),
+        (f"{{v}}[..., : {max(1, n // 2)}]", (*lead, max(1, n // 2))),
         ("F.pad({v}, (1, 0))", (*lead, n + 1)),
     ]
     if lead:
@@ -504,12 +504,11 @@ def layout(d: Draft, v: str) -> Step | None:
             ("{v}.flip(0)", shape),
             ("{v}.sum(0)", shape[1:]),
             ("{v}.cumsum(0)", shape),
-            ("{v}.unsqueeze(-2).expand(%s)" % ", ".join(map(str, (*lead, 2, n))), (*lead, 2, n)),
+            (f"{{v}}.unsqueeze(-2).expand({(*lead, 2, n)})", (*lead, 2, n)),
         ]
     if len(shape) > 2:
-        options.append(
-            ("{v}.permute(%s)" % ", ".join(map(str, (1, 0, *range(2, len(shape))))), (shape[1], shape[0], *shape[2:]))
-        )
+        order = (1, 0, *range(2, len(shape)))
+        options.append((f"{{v}}.permute({order})", tuple(shape[d] for d in order)))
         options.append(("{v}.flatten(0, 1)", (shape[0] * shape[1], *shape[2:])))
     text, made = d.rng.choice(options)
     if prod(made) > LARGEST or not made or len(made) > 4:

@@ -144,7 +144,7 @@ def holds_compiled(case: Case) -> None:
 
 
 def splits(case: Case) -> None:
-    """Cut into forward and backward by Inductor's partitioner, the rewritten graph computes what it did in one piece."""
+    """Cut in two by Inductor's partitioner, the rewritten graph computes what it did in one piece."""
     traced = case.traced
     graph, _ = case.rewritten()
     if not traced.outputs or any(is_random(n) for n in graph.nodes):
