@@ -7,7 +7,9 @@ from random import Random
 
 import pytest
 
-from tests.fuzz.search import CORPUS, Found, replayed, search
+from tests.fuzz.oracles import Case, Failure, judge
+from tests.fuzz.search import CORPUS, Found, replayed, search, shrunk
+from tests.test_mutants import MUTANTS
 
 CASES = 150
 
@@ -27,3 +29,14 @@ def test_random_programs_hold(seed):
         counts["refused"] += found.refused
     assert counts["rewritten"] >= 0.6 * CASES
     assert counts["refused"] >= 0.15 * CASES
+
+
+def test_a_mutant_is_found_and_cut_down():
+    """To a program that fails under the mutant, and not without it."""
+    with MUTANTS["scale_dropped"]():
+        found = next(f for i in range(100) if isinstance(f := search(Random(f"0:{i}")), Found))
+        small = shrunk(found)
+        with pytest.raises(Failure):
+            judge(Case.of(small.program.source()))
+    assert len(small.program.steps) <= len(found.program.steps)
+    judge(Case.of(small.program.source()))
