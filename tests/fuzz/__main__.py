@@ -20,11 +20,8 @@ from tests.test_mutants import AFFINE_MUTANTS, MUTANTS
 SHY = {
     "strides_not_kept",
     "every_weight_taken_for_the_same_at_all_tokens",
-    "frozen_vectors_taken_for_adapters",
     "joined_in_the_wrong_order",
-    "negation_of_features_ignored",
     "next_layer_taken_for_the_same",
-    "order_of_dimensions_ignored",
     "order_of_features_ignored",
     "order_of_tokens_not_looked_at",
     "tokens_taken_for_features",
@@ -67,7 +64,7 @@ def main() -> int:
     shares = {k: counts[k] / max(1, counts["cases"]) for k in LEAST}
     told = ", ".join(f"{share:.0%} {k}" for k, share in shares.items())
     print(f"{asked.cases} cases in {time.time() - start:.0f} s: {counts['failed']} failures, {told}")
-    few = [k for k, share in shares.items() if asked.cases >= 100 and share < LEAST[k]]
+    few = [k for k, share in shares.items() if asked.cases >= 1000 and share < LEAST[k]]
     if few and not counts["failed"]:
         print(f"too few cases {' and '.join(few)}: at least {', '.join(f'{LEAST[k]:.0%}' for k in few)} are wanted")
     return int(bool(counts["failed"] or few))
