@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import commands, coverage, report, study, suites, sweep
+from bench import commands, compiling, coverage, report, study, suites, sweep
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -21,6 +21,7 @@ examples:
   python -m bench study rounding                               nearest or dithered, by learning rate: 15 minutes
   python -m bench study keep                                   LoRA-FA, VeLoRA and quantised keeps in training
   python -m bench sweep                                        the forms of one layer, measured and predicted
+  python -m bench compile --layers 8 80                        seconds of the passes, by depth
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw
 sample goes to bench/results/ with the command, device, versions and commit that made it.
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     found = top.add_subparsers(title="commands", metavar="command", required=True)
     commands.add_commands(found)
     suites.add_command(found)
+    compiling.add_command(found)
     coverage.add_command(found)
     study.add_command(found)
     sweep.add_command(found)

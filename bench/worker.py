@@ -1,7 +1,7 @@
 """One measurement in a fresh process: `python -m bench.worker` reads a request as JSON and writes lines of JSON.
 
-A request is {"kind": "memory" | "step", "setup", "variants", ...}. Each answer is {"progress": text} or, at the end,
-{"row": {...}}. All sizes are bytes, all times seconds.
+A request is {"kind": "memory" | "step" | "sweep" | "compile", "setup", "variants", ...}. Each answer is
+{"progress": text} or, at the end, {"row": {...}}. All sizes are bytes, all times seconds.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from bench import kept
+from bench.compiling import compile
 from bench.models import Setup, make_base, make_batch
 from bench.sweep import sweep
 from bench.variants import CHECKPOINTED, VARIANTS, Trainee, make
@@ -155,7 +156,7 @@ def main() -> int:
 
     quieten()
     request = json.load(sys.stdin)
-    kind = {"memory": memory, "step": step, "sweep": sweep}[request["kind"]]
+    kind = {"memory": memory, "step": step, "sweep": sweep, "compile": compile}[request["kind"]]
     row = _attempt(lambda: kind(request, lambda text: answer(progress=text)))
     answer(row=row)
     return 0

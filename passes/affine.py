@@ -114,6 +114,8 @@ def regroup(dims: Dims, sizes: Iterable[Size]) -> Dims | None:
                 return None
             atom = atoms.pop(0)
             if all(isinstance(v, int) for v in (n, done, _size(atom))):
+                if 0 in (n, done):
+                    return None
                 wanted, rest = divmod(n, done)
                 if rest:
                     return None
@@ -425,16 +427,15 @@ class Rows:
     def __init__(self, nodes: Iterable[Node], flow: Flow, source: Node | None = None):
         self.flow = flow
         self.of: dict[Node, Row] = {} if source is None else {source: fresh(source)}
-        self._trained = [role.name for role in flow.roles.values() if role.trainable]
-        self._parameters: dict[Node, list[Node]] = {}
         for node in nodes:
             if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
                 self.of.setdefault(node, self._row(node) or fresh(node))
+        self._position = {node: i for i, node in enumerate(self.of)}
 
     def from_source(self, ends: Iterable[Node], source: Node) -> Rows:
         """The same of the nodes between a source and the ends alone."""
-        between = self.between(ends, source)
-        return Rows([n for n in self.of if n in between], self.flow, source)
+        between = self.between(ends, source) & self.of.keys()
+        return Rows(sorted(between, key=self._position.__getitem__), self.flow, source)
 
     def _row(self, node: Node) -> Row | None:
         rule = RULES.get(node.target)
@@ -474,7 +475,7 @@ class Rows:
             return frozenset(), frozenset()
         read = node.args[-2:] if node.target in PRODUCTS else node.all_input_nodes
         weights = [n for n in read if isinstance(n, Node) and self.flow.is_weight(n)]
-        parameters = [p for w in weights for p in self.parameters(w)]
+        parameters = [p for w in weights for p in self.flow.parameters(w)]
         trained = frozenset(p for p in parameters if self.flow.roles[p].trainable)
         frozen = frozenset() if trained or node.target not in PRODUCTS else frozenset(parameters[:1])
         return trained, frozen
@@ -529,14 +530,18 @@ class Rows:
         """The adapted module of a weight: the weight's own, where that holds trained parameters beside a bias, or the
         one around it."""
         own = name[: name.rfind(".") + 1]
-        if any(n.startswith(own) and n != f"{own}bias" for n in self._trained):
+        if own in self.flow.adapted_modules:
             return own
         return own[: own.rstrip(".").rfind(".") + 1]
 
-    def parameters(self, weight: Node) -> list[Node]:
-        if weight not in self._parameters:
-            self._parameters[weight] = self.flow.parameters(weight)
-        return self._parameters[weight]
+    @functools.cached_property
+    def products_of(self) -> dict[Node, list[Node]]:
+        """The products by a weight, by the source of what they multiply."""
+        found: dict[Node, list[Node]] = {}
+        for node, row in self.of.items():
+            if node in row.products:
+                found.setdefault(row.source, []).append(node)
+        return found
 
     def operands(self, node: Node) -> list[Node]:
         """The activations that a node's value is computed from; a copy's target lends its shape alone."""

@@ -3,6 +3,7 @@ computed."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class Flow:
         self.backward = reachable(graph, is_tangent)
         self.forward = _needed_by_forward(graph, self.backward)
         self.bits: dict[Node, int] = {}
+        self._parameters: dict[Node, list[Node]] = {}
         self.draws, following = 0, 1
         for node in graph.nodes:
             self.bits[node] = union(self.bits[n] for n in node.all_input_nodes)
@@ -100,17 +102,30 @@ class Flow:
 
     def parameters(self, node: object) -> list[Node]:
         """The graph inputs with a role that a value is computed from, nearest first; not looked for beyond 64 nodes."""
-        seen: list[Node] = []
-        todo = [node]
-        while todo and len(seen) < 64:
-            n = todo.pop(0)
-            if isinstance(n, Node) and n not in seen:
-                seen.append(n)
-                todo += n.all_input_nodes
-        return [n for n in seen if n in self.roles]
+        if not isinstance(node, Node):
+            return []
+        if node not in self._parameters:
+            seen: list[Node] = []
+            todo = [node]
+            while todo and len(seen) < 64:
+                n = todo.pop(0)
+                if n not in seen:
+                    seen.append(n)
+                    todo += n.all_input_nodes
+            self._parameters[node] = [n for n in seen if n in self.roles]
+        return self._parameters[node]
 
     def is_trained(self, node: object) -> bool:
         return any(self.roles[n].trainable for n in self.parameters(node))
+
+    @functools.cached_property
+    def adapted_modules(self) -> frozenset[str]:
+        """The modules, each with a dot behind its name, that hold a trained parameter beside their own bias."""
+        found = set()
+        for name in (role.name for role in self.roles.values() if role.trainable):
+            ends = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+            found |= {name[:end] for end in ends if name[end:] != "bias"}
+        return frozenset(found)
 
     def site_name(self, weight: Matrix, adapters: Iterable[Matrix]) -> str:
         """The module that holds the weight and its adapter: what their names share; or the weight's own name."""

@@ -126,7 +126,7 @@ def _uncast(node: Node) -> Node:
 
 def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
     tokens = [i for i, dim in enumerate(row.dims) if any(isinstance(a, Token) for a in dim)]
-    if any(isinstance(a, int) for i in tokens for a in row.dims[i]):
+    if not tokens or any(isinstance(a, int) for i in tokens for a in row.dims[i]):
         return False
     if node.target is aten.mm.default:
         return tokens == [1 if node.args[0] is read else 0]
@@ -136,20 +136,27 @@ def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
 
 def _narrowest(read: Node, rows: Rows) -> Node | None:
     """The value of fewest features that a product's wide result is computed from, and nothing else is."""
-    row = rows.of[read]
-    best, node = None, read
+    row, node = rows.of[read], read
+    found: list[Node] = []
     while node is not row.source:
         operands = {n for n in rows.operands(node) if n in rows.of}
         if len(operands) != 1:
             node = row.source  # several ways lead here: they meet at the source
         else:
             (node,) = operands
-        earlier = rows.of[node].products < row.products and plain(rows.of[node].dims)
-        if earlier and (best is None or rows.of[node].width < rows.of[best].width):
-            best = node
+        one_piece = plain(rows.of[node].dims) and shape(node)[-1] == rows.of[node].width
+        if rows.of[node].products < row.products and one_piece:
+            found.append(node)
+    narrow = (n for n in sorted(found, key=lambda n: rows.of[n].width) if _leads_to(n, read, rows))
+    best = next(narrow, None)
     if best is None or NARROW * rows.of[read].width <= rows.of[best].width:
         return None
     return best
+
+
+def _leads_to(source: Node, read: Node, rows: Rows) -> bool:
+    """Whether a value tells the tokens apart that a later one has: flattened, it does not say where they part."""
+    return rows.from_source([read], source).of[read].source is source
 
 
 class _Gradient:

@@ -124,8 +124,10 @@ def run(
         replaced = _decided(found, analysis.flow, settings, regimes, outcome)
         added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    # a region's own sums stay for its parameters' gradients: no sites
+    # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
+    ours = set(added)
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
+    groups = [g for g in groups if g.root not in ours]
     chosen = _decided(groups, analysis.flow, settings, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site

@@ -30,15 +30,18 @@ REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.s
 
 def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusal]:
     """Every refused adapter of a graph once, in graph order; not those of the parameters that have their place."""
+    flow = analysis.flow
+    factors = {f.name for g in analysis.groups if not g.backward for f in g.adapter_factors}
+    placed = placed | {p for name in factors for p in flow.parameters(name)}
     found = [*analysis.refusals, *_of_convolutions(analysis, placed)]
     for sum_ in analysis.sums:
-        if sum_.root not in analysis.flow.backward:
+        if sum_.root not in flow.backward:
             found += _suspects(analysis, sum_, placed)
     found += _without_base(analysis, placed)
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
-def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[Refusal]:
+def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refusal]:
     bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
     bases = [t for t in bases if _is_of_a_layer(analysis, t)]
     quantized = None if bases else _quantized_base(analysis, sum_)
@@ -46,13 +49,6 @@ def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[R
         return
     sources = {f.name for t in bases for f in t.factors}
     windows = {f.window for t in bases for f in t.factors} - {None}
-    placed = {
-        n
-        for g in analysis.groups
-        if not g.backward
-        for f in g.adapter_factors
-        for n in analysis.flow.parameters(f.name)
-    } | elsewhere
     for occ in sum_.rest:
         start = _operand(occ)
         way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
@@ -67,7 +63,7 @@ def _suspects(analysis: Analysis, sum_: Sum, elsewhere: Set[Node]) -> Iterator[R
             yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources, windows))
 
 
-def _of_convolutions(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]:
+def _of_convolutions(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
     """Adapters of a frozen convolution that act on its result, or on the windows that it reads; of an embedding, those
     that act on its result."""
     flow = analysis.flow
@@ -79,7 +75,7 @@ def _of_convolutions(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refus
         adapter, detail = _vector_after(analysis, node, kernel), AFTER[node.target]
         if adapter is None and x.target in WINDOWS:
             adapter, detail = _matrix_before(analysis, x, kernel), BEFORE
-        if adapter is not None and elsewhere.isdisjoint(flow.parameters(adapter)):
+        if adapter is not None and placed.isdisjoint(flow.parameters(adapter)):
             yield Refusal(flow.site_name(Matrix(kernel, 0), [Matrix(adapter, 0)]), "shape", detail)
 
 
@@ -148,7 +144,7 @@ def _is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
     )
 
 
-def _without_base(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]:
+def _without_base(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A·B` of two narrow trained matrices of one module in a graph without any of its other weights: what
     they are added to is computed where this graph does not reach."""
     flow = analysis.flow
@@ -162,7 +158,7 @@ def _without_base(analysis: Analysis, elsewhere: Set[Node]) -> Iterator[Refusal]
             pairs = [(flow.roles[p].name, flow.roles[q].name) for p in flow.parameters(A) for q in flow.parameters(B)]
             module = max((common_path(a, b) for a, b in pairs if a != b), key=len, default="")
             own = [role for role in flow.roles.values() if role.name.startswith(module)]
-            if all(role.trainable for role in own) and elsewhere.isdisjoint(flow.parameters(A)):
+            if all(role.trainable for role in own) and placed.isdisjoint(flow.parameters(A)):
                 name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
                 yield Refusal(
                     name, "different_input", "no product is added to the adapter's: its base is in another graph"

@@ -278,14 +278,10 @@ def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
 
 def _is_beside(base: Node, nodes: frozenset[Node], rows: Rows) -> bool:
     """Whether a larger frozen weight of the base's module reads the same source, on its own."""
-    source, size = rows.of[base].source, numel(_weight_sizes(base, rows))
+    size = numel(_weight_sizes(base, rows))
     return any(
-        row.source is source
-        and node not in nodes
-        and numel(_weight_sizes(node, rows)) > size
-        and _in_module(rows.brought(node)[1], base, rows)
-        for node, row in rows.of.items()
-        if node in row.products
+        node not in nodes and numel(_weight_sizes(node, rows)) > size and _in_module(rows.brought(node)[1], base, rows)
+        for node in rows.products_of.get(rows.of[base].source, [])
     )
 
 
@@ -294,7 +290,7 @@ def _in_module(parameters: Iterable[Node], base: Node, rows: Rows) -> bool:
 
 
 def _weights(product: Node, rows: Rows) -> list[Node]:
-    return [p for n in _operands(product) if rows.flow.is_weight(n) for p in rows.parameters(n)]
+    return [p for n in _operands(product) if rows.flow.is_weight(n) for p in rows.flow.parameters(n)]
 
 
 def _weight_sizes(product: Node, rows: Rows) -> list[int]:

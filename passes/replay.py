@@ -157,7 +157,8 @@ class Replay:
         product = aten.mm.default if value(weight).ndim == 2 else aten.bmm.default
         found = self.values[x]
         rows: Node
-        if isinstance(found.rows, Diagonal) and on_left and product is aten.mm.default:
+        whole = product is aten.mm.default and shape(weight)[0] == self.count  # it reads all features of a row
+        if isinstance(found.rows, Diagonal) and on_left and whole:
             d = found.rows.of
             rows = weight
             if d is not None:

@@ -97,7 +97,9 @@ class Builder:
 
     def laid_out(self, node: Node, strides: tuple[Any, ...]) -> Node:
         """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
-        if not all(isinstance(n, int) for n in (*strides, *value(node).stride())) or value(node).stride() == strides:
+        own = value(node).stride()
+        matters = [(m, n) for size, m, n in zip(shape(node), own, strides, strict=True) if size != 1]
+        if not all(isinstance(n, int) for n in (*strides, *own)) or all(m == n for m, n in matters):
             return node
         order = sorted(range(len(strides)), key=lambda i: -strides[i])
         node = self.call(aten.permute.default, node, order) if order != sorted(order) else node
@@ -147,7 +149,8 @@ class Rewriter:
                 edits |= {occ.path: None for occ in group.others}
                 edits[group.base.path] = self._merged_operand(group), group.at_left
             new = self._sum(root, (), edits)
-        assert new is not None, "the base product keeps every sum alive"
+            assert new is not None, "the base product keeps every sum alive"
+            new = self.build.laid_out(new, value(root).stride())
         root.replace_all_uses_with(new)
         erase_unused(self.graph, root)
 

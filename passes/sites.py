@@ -233,7 +233,8 @@ class Analysis:
         )
 
     def _candidates(self, root: Node, terms: Iterable[Occurrence], backward: bool) -> Iterator[Group]:
-        products = [o for o in terms if o.term is not None and o.product and len(o.term.factors) > 1]
+        # of a product over no features at all, the sizes of the factors are not known
+        products = [o for o in terms if o.term is not None and o.product and o.term.narrowest]
         for base in products:
             for right in (False, True):
                 factors = _oriented(base, right).factors

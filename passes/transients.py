@@ -53,9 +53,7 @@ def read_in_place(
     for members in groups.values():
         for together, following in _batches(members):
             last = together[-1].node
-            nodes = list(graph.nodes)
-            early = nodes[: nodes.index(last)]
-            for node in reversed([n for n in early if n in following]):
+            for node in sorted((n for n in following if n < last), reverse=True):
                 last.append(node)
             _replace(graph, build, together)
     return build.added

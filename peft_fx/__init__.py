@@ -7,6 +7,8 @@ print(peft_fx.explain(model, **batch))      # what was rewritten, what was not, 
 
 __version__ = "0.1.0"
 
+from peft_fx.checking import Check as Check
+from peft_fx.checking import check as check
 from peft_fx.compiling import backend as backend
 from peft_fx.explaining import explain as explain
 from peft_fx.outputs import loss_only as loss_only
@@ -22,6 +24,7 @@ from peft_fx.reports import GradientError as GradientError
 from peft_fx.reports import Report as Report
 
 __all__ = [
+    "Check",
     "ChunkedLoss",
     "Cure",
     "GradientError",
@@ -31,6 +34,7 @@ __all__ = [
     "Site",
     "__version__",
     "backend",
+    "check",
     "cures",
     "explain",
     "loss_only",

@@ -53,7 +53,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and stores each device; returns the exit status, 2 where there is no GPU to measure."""
+    """Measures and stores each device; returns the exit status, 2 where there is no GPU to measure, or no place to
+    store."""
     wanted = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if "cuda" in wanted and not torch.cuda.is_available():
         print("There is no GPU here that PyTorch can use.", file=sys.stderr)
@@ -65,8 +66,13 @@ def run(args: argparse.Namespace) -> int:
         path = args.output or machines.path_of(device)
         with _progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
             machine = measure(device, say)
-        machines.store(machine, device, path)
-        print(f"\n{machine.name}\n\n{table(machine)}\n\n{path}")
+        print(f"\n{machine.name}\n\n{table(machine)}\n")
+        try:
+            machines.store(machine, device, path)
+        except OSError as error:
+            print(f"This cannot be stored: {error}. --output names another file.", file=sys.stderr)
+            return 2
+        print(path)
     return 0
 
 

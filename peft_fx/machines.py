@@ -6,6 +6,7 @@ each device. It is used where it fits: same device, same number of threads on a 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -56,12 +57,18 @@ def _version() -> str:
 
 
 def store(machine: Machine, device: torch.device, path: Path) -> None:
-    """Writes a calibration; whoever reads the file meanwhile finds the former one or this one."""
+    """Writes a calibration; whoever reads the file meanwhile finds the former one or this one, and so does everyone
+    after an OSError, of a folder that is read-only or full."""
     content = {"machine": machine.to_dict(), "device": described(device), "torch": _version()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def load(path: Path) -> Machine:

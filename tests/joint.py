@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch.aot_autograd import aot_function
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, compiling
-from peft_fx.explaining import _copy_graph
+from peft_fx.explaining import _copy_graph as copy_graph
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.flow import Role
@@ -25,11 +28,13 @@ class Joint:
     roles: dict[int, Role]
     fake_mode: Any
     module: nn.Module
-    given: list[Any]
+    given: list[Any] = field(default_factory=list)
+    outputs: int = 0  # those of forward, where that is known
+    _modules: dict[Graph, GraphModule] = field(default_factory=dict, repr=False)
 
     def rewritten(self, **options: str) -> tuple[Graph, pipeline.Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix."""
-        graph = GraphModule(self.module, _copy_graph(self.graph)).graph
+        graph = GraphModule(self.module, copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
         settings = replace(parsed.settings(torch.device("cpu")), rebuild_random=parsed.lowering == "inductor")
         roles = compiling.roles_in(graph, self.roles)
@@ -47,16 +52,72 @@ class Joint:
                 inputs.append(given.detach() if isinstance(given, torch.Tensor) else given)
         return list(GraphModule(graph.owning_module or self.module, graph)(*inputs))
 
-    def run(self, graph: Graph, seed: int = 0, bound: int = 2) -> list[torch.Tensor | None]:
-        """All outputs of a graph, the gradients among them, on small integers in its inputs' own dtypes."""
+    def inputs(self, seed: int = 0, bound: int = 2, normal: bool = False) -> list[torch.Tensor]:
+        """Small integers for each input of the graph in its own dtype, or normal numbers for those of a float."""
         g = torch.Generator().manual_seed(seed)
         inputs = []
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                val = node.meta["val"]
-                filled = torch.randint(-bound, bound + 1, val.shape, generator=g).to(val.dtype)
-                inputs.append(torch.empty_strided(val.shape, val.stride(), dtype=val.dtype).copy_(filled))
-        return list(GraphModule(graph.owning_module or self.module, graph)(*inputs))
+        for node in self.graph.find_nodes(op="placeholder"):
+            val = node.meta["val"]
+            if normal and val.is_floating_point():
+                filled = torch.randn(val.shape, generator=g)
+            else:
+                filled = torch.randint(-bound, bound + 1, val.shape, generator=g)
+            inputs.append(torch.empty_strided(val.shape, val.stride(), dtype=val.dtype).copy_(filled.to(val.dtype)))
+        return inputs
+
+    def call(self, graph: Graph, inputs: list[torch.Tensor], seed: int = 0) -> list[torch.Tensor | None]:
+        """All outputs of a graph, the gradients among them; what it draws is drawn from the seed."""
+        if graph not in self._modules:
+            self._modules[graph] = GraphModule(graph.owning_module or self.module, graph)
+        torch.manual_seed(seed)
+        return list(self._modules[graph](*inputs))
+
+    def run(self, graph: Graph, seed: int = 0, bound: int = 2) -> list[torch.Tensor | None]:
+        return self.call(graph, self.inputs(seed, bound))
+
+    def split(self, graph: Graph) -> tuple[GraphModule, GraphModule]:
+        """Forward and backward, as Inductor's partitioner cuts them."""
+        inputs = graph.find_nodes(op="placeholder")
+        static = [i for i, role in self.roles.items() if role.static]
+        return compat.min_cut_rematerialization_partition(
+            GraphModule(self.module, copy_graph(graph)),
+            [n.meta["val"] for n in inputs],
+            num_fwd_outputs=self.outputs,
+            static_lifetime_input_indices=static,
+        )
+
+
+def trace(module: nn.Module, *args: torch.Tensor) -> Joint:
+    """As `capture`, by AOTAutograd alone, without Dynamo."""
+    named = dict(module.named_parameters())
+    found: list[Joint] = []
+
+    def call(*flat: torch.Tensor) -> Any:
+        return torch.func.functional_call(module, dict(zip(named, flat, strict=False)), flat[len(named) :])
+
+    def keep(gm: GraphModule, outputs: int) -> None:
+        roles = {i: Role(name, True, p.requires_grad) for i, (name, p) in enumerate(named.items())}
+        fake_mode = compat.detect_fake_mode([n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")])
+        found.append(Joint(copy_graph(gm.graph), roles, fake_mode, gm, outputs=outputs))
+
+    def partition(gm: GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
+        keep(gm, num_fwd_outputs)
+        raise _Traced
+
+    def inference(gm: GraphModule, inputs: Any) -> Any:
+        keep(gm, 0)
+        raise _Traced
+
+    with contextlib.suppress(_Traced):
+        aot_function(call, inference, partition_fn=partition, decompositions=select_decomp_table())(
+            *named.values(), *args
+        )
+    (joint,) = found
+    return joint
+
+
+class _Traced(Exception):
+    """The joint graph is there: nothing more is asked of AOTAutograd."""
 
 
 def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
@@ -68,11 +129,8 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
 
         class Capture(compat.CustomGraphPass):  # type: ignore[misc]
             def __call__(self, graph: Graph) -> None:
-                found.append(
-                    Joint(
-                        _copy_graph(graph), roles, compat.V.fake_mode, graph.owning_module or gm, list(example_inputs)
-                    )
-                )
+                owner = graph.owning_module or gm
+                found.append(Joint(copy_graph(graph), roles, compat.V.fake_mode, owner, list(example_inputs)))
 
             def uuid(self) -> None:
                 return None

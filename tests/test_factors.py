@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from peft_fx import compiling
-from peft_fx.explaining import _copy_graph
+from peft_fx.explaining import _copy_graph as copy_graph
 from peft_fx.passes import factors
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import PRODUCTS, aten
@@ -99,7 +99,7 @@ def captured(spell: Spell, after: Callable[[Tensor], Tensor] = lambda y: y) -> j
 
 def only_factored(case: joint.Joint) -> tuple[Graph, list[Node]]:
     """A copy of the graph after this pass alone, and the nodes that it added."""
-    graph = _copy_graph(case.graph)
+    graph = copy_graph(case.graph)
     added = factors.factored(graph, Flow(graph, compiling.roles_in(graph, case.roles)), case.fake_mode)
     graph.lint()
     return graph, [n for n in added if not n._erased]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -163,6 +165,47 @@ def test_calibrate_measures_and_stores(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["calibrate", "--device", "cpu", "--output", str(path)]) == 0
     assert parse({"peft_fx.machine": path}).settings(CPU).machine == machines.load(path)
     assert machines.found(CPU) == machine, "a file asked for is not the one that auto finds"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_folder_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, full: bool) -> None:
+    """A full disk, or a file in the folder's place: what was measured is shown, and what was there before stays."""
+    monkeypatch.setattr(calibrating, "measure", lambda device, say: SLOW)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PEFT_FX_CACHE_DIR", str(folder))
+    if full:
+        machines.store(MACHINES["h100"], CPU, machines.path_of(CPU))
+        monkeypatch.setattr(Path, "replace", failing)
+    else:
+        folder.write_text("not a folder")
+    assert main(["calibrate", "--device", "cpu"]) == 2
+    shown = capsys.readouterr()
+    assert "slow" in shown.out
+    assert "cannot be stored" in shown.err
+    assert machines.found(CPU) == MACHINES["h100" if full else "cpu"]
+    assert not full or [p.name for p in folder.iterdir()] == [machines.path_of(CPU).name]
+
+
+def failing(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_two_calibrate_at_once() -> None:
+    """Whoever reads meanwhile finds one of them, whole."""
+    path, both = machines.path_of(CPU), (SLOW, MACHINES["h100"])
+    machines.store(SLOW, CPU, path)
+
+    def write(machine: Machine) -> None:
+        for _ in range(200):
+            machines.store(machine, CPU, path)
+
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(m,)) for m in both]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert machines.load(path) in both
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

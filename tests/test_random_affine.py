@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -13,67 +12,10 @@ from torch import Tensor, nn
 
 from tests import joint
 from tests.oracle import integers
+from tests.row_ops import OPS, Shape, fitting
 from tests.strategies import same_at_every_run
 
 EXAMPLES = 50
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Op:
-    """`f(x, *parameters)` on features of size n; the shapes of the parameters; what it asks of n, and makes of it."""
-
-    f: Callable[..., Tensor]
-    params: Callable[[int], tuple[Shape, ...]] = lambda n: ()
-    divides: int = 1
-    result: Callable[[int], int] = lambda n: n
-
-
-def rows(x: Tensor, *sizes: int) -> Tensor:
-    """The features of x in these sizes."""
-    return x.reshape(*x.shape[:-1], *sizes)
-
-
-def pairs_turned(x, c, s):
-    pairs = rows(x, -1, 2)
-    return x * c + torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2) * s
-
-
-def vector(n: int) -> tuple[Shape, ...]:
-    return ((n,),)
-
-
-OPS = {
-    "scale": Op(lambda x, d: x * d, vector),
-    "shift": Op(lambda x, c: x + c, vector),
-    "shift_less": Op(lambda x, c: c - x, vector),
-    "number": Op(lambda x: 3 - 2 * x),
-    "matrix": Op(lambda x, M: x @ M, lambda n: ((n, n),)),
-    "low_rank": Op(lambda x, A, B: x @ A @ B, lambda n: ((n, 2), (2, n))),
-    "narrower": Op(lambda x, M: x @ M, lambda n: ((n, 4),), result=lambda n: 4),
-    "residual": Op(lambda x, A, d, B: x + ((x @ A) * d) @ B, lambda n: ((n, 2), (2,), (2, n))),
-    "reflection": Op(lambda x, v: x - (x @ v) * v[:, 0], lambda n: ((n, 1),)),
-    "flip": Op(lambda x: x.flip(-1)),
-    "roll": Op(lambda x: x.roll(1, -1)),
-    "regrouped": Op(lambda x: rows(x, 2, -1).transpose(-1, -2).flatten(-2), divides=2),
-    "blocks": Op(
-        lambda x, M: torch.einsum("...gi,gij->...gj", rows(x, 2, -1), M).flatten(-2),
-        lambda n: ((2, n // 2, n // 2),),
-        2,
-    ),
-    "one_block": Op(lambda x, M: (rows(x, 2, -1) @ M).flatten(-2), lambda n: ((n // 2, n // 2),), 2),
-    "per_group": Op(lambda x, d: (rows(x, 2, -1) * d).flatten(-2), lambda n: ((2, 1),), 2),
-    "turned": Op(pairs_turned, lambda n: ((n,), (n,)), 2),
-    "pooled": Op(lambda x: rows(x, -1, 2).sum(-1), divides=4, result=lambda n: n // 2),
-    "part": Op(lambda x: x[..., : x.shape[-1] // 2], divides=4, result=lambda n: n // 2),
-    "part_scaled": Op(
-        lambda x, d: torch.cat([x[..., : d.shape[0]], x[..., d.shape[0] :] * d], -1), lambda n: ((n // 2,),), 2
-    ),
-    "twice": Op(lambda x, d: torch.cat([x, x * d], -1), vector, result=lambda n: 2 * n),
-    "repeated": Op(lambda x: x[..., None].expand(*x.shape, 2).flatten(-2), result=lambda n: 2 * n),
-}
-WIDEST = 24
 
 Chain = tuple[str, ...]
 
@@ -138,8 +80,7 @@ def programs(draw: st.DrawFn) -> Program:
     def chain(n: int, length: int) -> tuple[Chain, int]:
         names = []
         for _ in range(draw(st.integers(0, length))):
-            fitting = [name for name, op in OPS.items() if n % op.divides == 0 and op.result(n) <= WIDEST]
-            names.append(draw(st.sampled_from(fitting)))
+            names.append(draw(st.sampled_from(fitting(n))))
             n = OPS[names[-1]].result(n)
         return tuple(names), n
 

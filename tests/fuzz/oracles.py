@@ -1,0 +1,273 @@
+"""What must hold of a rewritten joint graph: the oracles of the fuzzer.
+
+The same graph in fp64 is the truth. Where the graph as it was agrees with it bit for bit, nothing was rounded, and the
+rewritten graph must agree too: integers in `exact` and most of `mixed`. Elsewhere it may err little more than the graph
+as it was, and than that graph would were each of its ops rounded another way.
+"""
+
+from __future__ import annotations
+
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from peft_fx.passes.nodes import is_random
+from peft_fx.passes.pipeline import Outcome
+from tests import joint
+from tests.oracle import assert_bit_equal, integers, run, weight_form
+
+EXACT = 2.0**50
+DRAWS = 3
+FACTOR, NOISE = 1.25, 4.0  # the gate: an error over eager's own, and over what few numbers leave to chance
+SEED = 3  # of what a graph draws
+HALVES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+Results = list["Tensor | None"]
+
+
+class Invalid(Exception):
+    """No program: eager refuses it, or its numbers grow too large to be exact."""
+
+
+class Failure(AssertionError):
+    """An oracle that does not hold; the message says which and where."""
+
+
+@dataclass
+class Case:
+    """A program, loaded."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    kind: str
+    options: dict[str, str]
+    other: Callable[[], nn.Module] | None = None  # the same model in other words
+    _traced: joint.Joint | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, source: str, name: str = "<fuzz>") -> Case:
+        space: dict[str, Any] = {"__name__": name}
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        exec(compile(source, name, "exec"), space)
+        return cls(space["Model"], space["inputs"], space["KIND"], space["OPTIONS"], space.get("Other"))
+
+    def module(self) -> nn.Module:
+        return integers(self.make(), seed=1)
+
+    @property
+    def traced(self) -> joint.Joint:
+        if self._traced is None:
+            try:
+                self._traced = joint.trace(self.module(), *integers(self.inputs(), seed=2))
+            except Exception as error:
+                raise Invalid(str(error)) from error
+        return self._traced
+
+    def rewritten(self) -> tuple[Graph, Outcome]:
+        """The graph after the passes."""
+        try:
+            return self.traced.rewritten(**self.options)
+        except Invalid:
+            raise
+        except Exception as error:
+            raise Failure(f"the passes raise {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the passes did to a case that passed."""
+
+    rewritten: bool
+    refused: bool
+
+
+def judge(case: Case) -> Verdict:
+    """Raises Failure, or Invalid; otherwise says what the passes did."""
+    traced = case.traced
+    draws = _draws(traced, case.kind)
+    graph, outcome = case.rewritten()
+    after = [traced.call(graph, d.inputs, SEED) for d in draws]
+    for draw, results in zip(draws, after, strict=True):
+        _same_kinds(draw.before, results)
+        if draw.truth is None:
+            _all_equal(draw.before, results)
+    if draws[0].truth is not None:
+        _no_worse(draws, after)
+    weight = any("weight" in (s.forward, s.input_grad) for s in outcome.sites)
+    kept_as_it_was = case.options["keep"] == "inductor" or case.options["numerics"] == "strict"
+    if not weight and (kept_as_it_was or not (outcome.sites or outcome.refusals)):
+        inputs = traced.inputs(4, normal=True)
+        _all_equal(traced.call(traced.graph, inputs, SEED), traced.call(graph, inputs, SEED), "an untouched graph's ")
+    return Verdict(weight, bool(outcome.refusals))
+
+
+def same_in_other_words(case: Case) -> None:
+    """Two spellings of one model are reported alike, whatever each costs as it is written."""
+    if case.other is None:
+        return
+    options = case.options | {"form": "weight"}
+    both = replace(case, options=options), replace(case, options=options, make=case.other, _traced=None)
+    reports = [_report(c.rewritten()[1]) for c in both]
+    if reports[0] != reports[1]:
+        raise Failure(f"in other words the report differs: {reports[0]} and {reports[1]}")
+
+
+def _report(outcome: Outcome) -> Any:
+    return sorted((s.name, s.forward) for s in outcome.sites), sorted((r.name, r.code) for r in outcome.refusals)
+
+
+def holds_compiled(case: Case) -> None:
+    """Through torch.compile and the backend: outputs and gradients of an exact program equal eager's."""
+    torch._dynamo.reset()
+    module, inputs = case.module(), integers(case.inputs(), seed=2)
+    options = {f"peft_fx.{k}": v for k, v in case.options.items()}
+
+    def seeded(f: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            torch.manual_seed(SEED)
+            return f(*(a.clone() for a in args))  # one may be changed in place
+
+        return call
+
+    want = run(seeded(module), module, inputs)
+    got = run(seeded(weight_form(module, **options)), module, inputs)
+    try:
+        assert_bit_equal(got, want)
+    except AssertionError as error:
+        raise Failure(f"compiled, {error}") from error
+
+
+def splits(case: Case) -> None:
+    """Cut in two by Inductor's partitioner, the rewritten graph computes what it did in one piece."""
+    traced = case.traced
+    graph, _ = case.rewritten()
+    if not traced.outputs or any(is_random(n) for n in graph.nodes):
+        return
+    inputs = traced.inputs(5)
+    whole = traced.call(graph, inputs, SEED)
+    try:
+        forward, backward = traced.split(graph)
+    except Exception as error:
+        raise Failure(f"the partitioner raises {type(error).__name__}: {error}") from error
+    named = dict(zip((n.name for n in graph.nodes if n.op == "placeholder"), inputs, strict=True))
+    made = list(forward(*(named[n.name] for n in forward.graph.find_nodes(op="placeholder"))))
+    (output,) = forward.graph.find_nodes(op="output")
+    named |= {n.name: t for n, t in zip(output.args[0], made, strict=True) if isinstance(n, Node)}
+    given = [named[n.name] for n in backward.graph.find_nodes(op="placeholder")]
+    _all_equal(whole, [*made[: traced.outputs], *backward(*given)], "split, ")
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+
+
+@dataclass
+class Draw:
+    """Numbers for a graph's inputs, and what comes of them: from the graph as it was, from the same in fp64 (None where
+    the graph as it was is exact), and from that with each op rounded anew."""
+
+    inputs: list[Tensor]
+    before: Results
+    truth: Results | None = None
+    noise: Results | None = None
+
+
+def _draws(traced: joint.Joint, kind: str) -> list[Draw]:
+    if kind == "exact":
+        draws = [Draw(given := traced.inputs(seed), traced.call(traced.graph, given, SEED)) for seed in range(2)]
+        if any(not t.abs().max() < EXACT for d in draws for t in d.before if t is not None and t.numel()):
+            raise Invalid("numbers too large to be exact")
+        return draws
+    wide, draws = in_fp64(traced.graph), []
+    for seed in range(DRAWS):
+        inputs = traced.inputs(seed, bound=1, normal=kind == "real")
+        doubled = [t.double() if t.is_floating_point() else t for t in inputs]
+        truth = traced.call(wide, doubled, SEED)
+        torch.manual_seed(SEED)
+        noise = list(Rounding(GraphModule(traced.module, wide), seed).run(*doubled))
+        draws.append(Draw(inputs, traced.call(traced.graph, inputs, SEED), truth, noise))
+    if all(_equal(b, t) for d in draws for b, t in zip(d.before, d.truth or [], strict=True)):
+        return [Draw(d.inputs, d.before) for d in draws]
+    return draws
+
+
+class Rounding(torch.fx.Interpreter):
+    """A graph in fp64 with each result off by up to half a rounding of the dtype that it had."""
+
+    def __init__(self, module: GraphModule, seed: int):
+        super().__init__(module)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run_node(self, n: Node) -> Any:
+        result, val = super().run_node(n), n.meta.get("val")
+        if not isinstance(result, Tensor) or not isinstance(val, Tensor) or not val.is_floating_point():
+            return result
+        if is_random(n):
+            return result
+        off = torch.rand(result.shape, generator=self.generator, dtype=result.dtype) * 2 - 1
+        return result * (1 + torch.finfo(val.dtype).eps / 2 * off)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is None or b is None or bool((a.double() == b.double()).all())
+
+
+def _same_kinds(before: Results, after: Results) -> None:
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        kinds = [None if t is None else (t.dtype, t.shape, _steps(t)) for t in (b, a)]
+        if kinds[0] != kinds[1]:
+            raise Failure(f"result {i} is {kinds[1]}, was {kinds[0]}")
+
+
+def _steps(t: Tensor) -> list[int]:
+    """The strides that something is multiplied by."""
+    return [m for n, m in zip(t.shape, t.stride(), strict=True) if n > 1 and t.numel()]
+
+
+def _all_equal(before: Results, after: Results, prefix: str = "") -> None:
+    for i, (b, a) in enumerate(zip(before, after, strict=True)):
+        if b is not None and not torch.equal(b, a):
+            far = f"up to {(b.double() - a.double()).abs().max():.3g} of {b.double().abs().max():.3g}"
+            raise Failure(f"{prefix}result {i} of {len(before)} differs by {far}")
+
+
+def _no_worse(draws: list[Draw], after: list[Results]) -> None:
+    """Errors of each result over all draws, which are few and small."""
+
+    def error(i: int, results: list[Results]) -> float:
+        off = [(r[i].double() - d.truth[i]).flatten() for d, r in zip(draws, results, strict=True)]
+        return torch.cat(off).square().mean().sqrt().item() if off[0].numel() else 0.0
+
+    before, noise = [d.before for d in draws], [d.noise for d in draws]
+    for i, first in enumerate(before[0]):
+        if first is None or not first.is_floating_point() or not all(r[i].isfinite().all() for r in before):
+            continue
+        allowed = FACTOR * error(i, before) + NOISE * error(i, noise)
+        if not error(i, after) <= allowed:
+            told = f"errs by {error(i, after):.3g}, over {allowed:.3g}; {error(i, before):.3g} as it was"
+            raise Failure(f"result {i} of {len(before[0])} {told}")
+
+
+def in_fp64(graph: Graph) -> Graph:
+    """The same graph with every floating dtype made fp64; random numbers are drawn as they were."""
+    copied = joint.copy_graph(graph)
+
+    def wide(arg: Any) -> Any:
+        return torch.float64 if arg in HALVES else arg
+
+    for node in copied.nodes:
+        if node.op == "call_function" and not is_random(node):
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a: wide(a) if isinstance(a, torch.dtype) else a)
+            node.kwargs = torch.fx.node.map_aggregate(
+                node.kwargs, lambda a: wide(a) if isinstance(a, torch.dtype) else a
+            )
+    for node in [n for n in copied.nodes if is_random(n)]:
+        with copied.inserting_after(node):
+            drawn = copied.call_function(torch.ops.prims.convert_element_type.default, (node, torch.float64))
+        node.replace_all_uses_with(drawn, delete_user_cb=lambda user, drawn=drawn: user is not drawn)
+    return copied
