@@ -176,7 +176,7 @@ def chunks(T: int, K: int, V: int, dtype: torch.dtype, row_bytes: int, machine: 
     """The number of chunks of `[T,K]·[K,V]`: as many as the bytes ask for, of `row_bytes` in each row, but no more than
     the price allows, since each chunk reads W anew. Where so many do not divide T and fewer do, fewer."""
     budget = max(LEAST, T * V * dtype.itemsize // PART)
-    most = min(T, math.ceil(T * row_bytes / budget))
+    most = max(1, min(T, math.ceil(T * row_bytes / budget)))
     prices = [_price(machine, n, T, K, V, dtype) for n in range(1, most + 1)]
     best = max(n for n, seconds in enumerate(prices, 1) if n == 1 or seconds <= DEARER * prices[0])
     return next((n for n in range(best, best // 2, -1) if T % n == 0), best)

@@ -120,12 +120,13 @@ def run(
     left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
     members = _refused_members(outcome.refusals, roles) | _members(found, analysis.flow)
+    ours: set[Node] = set()
     if found:
         replaced = _decided(found, analysis.flow, settings, regimes, outcome)
-        added += rewrite(graph, rows, replaced, fake_mode, settings.rounding)
+        ours = set(rewrite(graph, rows, replaced, fake_mode, settings.rounding))
+        added += ours
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
-    ours = set(added)
     groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
     groups = [g for g in groups if g.root not in ours]
     chosen = _decided(groups, analysis.flow, settings, regimes, outcome)

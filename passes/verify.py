@@ -52,6 +52,8 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
     for node, read in after.reads.items():
         if node not in new and _is_same(read, before.reads.get(node)):
             continue
+        if any(isinstance(a, Node) and a.op == "get_attr" for a in node.args):
+            continue  # a call of another graph, whose nodes say the truth for themselves
         with fake_mode:
             again = node.target(*map(fake, node.args), **{k: fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
         made, said = _described(again), _described(value(node))

@@ -32,7 +32,7 @@ class Joint:
     outputs: int = 0  # those of forward, where that is known
     _modules: dict[Graph, GraphModule] = field(default_factory=dict, repr=False)
 
-    def rewritten(self, **options: str) -> tuple[Graph, pipeline.Outcome]:
+    def rewritten(self, **options: Any) -> tuple[Graph, pipeline.Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix."""
         graph = GraphModule(self.module, copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
