@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -191,17 +192,29 @@ class Factoring:
     def _roots(self, nodes: list[Node]) -> dict[Node, tuple[Node, dict[Node, float], dict[Node, Coefficient]]]:
         """The largest sums in which a value is met twice and one vector can be taken out: that vector, what is left of
         each addend, and what is the same for each token."""
-        roots = {}
+        found: dict[Node, tuple[Node, dict[Node, float], dict[Node, Coefficient]]] = {}
         covered: set[Node] = set()
         for node in reversed(nodes):
             if node.target not in SUMS or node in covered:
                 continue
             form = self.form(node)
             met = Counter(n for n, _ in form.addends if not self.flow.is_weight(n))
-            if max(met.values(), default=0) > 1 and (found := self._common(form)):
-                roots[node] = found
+            if max(met.values(), default=0) > 1 and (common := self._common(form)):
+                found[node] = common
                 covered |= self._inside(node)
-        return roots
+        of_adapters = {vector for vector, parts, _ in found.values() if self._is_adapter(parts)}
+        return {node: common for node, common in found.items() if common[0] in of_adapters}
+
+    def _is_adapter(self, parts: Iterable[Node]) -> bool:
+        """Whether a frozen weight's product and a trained one's are among the parts."""
+        trained = [[self.flow.is_trained(w) for w in self._weights(n)] for n in parts]
+        return any(t and not any(t) for t in trained) and any(map(any, trained))
+
+    def _weights(self, node: Node) -> list[Node]:
+        """The matrices that a product reads, through what only lays it out."""
+        while node.target in RESHAPES | SQUEEZES | CASTS | COPIES and is_tensor(node.args[0]):
+            node = node.args[0]
+        return [n for n in node.all_input_nodes if self.flow.is_weight(n) and len(shape(n)) > 1]
 
     def _inside(self, node: Node) -> set[Node]:
         """The sums that serve this one alone."""

@@ -75,7 +75,7 @@ class Read:
     def features(self) -> Size:
         """K of x in xᵀ·g or gᵀ·x."""
         is_left = self.gradient.target in MATRIX_PRODUCTS and self.gradient.args[0] is self.operand
-        return shape(self.operand)[-2 if is_left else -1]
+        return (1, 1, *shape(self.operand))[-2 if is_left else -1]
 
 
 @dataclass

@@ -84,8 +84,8 @@ def from_moments(
 
 def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Keep) -> bool:
     """Not for few tokens, nor where x would be kept in the place of less, of x·A where A is frozen."""
-    tokens = hint(numel(shape(found.source))) // max(width, 1)
-    if tokens < (width if found.node.target is aten.mm.default else width / FEW):
+    tokens = hint(numel(shape(found.source))) // width if width else 0
+    if not tokens or tokens < (width if found.node.target is aten.mm.default else width / FEW):
         return False
     read, source = (hint(numel(shape(n))) for n in (found.read, found.source))
     return read >= source or keep.cost(found.source) <= keep.bytes(found.read)

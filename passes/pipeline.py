@@ -56,12 +56,14 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What was found in one graph and done to it; `seconds` is the time of the passes themselves."""
+    """What was found in one graph and done to it: `factored` is whether vectors were taken out of sums, `rebuilt` how
+    many values backward makes again; `seconds` is the time of the passes themselves."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     losses: list[ChunkedLoss] = field(default_factory=list)
     inputs: list[KeptInput] = field(default_factory=list)
+    factored: bool = False
     rebuilt: int = 0
     seconds: float = 0.0
 
@@ -110,7 +112,9 @@ def run(
     before = Contract.of(graph)
     outcome, added = Outcome(), []
     added += without_identities(graph, fake_mode)
-    added += factored(graph, Flow(graph, roles), fake_mode)
+    factors = factored(graph, Flow(graph, roles), fake_mode)
+    outcome.factored = bool(factors)
+    added += factors
     unfused = Unfused(graph, Flow(graph, roles), fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     inputs = layer_inputs(analysis.flow)

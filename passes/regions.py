@@ -159,7 +159,8 @@ def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
     for end in _addends(node, rows):
         if shape(end) == shape(node) and rows.of[end].source is not end:
             by_source[rows.of[end].source].append(end)
-    yield from (tuple(ends) for ends in by_source.values() if len(ends) > 1)
+    # an addend that is met twice is no two addends
+    yield from (tuple(ends) for ends in by_source.values() if len(set(ends)) == len(ends) > 1)
 
 
 def _addends(node: Node, rows: Rows) -> Iterator[Node]:
