@@ -56,11 +56,12 @@ def factor_plus_one(m: Any, x: Tensor) -> Tensor:
 
 
 def subtracted(m: Any, x: Tensor) -> Tensor:
+    """The vector scales one value, which the adapter is inside of."""
     y = x @ m.W
     return torch.sub(y, y, alpha=3) + 2 * y + m.g * (y - m.low(x))
 
 
-TAKEN_OUT = [correction, factor_plus_one, subtracted]
+TAKEN_OUT = [correction, factor_plus_one]
 
 
 def some_without(m: Any, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def once_less(m: Any, x: Tensor) -> Tensor:
     return m.g * y + (m.g - 1) * y + m.g * m.low(x)
 
 
-LEFT = [some_without, two_vectors, squared, of_the_tokens, once_less]
+LEFT = [some_without, two_vectors, squared, of_the_tokens, once_less, subtracted]
 
 
 def captured(spell: Spell, after: Callable[[Tensor], Tensor] = lambda y: y) -> joint.Joint:

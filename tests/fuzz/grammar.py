@@ -565,7 +565,7 @@ ADAPTERS: tuple[tuple[int, Production], ...] = (
     (2, dora),
     (1, embedded),
     (1, convolved),
-    (5, near_miss),
+    (8, near_miss),
 )
 OTHER: tuple[tuple[int, Production], ...] = (
     (3, product),
@@ -604,7 +604,7 @@ def program(rng: Random) -> Program:
             continue
         steps.append(step)
     options = {
-        "form": rng.choice(["weight", "weight", "weight", "weight", "auto", "activation"]),
+        "form": rng.choice(["weight"] * 8 + ["auto", "activation"]),
         "numerics": rng.choice(["default"] * 6 + ["strict"]),
         "rounding": rng.choice(["nearest"] * 4 + ["dithered"]),
         "keep": rng.choice(["recompute"] * 5 + ["inductor"]),
