@@ -124,6 +124,8 @@ class Keep:
             return True
         if node in self.kept and not even_if_kept:
             return True
+        if node.target is aten.clone.default and node.all_input_nodes[0].op == "placeholder":
+            return True  # AOTAutograd's copy of an input that is changed in place: later it is another value
         return not (self._is_pointwise(node) or self._is_narrow_product(node))
 
     def _is_pointwise(self, node: Node) -> bool:
