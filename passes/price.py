@@ -39,7 +39,6 @@ from peft_fx.passes.machine import Machine
 FORMS = ("weight", "activation")
 IN_PLACE = 16  # an activation is read in place by products of a rank that is a sixteenth of its sides at most
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
-TIE = 0.99  # of a step of the whole layer: an adapter that saves less stays as it is written
 
 
 @dataclass(frozen=True)
@@ -236,10 +235,6 @@ def decide(
     pure = min((k for k in allowed if len(set(k) - {"none"}) == 1), key=lambda k: (allowed[k], k.count("weight")))
     best = min(allowed, key=lambda k: (allowed[k], k.count("weight")))
     best = best if allowed[best] < MIX * allowed[pure] else pure
-    written = next((k for k in allowed if set(k) <= {"activation", "none"}), best)
-    same = sum(base(machine, s).seconds for s in (forward, grad) if s is not None)
-    if same + allowed[best] > TIE * (same + allowed[written]):
-        best = written
     return Decision(*best, seconds=prices, reason=_reason(machine, prices, best, form))
 
 
@@ -250,9 +245,7 @@ def _reason(machine: Machine, prices: dict[tuple[str, str], float], best: tuple[
     compared = " vs ".join(f"{f} {1e6 * all_in(f):.0f} µs" for f in FORMS)
     if len(set(best) - {"none"}) > 1:
         compared += f" vs mix {1e6 * prices[best]:.0f} µs"
-    pure = len(set(best) - {"none"}) == 1
-    tie = pure and any(prices[k] < prices[best] for k in prices if len(set(k) - {"none"}) == 1)
-    chosen = "asked for" if form != "auto" else "as good" if tie else "cheaper" if pure else "cheapest mix"
+    chosen = "asked for" if form != "auto" else "cheaper" if len(set(best) - {"none"}) == 1 else "cheapest mix"
     return f"{chosen}: {compared} on {machine.name}"
 
 

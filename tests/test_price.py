@@ -273,15 +273,11 @@ def test_auto_is_never_dearer_than_the_activation_form(machine: Machine, layer: 
 @settings(deadline=None)
 @given(machine=machines, layer=layers)
 def test_auto_is_the_cheapest_but_for_a_mix(machine: Machine, layer: Shape) -> None:
-    """A mix of forms is taken where it costs less than `MIX` of either pure choice; else the cheaper of these; and the
-    adapter as it was written where that costs no more than the layer's products by 1 / `TIE`."""
+    """A mix of forms is taken where it costs less than `MIX` of either pure choice; else the cheaper of these."""
     d = training(layer, machine)
-    same = sum(price.base(machine, s).seconds for s in both(layer))
     pure = min(v for k, v in d.seconds.items() if len(set(k)) == 1)
     mixed = min(v for k, v in d.seconds.items() if len(set(k)) == 2)
-    best = mixed if mixed < price.MIX * pure else pure
-    written = d.seconds["activation", "activation"]
-    assert d.seconds[forms(d)] == (written if same + best > price.TIE * (same + written) else best)
+    assert d.seconds[forms(d)] == (mixed if mixed < price.MIX * pure else pure)
 
 
 @settings(deadline=None)
@@ -298,15 +294,9 @@ def test_a_form_asked_for_is_taken(machine: Machine, layer: Shape, form: str) ->
 @given(machine=machines, layer=layers)
 def test_an_input_gradient_alone_is_decided_too(machine: Machine, layer: Shape) -> None:
     """A site whose forward was refused."""
-    grad = both(layer)[1]
-    d = decide(machine, None, grad, training=True)
-    same, weight, written = (
-        price.base(machine, grad).seconds,
-        d.seconds["none", "weight"],
-        d.seconds["none", "activation"],
-    )
+    d = decide(machine, None, both(layer)[1], training=True)
     assert d.forward == "none"
-    assert d.input_grad == ("activation" if same + weight > price.TIE * (same + written) else "weight")
+    assert d.input_grad == min(price.FORMS, key=lambda f: (d.seconds["none", f], f == "weight"))
 
 
 @settings(deadline=None)
