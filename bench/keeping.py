@@ -19,9 +19,9 @@ import peft_fx
 from bench import models, tables
 from bench.corpus import batches_of, parts
 from bench.models import setup_of
-from bench.report import figure_of, page_with, provenance, save
+from bench.report import figure_of, publish, save
 from bench.results import FOLDER, ROOT, Results
-from bench.running import progress_bar
+from bench.running import Request, measure_here
 from peft_fx import measuring
 
 STUDY = """\
@@ -267,26 +267,23 @@ def run(args: argparse.Namespace) -> int:
             requests += [trainings | {"seed": seed} for seed in range(seeds)]
     if len(known) == len(TASKS):
         results.keep_only(requests)
-    with progress_bar() as bar:
-        progress = bar.add_task("", total=len(requests))
-        for asked in requests:
-            costs = asked["kind"] == "keep-cost"
-            what = "costs" if costs else f"{asked['variants'][0]}, seed {asked['seed']}"
-            bar.update(progress, description=f"{asked['task']}, {what}")
-            if not args.resume or results.find(asked) is None:
-                measured = {"costs": _costs(asked["task"])} if costs else _of(asked)
-                results.add(asked, measured)
-            bar.advance(progress)
+    measure_here(requests, results, _measured, _described, again=not args.resume)
     print(_table(results.rows, "simple"))
     if args.output is None:
         _draw(results.rows, FOLDER / "keep.png")
-        text = "\n\n".join([_table(results.rows, "github"), *(provenance(r) for r in results.runs)])
-        PAGE.write_text(page_with(PAGE.read_text(), "keep", text))
+        publish(PAGE, "keep", _table(results.rows, "github"), results)
     return 0
 
 
-def _of(asked: dict[str, Any]) -> dict[str, Any]:
+def _measured(asked: Request) -> dict[str, Any]:
+    if asked["kind"] == "keep-cost":
+        return {"costs": _costs(asked["task"])}
     return _trained(asked["task"], asked["variants"][0], asked["seed"], asked["steps"])
+
+
+def _described(asked: Request) -> str:
+    costs = asked["kind"] == "keep-cost"
+    return f"{asked['task']}, {'costs' if costs else '{}, seed {}'.format(asked['variants'][0], asked['seed'])}"
 
 
 # ------------------------------------------------------------------------------------------------ table and figure

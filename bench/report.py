@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.results import FOLDER, ROOT
+from bench.results import FOLDER, ROOT, Results
 from bench.variants import VARIANTS
 
 Row = dict[str, Any]
@@ -125,6 +125,11 @@ def page_with(text: str, name: str, made: str) -> str:
     """A page with what is between the marks of that name replaced; the same page where it has no such marks."""
     before, mark, rest = text.partition(f"<!-- bench: {name} -->")
     return f"{before}{mark}\n{made}\n<!-- end -->{rest.partition('<!-- end -->')[2]}" if mark else text
+
+
+def publish(page: Path, name: str, table: str, results: Results) -> None:
+    """Puts a table and where it comes from between a page's marks of that name."""
+    page.write_text(page_with(page.read_text(), name, "\n\n".join([table, *(provenance(r) for r in results.runs)])))
 
 
 def _headline(rows: Iterable[Row]) -> str:

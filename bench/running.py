@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -43,6 +43,24 @@ def measure_all(requests: Sequence[Request], results: Results, *, again: bool, m
         left = len(requests) - len(rows)
         print(f"Out of time with {left} measurements left: the same command again goes on.", file=sys.stderr)
     return rows
+
+
+def measure_here(
+    requests: Sequence[Request],
+    results: Results,
+    measure: Callable[[Request], Row],
+    describe: Callable[[Request], str],
+    *,
+    again: bool,
+) -> None:
+    """The same in this process, for measurements that share what they prepare."""
+    with progress_bar() as bar:
+        task = bar.add_task("", total=len(requests))
+        for request in requests:
+            bar.update(task, description=describe(request))
+            if again or results.find(request) is None:
+                results.add(request, measure(request))
+            bar.advance(task)
 
 
 def describe(request: Request) -> str:

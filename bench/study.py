@@ -20,9 +20,9 @@ import peft_fx
 from bench import keeping, models, tables
 from bench.corpus import batches_of, parts
 from bench.models import setup_of
-from bench.report import figure_of, page_with, provenance, save
+from bench.report import figure_of, publish, save
 from bench.results import FOLDER, ROOT, Results
-from bench.running import progress_bar
+from bench.running import measure_here
 
 STUDY = """\
 Fine-tunes a small byte-level Llama, pretrained on the documentation that comes with Python, on the source code that
@@ -83,19 +83,17 @@ def _rounding(args: argparse.Namespace) -> int:
         for rate in args.rates
     ]
     results.keep_only(requests)
-    with progress_bar() as bar:
-        task = bar.add_task("", total=len(requests))
-        for asked in requests:
-            form = asked["variants"][0].rpartition(" ")[2]
-            bar.update(task, description=f"{form}, learning rate {asked['rate']:g}, seed {asked['seed']}")
-            if not args.resume or results.find(asked) is None:
-                results.add(asked, _trained(form, asked["rate"], asked["seed"], args.steps))
-            bar.advance(task)
+    measure_here(
+        requests,
+        results,
+        lambda r: _trained(_form(r), r["rate"], r["seed"], r["steps"]),
+        lambda r: f"{_form(r)}, learning rate {r['rate']:g}, seed {r['seed']}",
+        again=not args.resume,
+    )
     print(_table(results.rows, "simple"))
     if args.output is None:
         _draw(results.rows, FOLDER / "rounding.png")
-        text = "\n\n".join([_table(results.rows, "github"), *(provenance(r) for r in results.runs)])
-        PAGE.write_text(page_with(PAGE.read_text(), "rounding", text))
+        publish(PAGE, "rounding", _table(results.rows, "github"), results)
     return 0
 
 

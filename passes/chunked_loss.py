@@ -27,7 +27,17 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent, reachable
 from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import aten, expr, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import (
+    MATRIX_PRODUCTS,
+    aten,
+    expr,
+    factors_of,
+    is_tensor,
+    numel,
+    shape,
+    tensor_arg,
+    value,
+)
 from peft_fx.passes.regimes import AtLeast
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, treatment
@@ -39,7 +49,6 @@ PART = 16  # of the logits' bytes, a chunk may have one part in so many
 PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
 DEARER = 1.1  # the loop by the price, in units of what the whole costs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
-PRODUCTS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}  # where each has its factors
 LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
 CURE = (
@@ -80,13 +89,14 @@ def chunk_loss(
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
     at_least: AtLeast,
+    worth: float = 0.0,
 ) -> tuple[list[ChunkedLoss], list[Refusal], list[Node]]:
     """Puts the loss of a joint or inference graph into a loop, in place: what was done, what was refused, the nodes
-    added."""
+    added. `worth` is that of a GB, in seconds."""
     logits = _logits(graph, flow, hint)
     if logits is None:
         return [], [], []
-    plan = Plan.of(logits, flow, machine, hint)
+    plan = Plan.of(logits, flow, machine, hint, worth)
     if plan.chunks < 2:
         return [], [], []
     try:
@@ -111,9 +121,9 @@ def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | Non
     for node in reversed(graph.nodes):
         if node not in flow.forward:
             continue
-        product = node.target in PRODUCTS and flow.is_weight(_factors(node)[1])
+        product = node.target in MATRIX_PRODUCTS and flow.is_weight(factors_of(node)[1])
         if product and node not in multiplied:
-            k, n = shape(_factors(node)[1])
+            k, n = shape(factors_of(node)[1])
             size = hint(numel(shape(node)))
             if isinstance(n, int) and isinstance(k, int) and n > k and (size, k) >= largest:
                 best, largest = node, (size, k)
@@ -127,11 +137,6 @@ def _has_loss(graph: Graph, logits: Node) -> bool:
     (output,) = graph.find_nodes(op="output")
     following = reachable(graph, lambda n: n is logits)
     return any(is_tensor(n) and n in following and numel(shape(n)) == 1 for n in output.args[0])
-
-
-def _factors(product: Node) -> tuple[Node, Node]:
-    i, j = PRODUCTS[product.target]
-    return tensor_arg(product, i), tensor_arg(product, j)
 
 
 @dataclass(frozen=True)
@@ -149,17 +154,17 @@ class Plan:
     chunks: int
 
     @classmethod
-    def of(cls, logits: Node, flow: Flow, machine: Machine, hint: Callable[[Size], int]) -> Plan:
-        h, W = _factors(logits)
+    def of(cls, logits: Node, flow: Flow, machine: Machine, hint: Callable[[Size], int], worth: float) -> Plan:
+        h, W = factors_of(logits)
         (rows, n), k, dtype = shape(logits), int(shape(h)[1]), value(logits).dtype
         T, V = hint(rows), int(n)
         row = V * dtype.itemsize * (2 if flow.backward else 1)
         single = V * 4 * (dtype.itemsize < 4)
         named = [flow.roles[p].name for p in flow.parameters(W)]
         name = named[0].removesuffix(".weight") if named else W.name
-        count = chunks(T, k, V, dtype, row + single, machine)
+        count = chunks(T, k, V, dtype, row + single, machine, worth)
         if not isinstance(rows, int):
-            count = chunks(max(T, 1 << 20), k, V, dtype, row + single, machine)
+            count = chunks(max(T, 1 << 20), k, V, dtype, row + single, machine, worth)
         return cls(name, rows, T, V, max(k, V / 2), dtype, row, count)
 
     def described(self, loop: Loop, flow: Flow) -> ChunkedLoss:
@@ -172,13 +177,19 @@ class Plan:
         )
 
 
-def chunks(T: int, K: int, V: int, dtype: torch.dtype, row_bytes: int, machine: Machine) -> int:
+def chunks(T: int, K: int, V: int, dtype: torch.dtype, row_bytes: int, machine: Machine, worth: float = 0.0) -> int:
     """The number of chunks of `[T,K]·[K,V]`: as many as the bytes ask for, of `row_bytes` in each row, but no more than
-    the price allows, since each chunk reads W anew. Where so many do not divide T and fewer do, fewer."""
+    the price allows, since each chunk reads W anew; a GB less may cost `worth` seconds besides. Where so many do not
+    divide T and fewer do, fewer."""
     budget = max(LEAST, T * V * dtype.itemsize // PART)
     most = max(1, min(T, math.ceil(T * row_bytes / budget)))
-    prices = [_price(machine, n, T, K, V, dtype) for n in range(1, most + 1)]
-    best = max(n for n, seconds in enumerate(prices, 1) if n == 1 or seconds <= DEARER * prices[0])
+    whole = _price(machine, 1, T, K, V, dtype)
+
+    def pays(n: int) -> bool:
+        saved = T * row_bytes * (1 - 1 / n) / 1e9
+        return _price(machine, n, T, K, V, dtype) <= DEARER * whole + worth * saved
+
+    best = max(n for n in range(1, most + 1) if n == 1 or pays(n))
     return next((n for n in range(best, best // 2, -1) if T % n == 0), best)
 
 
@@ -259,7 +270,7 @@ def _exceeds(elements: Size, plan: Plan) -> bool:
 
 
 def _sums_over_tokens(node: Node, flow: Flow) -> bool:
-    return node.target in PRODUCTS and not any(flow.is_weight(f) for f in _factors(node))
+    return node.target in MATRIX_PRODUCTS and not any(flow.is_weight(f) for f in factors_of(node))
 
 
 def _entries(graph: Graph, flow: Flow, region: set[Node]) -> Iterator[Node | None]:

@@ -31,6 +31,7 @@ from peft_fx.passes.nodes import (
     SQUEEZES,
     SUMS,
     aten,
+    is_number,
     is_read_twice,
     is_tensor,
     numel,
@@ -88,6 +89,16 @@ class Form:
                 return None
             found[node] = total
         return {node: c for node, c in found.items() if c.number or c.slope}
+
+
+@dataclass(frozen=True)
+class Common:
+    """`vector · Σ number·part + Σ coefficient·constant`: a sum with one vector taken out; a constant is the same for
+    each token."""
+
+    vector: Node
+    parts: dict[Node, float]
+    constants: dict[Node, Coefficient]
 
 
 @dataclass
@@ -177,22 +188,21 @@ class Factoring:
         """Rewrites in place; returns the nodes added."""
         nodes = [n for n in self.graph.nodes if n.op == "call_function" and is_tensor(n)]
         roots = self._roots(nodes)
-        vectors = {vector for vector, *_ in roots.values()}
+        vectors = {common.vector for common in roots.values()}
         for node in nodes:
             if node._erased:
                 continue
             if node in roots:
-                self._write(node, *roots[node])
+                self._write(node, roots[node])
             elif vectors and node.target in SCALINGS:
                 self._scale(node, vectors)
             elif vectors and node.target is aten.add.Tensor:
                 self._contract(node)
         return self.build.added
 
-    def _roots(self, nodes: list[Node]) -> dict[Node, tuple[Node, dict[Node, float], dict[Node, Coefficient]]]:
-        """The largest sums in which a value is met twice and one vector can be taken out: that vector, what is left of
-        each addend, and what is the same for each token."""
-        found: dict[Node, tuple[Node, dict[Node, float], dict[Node, Coefficient]]] = {}
+    def _roots(self, nodes: list[Node]) -> dict[Node, Common]:
+        """The largest sums in which a value is met twice and one vector can be taken out."""
+        found: dict[Node, Common] = {}
         covered: set[Node] = set()
         for node in reversed(nodes):
             if node.target not in SUMS or node in covered:
@@ -202,8 +212,8 @@ class Factoring:
             if max(met.values(), default=0) > 1 and (common := self._common(form)):
                 found[node] = common
                 covered |= self._inside(node)
-        of_adapters = {vector for vector, parts, _ in found.values() if self._is_adapter(parts)}
-        return {node: common for node, common in found.items() if common[0] in of_adapters}
+        of_adapters = {common.vector for common in found.values() if self._is_adapter(common.parts)}
+        return {node: common for node, common in found.items() if common.vector in of_adapters}
 
     def _is_adapter(self, parts: Iterable[Node]) -> bool:
         """Whether a frozen weight's product and a trained one's are among the parts."""
@@ -226,7 +236,7 @@ class Factoring:
             todo += [n for n in inner if n.target in SUMS | SCALINGS | CASTS | COPIES]
         return found
 
-    def _common(self, form: Form) -> tuple[Node, dict[Node, float], dict[Node, Coefficient]] | None:
+    def _common(self, form: Form) -> Common | None:
         collected = form.collected()
         if collected is None:
             return None
@@ -237,18 +247,18 @@ class Factoring:
             return None
         (vector,) = vectors
         assert vector is not None
-        return vector, {n: c.slope for n, c in rest.items()}, constants
+        return Common(vector, {n: c.slope for n, c in rest.items()}, constants)
 
-    def _write(self, node: Node, vector: Node, parts: dict[Node, float], constants: dict[Node, Coefficient]) -> None:
+    def _write(self, node: Node, common: Common) -> None:
         self.build.like = node
         with self.graph.inserting_before(node):
-            new = self._times(parts, vector, node)
-            for constant, c in constants.items():
+            new = self._times(common.parts, common.vector, node)
+            for constant, c in common.constants.items():
                 factors = []
                 if c.number:
                     factors.append(self._by(constant, c.number))
                 if c.slope:
-                    factors.append(self._by(self.build.call(aten.mul.Tensor, constant, vector), c.slope))
+                    factors.append(self._by(self.build.call(aten.mul.Tensor, constant, common.vector), c.slope))
                 new = functools.reduce(lambda a, b: self.build.call(aten.add.Tensor, a, b), factors, new)
             self._replace(node, new)
 
@@ -341,10 +351,6 @@ def _unshaped(arg: Any) -> Any:
 
 def _key(parts: dict[Node, float]) -> Any:
     return frozenset(parts.items())
-
-
-def is_number(arg: Any) -> bool:
-    return isinstance(arg, (int, float)) and not isinstance(arg, bool)
 
 
 def factored(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> list[Node]:

@@ -27,7 +27,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent
 from peft_fx.passes.keep import PARTS, SMALL, Keep, products
-from peft_fx.passes.nodes import CAST, LAYOUTS, SCALINGS, SUMS, aten, is_tensor, shape, value, value_numbers
+from peft_fx.passes.nodes import (
+    CAST,
+    LAYOUTS,
+    PRODUCTS,
+    SCALINGS,
+    SUMS,
+    aten,
+    factors_of,
+    is_tensor,
+    shape,
+    value,
+    value_numbers,
+)
 from peft_fx.passes.policies import Policy
 from peft_fx.passes.rewrite import REBUILD, Builder, erase_unused
 
@@ -35,7 +47,6 @@ SAVE = CheckpointPolicy.MUST_SAVE
 EXACT, REBUILT = "exact", "rebuilt"
 FREE = "rebuilt from what backward keeps in any case"
 ALIKE = LAYOUTS | {CAST}
-MATRIX_PRODUCTS = {aten.mm.default, aten.bmm.default}
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class Read:
     @property
     def features(self) -> Size:
         """K of x in xᵀ·g or gᵀ·x."""
-        is_left = self.gradient.target in MATRIX_PRODUCTS and self.gradient.args[0] is self.operand
+        is_left = self.gradient.target in PRODUCTS and factors_of(self.gradient)[0] is self.operand
         return (1, 1, *shape(self.operand))[-2 if is_left else -1]
 
 

@@ -43,8 +43,8 @@ class Contraction:
 
 @dataclass
 class Moments:
-    """What was done: the nodes added, those among them that read activations, and the frozen weights whose products
-    are not computed again."""
+    """What was done: the nodes added, those among them that read activations, and the weights whose products are not
+    computed again, trained ones where no frozen one is met."""
 
     added: list[Node]
     reading: frozenset[Node] = frozenset()
@@ -56,21 +56,28 @@ def from_moments(
     flow: Flow,
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
-    keep: Keep,
+    without: Callable[[], Keep],
     lossy: bool = False,
+    dense: bool = False,
 ) -> Moments:
-    """Replaces such gradients in place, where that pays beside what `keep` says to be kept without.
+    """Replaces such gradients in place, where that pays beside what is kept `without`.
 
     A `lossy` policy keeps less than that: what it keeps of a matrix's input is read, not made again by a product; and a
-    layer's result is not kept for a vector.
+    layer's result is not kept for a vector. `dense` does so wherever it can be done.
     """
     rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
+    contractions = list(_contractions(graph, rows, flow, narrow=None if dense else NARROW))
+    if not contractions:
+        return Moments([])
+    keep = without()
     shared: dict[Any, Node] = {}
     weights: set[Node] = set()
-    for found in list(_contractions(graph, rows, flow)):
+    for found in contractions:
         is_matrix = found.node.target is aten.mm.default
+        if is_matrix and lossy:
+            continue
         at_hand = not lossy and keep.costs_nothing(found.read)
-        if at_hand or (is_matrix and lossy) or not _pays(found, rows.of[found.source].width, hint, keep):
+        if not dense and (at_hand or not _pays(found, rows.of[found.source].width, hint, keep)):
             continue
         with graph.inserting_before(found.node):
             new = _Gradient(build, rows, found, shared).gradient()
@@ -78,7 +85,7 @@ def from_moments(
         erase_unused(graph, found.node)
         row = rows.of[found.read]
         is_input = found.source is row.source or not rows.of[found.source].products
-        weights |= row.frozen if is_input else set()
+        weights |= (row.frozen or row.trained) if is_input else set()
     return Moments(build.added, frozenset(shared.values()), frozenset(weights))
 
 
@@ -91,7 +98,7 @@ def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Kee
     return read >= source or keep.cost(found.source) <= keep.bytes(found.read)
 
 
-def _contractions(graph: Graph, rows: Rows, flow: Flow) -> Iterator[Contraction]:
+def _contractions(graph: Graph, rows: Rows, flow: Flow, narrow: int | None) -> Iterator[Contraction]:
     for node in graph.nodes:
         if node not in flow.backward:
             continue
@@ -100,7 +107,7 @@ def _contractions(graph: Graph, rows: Rows, flow: Flow) -> Iterator[Contraction]
             if read is None or other is None or other not in flow.backward or read in flow.backward:
                 continue
             row = rows.of.get(read)
-            source = _narrowest(read, rows) if row is not None and row.products else None
+            source = _narrowest(read, rows, narrow) if row is not None and row.products else None
             if row is not None and source is not None and _sums_over_tokens(node, read, row):
                 yield Contraction(node, read, other, source)
 
@@ -134,8 +141,9 @@ def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
     return in_order(row.dims) and set(tokens) <= dims and all(shape(read)[d] == 1 for d in dims - set(tokens))
 
 
-def _narrowest(read: Node, rows: Rows) -> Node | None:
-    """The value of fewest features that a product's wide result is computed from, and nothing else is."""
+def _narrowest(read: Node, rows: Rows, narrow: int | None) -> Node | None:
+    """The value of fewest features that a product's wide result is computed from, and nothing else is; none where the
+    result has one part in `narrow` of its features."""
     row, node = rows.of[read], read
     found: list[Node] = []
     while node is not row.source:
@@ -147,9 +155,9 @@ def _narrowest(read: Node, rows: Rows) -> Node | None:
         one_piece = plain(rows.of[node].dims) and shape(node)[-1] == rows.of[node].width
         if rows.of[node].products < row.products and one_piece:
             found.append(node)
-    narrow = (n for n in sorted(found, key=lambda n: rows.of[n].width) if _leads_to(n, read, rows))
-    best = next(narrow, None)
-    if best is None or NARROW * rows.of[read].width <= rows.of[best].width:
+    leading = (n for n in sorted(found, key=lambda n: rows.of[n].width) if _leads_to(n, read, rows))
+    best = next(leading, None)
+    if best is None or (narrow is not None and narrow * rows.of[read].width <= rows.of[best].width):
         return None
     return best
 

@@ -17,6 +17,7 @@ CAST = prims.convert_element_type.default
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default}  # of two matrices, not of many
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 SQUEEZES = {aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default}
 COPIES = {aten.clone.default, aten.alias.default, aten.detach.default}
@@ -49,6 +50,17 @@ def tensor_arg(node: Node, i: int) -> Node:
     arg = node.args[i]
     assert is_tensor(arg), f"{node.format_node()} has no tensor as argument {i}"
     return arg
+
+
+def is_number(arg: Any) -> TypeGuard[int | float]:
+    """Whether a python number is meant as one: True and False are not."""
+    return isinstance(arg, (int, float)) and not isinstance(arg, bool)
+
+
+def factors_of(product: Node) -> tuple[Node, Node]:
+    """The two that one of PRODUCTS multiplies: an addend stands before them."""
+    i = len(product.args) - 2
+    return tensor_arg(product, i), tensor_arg(product, i + 1)
 
 
 def is_read_twice(node: Node) -> bool:

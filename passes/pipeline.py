@@ -4,6 +4,7 @@ alike."""
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -49,7 +50,9 @@ class Settings:
     velora_group: int = 32
     keep_layers: tuple[str, ...] = ()
     keep_rounding: str = "nearest"
-    chunk_loss: bool = True
+    chunk_loss: bool | str = "auto"
+    memory_weight: float = 0.0
+    adapter_grad: str = "auto"
     machine: Machine = MACHINES["cpu"]
     rebuild_random: bool = True
 
@@ -112,10 +115,11 @@ def run(
     before = Contract.of(graph)
     outcome, added = Outcome(), []
     added += without_identities(graph, fake_mode)
-    factors = factored(graph, Flow(graph, roles), fake_mode)
+    flow = Flow(graph, roles)
+    factors = factored(graph, flow, fake_mode)
     outcome.factored = bool(factors)
     added += factors
-    unfused = Unfused(graph, Flow(graph, roles), fake_mode)
+    unfused = Unfused(graph, Flow(graph, roles) if factors else flow, fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     inputs = layer_inputs(analysis.flow)
     rows = Rows(graph.nodes, analysis.flow)
@@ -142,38 +146,54 @@ def run(
     added += rewriter.build.added + unfused.settle()
     training = bool(analysis.flow.backward)
     if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
-        moments = Moments([])
-        if settings.numerics == "default":
-            flow = Flow(graph, roles)
-            exact = Keep(graph, flow, hint, settings.rebuild_random)
-            moments = from_moments(graph, flow, fake_mode, hint, exact, lossy=settings.keep in POLICIES)
-            added += moments.added
-
-        def analysed(rebuilt: frozenset[Node] = frozenset()) -> Keep:
-            return Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading, rebuilt)
-
-        def lossy(keep: Keep) -> Lossy:
-            policies = {k: make(settings.velora_group, settings.keep_rounding) for k, make in POLICIES.items()}
-            return compress(keep, members, inputs, fake_mode, policies, settings.keep, settings.keep_layers)
-
-        compressed = lossy(analysed()) if settings.keep in POLICIES else None
-        added += compressed.added if compressed else []
-        if settings.numerics == "default" and not _all_cheaper_as_written(outcome, settings):
-            added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
-        weights = {roles[p].name for p in moments.weights}
-        outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
-        keep = analysed(compressed.rebuilt if compressed else frozenset())
-        outcome.inputs = (compressed or lossy(keep)).inputs
-        outcome.rebuilt = keep.mark()
+        added += _for_backward(graph, roles, settings, fake_mode, hint, outcome, members, inputs)
     if settings.chunk_loss:
+        worth = math.inf if settings.chunk_loss is True else settings.memory_weight
         outcome.losses, unfit, new = chunk_loss(
-            graph, Flow(graph, roles), settings.machine, fake_mode, hint, regimes.at_least
+            graph, Flow(graph, roles), settings.machine, fake_mode, hint, regimes.at_least, worth
         )
         outcome.refusals += unfit
         added += new
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome
+
+
+def _for_backward(
+    graph: Graph,
+    roles: Roles,
+    settings: Settings,
+    fake_mode: AbstractContextManager[Any],
+    hint: Callable[[Size], int],
+    outcome: Outcome,
+    members: dict[Node, str],
+    inputs: frozenset[Node],
+) -> list[Node]:
+    """What the adapters' gradients are computed from, and what is kept for it; the nodes added."""
+    default, is_lossy = settings.numerics == "default", settings.keep in POLICIES
+    moments, added = Moments([]), []
+
+    def analysed(rebuilt: frozenset[Node] = frozenset()) -> Keep:
+        return Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading, rebuilt)
+
+    def lossy(keep: Keep) -> Lossy:
+        policies = {k: make(settings.velora_group, settings.keep_rounding) for k, make in POLICIES.items()}
+        return compress(keep, members, inputs, fake_mode, policies, settings.keep, settings.keep_layers)
+
+    if default and settings.adapter_grad != "low_rank":
+        dense = settings.adapter_grad == "dense"
+        moments = from_moments(graph, Flow(graph, roles), fake_mode, hint, analysed, is_lossy, dense)
+        added += moments.added
+    compressed = lossy(analysed()) if is_lossy else None
+    added += compressed.added if compressed else []
+    if default and not _all_cheaper_as_written(outcome, settings):
+        added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
+    weights = {members.get(p, roles[p].name) for p in moments.weights}
+    outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
+    keep = analysed(compressed.rebuilt if compressed else frozenset())
+    outcome.inputs = (compressed or lossy(keep)).inputs
+    outcome.rebuilt = keep.mark()
+    return added
 
 
 def _all_cheaper_as_written(outcome: Outcome, settings: Settings) -> bool:

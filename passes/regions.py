@@ -31,11 +31,11 @@ from peft_fx.passes.nodes import (
     TRANSPOSES,
     aten,
     expr,
+    factors_of,
     is_read_twice,
     is_tensor,
     numel,
     shape,
-    tensor_arg,
     value,
 )
 from peft_fx.passes.replay import Replay
@@ -65,7 +65,7 @@ class Region:
     @property
     def weight_node(self) -> Node:
         """The base product's operand."""
-        return next(n for n in _operands(self.base) if n not in self.nodes and n is not self.source)
+        return next(n for n in factors_of(self.base) if n not in self.nodes and n is not self.source)
 
     @property
     def adapter_nodes(self) -> list[Any]:
@@ -108,18 +108,13 @@ class Region:
         return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
 
     def _step(self, node: Node) -> price.Step:
-        a, b = _operands(node)
+        a, b = factors_of(node)
         weight = next(n for n in (a, b) if n not in self.nodes and n is not self.source)
         *batch, k, n = shape(weight)
         if weight is a:
             k, n = n, k
         x = b if weight is a else a
         return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
-
-
-def _operands(product: Node) -> tuple[Node, Node]:
-    i = len(product.args) - 2
-    return tensor_arg(product, i), tensor_arg(product, i + 1)
 
 
 def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region], list[Refusal]]:
@@ -291,11 +286,11 @@ def _in_module(parameters: Iterable[Node], base: Node, rows: Rows) -> bool:
 
 
 def _weights(product: Node, rows: Rows) -> list[Node]:
-    return [p for n in _operands(product) if rows.flow.is_weight(n) for p in rows.flow.parameters(n)]
+    return [p for n in factors_of(product) if rows.flow.is_weight(n) for p in rows.flow.parameters(n)]
 
 
 def _weight_sizes(product: Node, rows: Rows) -> list[int]:
-    *batch, k, n = shape(next(n for n in _operands(product) if n not in rows.of))
+    *batch, k, n = shape(next(n for n in factors_of(product) if n not in rows.of))
     return [int(m) for m in (*(m for m in batch if m != 1), k, n)]
 
 
@@ -324,7 +319,7 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
 
 
 def _precision(region: Region, rows: Rows) -> torch.dtype:
-    x = next(n for n in _operands(region.base) if n in rows.of)
+    x = next(n for n in factors_of(region.base) if n in rows.of)
     return rows.of[x].precision
 
 

@@ -23,6 +23,7 @@ from peft_fx.passes.nodes import (
     RESHAPES,
     SQUEEZES,
     aten,
+    is_number,
     is_read_twice,
     is_tensor,
     numel,
@@ -115,7 +116,7 @@ def _transpose(node: Node) -> list[Addend] | None:
 
 def scale_of(arg: Any) -> Scale | None:
     """A python number, or a tensor of no dimension, through its casts."""
-    if isinstance(arg, (int, float)) and not isinstance(arg, bool):
+    if is_number(arg):
         return Scale(float(arg))
     if is_tensor(arg) and value(arg).ndim == 0 and value(arg).is_floating_point():
         while arg.target is prims.convert_element_type.default and value(tensor_arg(arg, 0)).is_floating_point():
@@ -159,7 +160,7 @@ def _outer(node: Node) -> list[Addend] | None:
 
 def _over(node: Node) -> list[Addend] | None:
     b = node.args[1]
-    if not isinstance(b, (int, float)) or b == 0 or node.kwargs:
+    if not is_number(b) or b == 0 or node.kwargs:
         return None
     return [Addend(tensor_arg(node, 0), Scale(1.0 / b))]
 

@@ -30,7 +30,19 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import CAST, LAYOUTS, RESHAPES, SCALINGS, aten, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import (
+    CAST,
+    LAYOUTS,
+    RESHAPES,
+    SCALINGS,
+    aten,
+    is_number,
+    is_tensor,
+    numel,
+    shape,
+    tensor_arg,
+    value,
+)
 from peft_fx.passes.price import reads_in_place
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.transfer import Layout, Reader
@@ -131,7 +143,7 @@ def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, float, b
     while node.target in LAYOUTS | SCALINGS or node.target is CAST:
         source = tensor_arg(node, 0)
         if node.target in SCALINGS:
-            if node.target is not aten.mul.Tensor or not isinstance(node.args[1], (int, float)):
+            if node.target is not aten.mul.Tensor or not is_number(node.args[1]):
                 break
             number *= node.args[1]
         elif node.target is aten.permute.default and list(node.args[1]) == [1, 0]:  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import peft_fx
 from peft_fx.explaining import explain
+from peft_fx.gradients import left_as_it_was, named_loss
 from peft_fx.measuring import memory_of
 from peft_fx.options import PREFIX, parse
 from peft_fx.reports import Report
@@ -94,7 +94,7 @@ def check(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None
         raise TypeError("check() needs a model with parameters to train: none of this one's requires a gradient")
     parse(options)
     theirs = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         report = explain(model, *args, options=options, **kwargs)
         draws = _draws(model, args, kwargs)
 
@@ -142,8 +142,8 @@ def _run(call: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> 
 
 def _loss(output: Any) -> Tensor:
     """One number to derive by."""
-    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(named, Tensor):
+    named = named_loss(output)
+    if named is not None:
         return named.mean()
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
     if not tensors:
@@ -183,25 +183,6 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     return x.detach().to(dtype).requires_grad_(x.requires_grad)
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """The gradients, the modes of all modules, the buffers and the random state."""
-    gradients = {p: p.grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    buffers = {b: b.clone() for b in model.buffers()}
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            for p, grad in gradients.items():
-                p.grad = grad
-            for m, mode in modes.items():
-                m.training = mode
-            with torch.no_grad():
-                for b, was in buffers.items():
-                    b.copy_(was)
 
 
 # -------------------------------------------------------------------------------------------------------------- judging

@@ -111,7 +111,7 @@ class Idle(AdapterPass):
 
     def __call__(self, graph: Graph) -> None:
         if not is_body(graph):
-            self.untouched = _copy_graph(graph)
+            self.untouched = copy_graph(graph)
         super().__call__(graph)
 
 
@@ -330,7 +330,7 @@ def _alias(x: torch.Tensor) -> torch.Tensor:
     return alias
 
 
-def _copy_graph(graph: Graph) -> Graph:
+def copy_graph(graph: Graph) -> Graph:
     copied = Graph()
     output = copied.graph_copy(graph, {})
     (old,) = (n for n in graph.nodes if n.op == "output")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -43,18 +44,39 @@ def _gradients(
     def lowered(gm: Any, example_inputs: Sequence[Any]) -> Any:
         return compiling.lower(gm, example_inputs, options)
 
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    devices = {t.device.index for t in trained.values() if t.device.type == "cuda"}
-    with compat.forgetting(), torch.random.fork_rng(devices=sorted(devices)), torch.enable_grad():
+    with compat.forgetting(), left_as_it_was(model), torch.enable_grad():
         torch.manual_seed(0)
         # in code of its own, so that the model's own code gets no compiled version of this
         call = FunctionType(_call.__code__.replace(), globals())
         output = torch.compile(call, backend=lowered)(model, args, kwargs)
         found = torch.autograd.grad(_loss(output), list(trained.values()), allow_unused=True)
-    with torch.no_grad():
-        for name, b in model.named_buffers():
-            b.copy_(buffers[name])
     return dict(zip(trained, found, strict=True))
+
+
+@contextmanager
+def left_as_it_was(model: torch.nn.Module) -> Iterator[None]:
+    """The gradients, the modes of all modules, the buffers and the random state."""
+    gradients = {p: p.grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    buffers = {b: b.clone() for b in model.buffers()}
+    devices = {p.device.index for p in gradients if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for p, grad in gradients.items():
+                p.grad = grad
+            for m, mode in modes.items():
+                m.training = mode
+            with torch.no_grad():
+                for b, was in buffers.items():
+                    b.copy_(was)
+
+
+def named_loss(output: Any) -> torch.Tensor | None:
+    """A model's output's own loss, as transformers' models have one."""
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, torch.Tensor) else None
 
 
 def _call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -62,8 +84,8 @@ def _call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _loss(output: Any) -> torch.Tensor:
-    loss = getattr(output, "loss", None)
-    if isinstance(loss, torch.Tensor):
+    loss = named_loss(output)
+    if loss is not None:
         return loss.sum()
     tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
     generator = torch.Generator().manual_seed(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from peft_fx.passes.rounding import ROUNDINGS
 PREFIX = "peft_fx."
 CHOICES: Mapping[str, tuple[str | bool, ...]] = {
     "form": ("auto", "weight", "activation"),
-    "adapter_grad": ("auto", "low_rank"),
+    "adapter_grad": ("auto", "low_rank", "dense"),
     "numerics": ("default", "strict"),
     "rounding": ROUNDINGS,
     "keep": ("recompute", "inductor", *POLICIES),
     "keep_rounding": KEEP_ROUNDINGS,
-    "chunk_loss": (True, False),
+    "chunk_loss": ("auto", True, False),
     "machine": ("auto", *MACHINES),
     "lowering": ("inductor", "aot_eager"),
 }
@@ -43,7 +43,17 @@ def _patterns(chosen: Any) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-OTHERS: Mapping[str, Callable[[Any], Any]] = {"velora_group": _a_group, "keep_layers": _patterns}
+def _seconds(chosen: Any) -> float:
+    if isinstance(chosen, bool) or not isinstance(chosen, (int, float)) or not chosen >= 0:
+        raise ValueError(f"'{PREFIX}memory_weight' cannot be {chosen!r}; valid values: seconds for a GB, from 0 on")
+    return float(chosen)
+
+
+OTHERS: Mapping[str, Callable[[Any], Any]] = {
+    "velora_group": _a_group,
+    "keep_layers": _patterns,
+    "memory_weight": _seconds,
+}
 
 
 @dataclass(frozen=True)
@@ -58,24 +68,16 @@ class Options:
     keep_rounding: str = "nearest"
     velora_group: int = 32
     keep_layers: tuple[str, ...] = ()
-    chunk_loss: bool = True
+    chunk_loss: bool | str = "auto"
+    memory_weight: float = 0.0
     machine: str = "auto"
     lowering: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, device: torch.device) -> Settings:
         machine = machines.resolve(self.machine, device)
-        return Settings(
-            self.form,
-            self.numerics,
-            self.rounding,
-            self.keep,
-            self.velora_group,
-            self.keep_layers,
-            self.keep_rounding,
-            self.chunk_loss,
-            machine,
-        )
+        ours = {field.name: getattr(self, field.name) for field in fields(Settings) if hasattr(self, field.name)}
+        return Settings(**ours | {"machine": machine})
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -96,6 +98,11 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options
             raise ValueError(f"{PREFIX + key!r} cannot be {chosen!r}; valid values: {valid}")
     if mode == "lite":
         raise ValueError("mode 'lite' runs no joint-graph passes, so peft_fx could do nothing; use backend='inductor'")
+    if ours.get("adapter_grad") == "dense" and ours.get("numerics") == "strict":
+        raise ValueError(
+            f"'{PREFIX}adapter_grad' cannot be 'dense' where '{PREFIX}numerics' is 'strict': xᵀ·dy is no product that "
+            "you wrote; valid values: 'auto', 'low_rank'"
+        )
     if "machine" in ours:
         ours["machine"] = str(ours["machine"])
     return Options(**ours, inductor={**(list_mode_options(mode) if mode else {}), **inductor})

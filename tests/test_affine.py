@@ -155,3 +155,44 @@ def test_scaled_features_are_cheap_to_merge():
     x = torch.randn(4096, K, dtype=torch.bfloat16, requires_grad=True)
     _, outcome = joint.capture(BehindNorm(), x).rewritten(form="auto")
     assert [(s.forward, s.input_grad) for s in outcome.sites] == [("weight", "weight")]
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.A, self.B = frozen(K, N), trained(K, 2), trained(2, N)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.W + 2 * (x @ self.A) @ self.B
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.l = frozen(K, N), torch.nn.Parameter(torch.ones(N))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W) * self.l
+
+
+@pytest.mark.parametrize(
+    ("module", "chosen", "reported"),
+    [
+        (Adapted, "auto", "low_rank"),
+        (Adapted, "low_rank", "low_rank"),
+        (Adapted, "dense", "dense"),
+        (Scaled, "auto", "dense"),
+        (Scaled, "low_rank", "low_rank"),
+        (Scaled, "dense", "dense"),
+    ],
+)
+def test_adapter_grad_is_as_asked_for(module: type[torch.nn.Module], chosen: str, reported: str) -> None:
+    """Where it is said to be dense there is an xᵀ·dy, and nowhere else; the gradients are the same numbers."""
+    T = 640  # no side of a weight
+    captured = joint.capture(module().double(), torch.randn(T, K, dtype=torch.float64, requires_grad=True))
+    graph, outcome = captured.rewritten(form="weight", adapter_grad=chosen)
+    products = [n for n in graph.nodes if n.target in PRODUCTS and n.meta["val"].shape in [(K, N), (N, K)]]
+    moments = [n for n in products if any(T in a.meta["val"].shape for a in n.all_input_nodes)]
+    assert [s.adapter_grad for s in outcome.sites] == [reported]
+    assert len(moments) == (reported == "dense")
+    assert joint.equal(captured.run(graph), captured.run(captured.graph))

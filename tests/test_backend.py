@@ -67,6 +67,9 @@ WRONG = {
     "prefix_alone": ("peft_fx.", "weight", KEYS),
     "key_in_capitals": ("peft_fx.Form", "weight", KEYS),
     **{f"value_of_{key}": (f"peft_fx.{key}", "nonsense", valid) for key, valid in CHOICES.items()},
+    "memory_weight_below_0": ("peft_fx.memory_weight", -1.0, ["seconds"]),
+    "memory_weight_a_name": ("peft_fx.memory_weight", "much", ["seconds"]),
+    "dense_where_strict": ("peft_fx.adapter_grad", "dense", ["auto", "low_rank"]),
     "value_none": ("peft_fx.form", None, CHOICES["form"]),
     "value_unhashable": ("peft_fx.form", ["weight"], CHOICES["form"]),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -318,6 +319,20 @@ def test_chunks_by_bytes_and_by_price(
     price = [chunked_loss._price(of, m, rows, k, vocabulary, BF16) for m in (1, n, 2 * n)]
     assert price[1] <= 1.1 * price[0]
     assert fits or price[2] > 1.1 * price[0]
+
+
+def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The more seconds it is worth the more chunks there are, up to what the bytes ask for; and then none of them costs
+    more than the bytes that it saves."""
+    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    T, K, V, of = 2048, 512, 128256, MACHINES["h100"]
+    worth = [0, 1e-3, 2e-3, math.inf]
+    counts = [CHUNKS(T, K, V, BF16, 8 * V, of, w) for w in worth]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 64
+    for w, n in list(zip(worth, counts, strict=True))[:-1]:
+        whole, looped = (chunked_loss._price(of, m, T, K, V, BF16) for m in (1, n))
+        assert looped - 1.1 * whole <= w * (1 - 1 / n) * T * V * 8e-9
 
 
 def test_small_logits_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

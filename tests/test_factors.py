@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from peft_fx import compiling
-from peft_fx.explaining import _copy_graph as copy_graph
+from peft_fx.explaining import copy_graph
 from peft_fx.passes import factors
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import PRODUCTS, aten

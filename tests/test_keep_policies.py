@@ -271,6 +271,30 @@ def test_a_frozen_A_keeps_xA_alone(rank: int, form: str) -> None:
     assert report.kept_bytes["after"] == 4 * T * rank
 
 
+class Convolved(Frozen):
+    """Behind a convolution, whose output backward keeps no more than that of the cumulative sum."""
+
+    def __init__(self, rank: int):
+        super().__init__(rank)
+        self.kernel = frozen(H, H, 3)
+
+    def x(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.conv1d(z.mT, self.kernel, padding=1).mT
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(super().forward(z))
+
+
+@pytest.mark.parametrize("form", ["weight", "auto"])
+def test_a_layer_behind_a_convolution_keeps_what_the_frozen_one_does(form: str) -> None:
+    model, z = Convolved(1), torch.randn(T, H, requires_grad=True)
+    report = kept(model, z, form=form)
+    model.B.requires_grad_(False)
+    floor = peft_fx.explain(model, z).kept_bytes["before"]
+    assert floor == 4 * T * N
+    assert report.kept_bytes["after"] <= 1.02 * floor
+
+
 def test_lossy_keeps_leave_a_frozen_A_exact() -> None:
     """There is no x to keep, and x·A is what dB is made of."""
     for model in (Frozen(32), Behind(32)):

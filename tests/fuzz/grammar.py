@@ -609,5 +609,8 @@ def program(rng: Random) -> Program:
         "rounding": rng.choice(["nearest"] * 4 + ["dithered"]),
         "keep": rng.choice(["recompute"] * 5 + ["inductor"]),
         "machine": rng.choice(sorted(MACHINES)),
+        "adapter_grad": rng.choice(["auto"] * 4 + ["low_rank", "dense"]),
     }
+    if options["numerics"] == "strict" and options["adapter_grad"] == "dense":  # no such combination
+        options["adapter_grad"] = "auto"
     return Program(kind, inputs, tuple(steps), options)
