@@ -28,6 +28,8 @@ from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent, reachable
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
+    CASTS,
+    LAYOUTS,
     MATRIX_PRODUCTS,
     aten,
     expr,
@@ -47,7 +49,7 @@ from peft_fx.passes.transients import exact_products
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many
 PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
-DEARER = 1.1  # the loop by the price, in units of what the whole costs
+DEARER = 1.05  # the loop by the price, in units of what the whole costs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
 LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
@@ -223,11 +225,16 @@ def _found(graph: Graph, flow: Flow, logits: Node, plan: Plan) -> Loop:
     """The loop that the logits ask for; `Unfit` where there is none."""
     region = _wide_region(flow, logits, plan)
     unfit = None
-    for scalar in _entries(graph, flow, region):
+    small, entries = plan.dtype == torch.float16, list(_entries(graph, flow, region))
+    for scalar in reversed(entries) if small else entries:  # what is 1 for the whole is next to nothing for a row
         try:
-            return _loop(_hull(graph, region, scalar), plan, scalar)
+            loop = _loop(_hull(graph, region, scalar), plan, scalar)
         except Unfit as why:
             unfit = unfit or why
+        else:
+            if small and scalar is not None and _scalars_behind(graph, flow, region, scalar):
+                raise Unfit("dtype", "a row's part of a mean is too small for float16 before the loss is scaled")
+            return loop
     raise unfit or Unfit("nonlinear", "the gradient of the logits comes from more than one scalar")
 
 
@@ -274,7 +281,8 @@ def _sums_over_tokens(node: Node, flow: Flow) -> bool:
 
 
 def _entries(graph: Graph, flow: Flow, region: set[Node]) -> Iterator[Node | None]:
-    """The scalars through each of which alone backward enters the region, from the tangent onwards."""
+    """The scalars through each of which alone backward enters the region, from the tangent onwards: a mean's division
+    among them, so that the last one is that of a row."""
     inside = region & flow.backward
     if not inside:
         yield None
@@ -285,6 +293,13 @@ def _entries(graph: Graph, flow: Flow, region: set[Node]) -> Iterator[Node | Non
             around = reachable(graph, is_tangent, node)
             if not around & inside:
                 yield node
+
+
+def _scalars_behind(graph: Graph, flow: Flow, region: set[Node], scalar: Node) -> bool:
+    """Whether the region is entered through scalars that are computed from that one."""
+    following = reachable(graph, lambda n: n is scalar) & _ancestors(graph, region & flow.backward)
+    scalars = [n for n in following - region - {scalar} if is_tensor(n) and numel(shape(n)) == 1]
+    return any(n.target not in CASTS | LAYOUTS for n in scalars)
 
 
 def _ancestors(graph: Graph, of: Iterable[Node], without: Node | None = None) -> set[Node]:

@@ -90,6 +90,25 @@ def test_gradients_in_half_precision_are_no_worse(name: str, head: str) -> None:
     assert_no_worse(*(stack(list(column)) for column in zip(*runs, strict=True)))
 
 
+@pytest.mark.parametrize(
+    ("name", "codes"),
+    [("mean", []), ("sum", []), ("by_a_number_of_items", []), ("smoothed", ["dtype"]), ("with_z_loss", ["dtype"])],
+)
+def test_fp16_under_a_loss_scale_is_no_worse(name: str, codes: list[str]) -> None:
+    """Of many tokens the mean's gradient would be too small for fp16, were it not for the scale: the loop's is that of
+    a sum, and there is none where that cannot be."""
+    module = Head(LOSSES[name]).half()
+    args, scale = losses.inputs((8, 512), torch.float16), 65536.0
+    on, off = (
+        torch.compile(module, backend=peft_fx.backend, options=EAGER | {"peft_fx.chunk_loss": chosen})
+        for chosen in (True, False)
+    )
+    ref = exact(module)
+    ref64 = run(ref, ref, to_dtype(args, torch.float64), [torch.tensor(scale, dtype=torch.float64)])
+    assert_no_worse(ref64, *(run(f, module, args, [torch.tensor(scale)]) for f in (off, on)))
+    assert [r.code for r in peft_fx.explain(on).refusals] == codes
+
+
 def test_ignored_rows_have_no_gradient() -> None:
     """Exactly zero, every fifth row."""
     module, (x, y) = Head(LOSSES["mean"]), losses.inputs(dtype=torch.float32)
@@ -309,7 +328,7 @@ CHUNKS, LEAST = chunked_loss.chunks, chunked_loss.LEAST  # as they are, without 
 def test_chunks_by_bytes_and_by_price(
     machine: str, rows: int, k: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk's logits, fp32 copy and gradient fit the budget, or twice as many chunks would cost a tenth more."""
+    """A chunk's logits, fp32 copy and gradient fit the budget, or twice as many chunks would cost a twentieth more."""
     monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
     of = MACHINES[machine]
     n = CHUNKS(rows, k, vocabulary, BF16, 8 * vocabulary, of)
@@ -317,8 +336,8 @@ def test_chunks_by_bytes_and_by_price(
     assert rows % n == 0
     fits = rows // n * vocabulary * 8 <= max(LEAST, rows * vocabulary * 2 // 16)
     price = [chunked_loss._price(of, m, rows, k, vocabulary, BF16) for m in (1, n, 2 * n)]
-    assert price[1] <= 1.1 * price[0]
-    assert fits or price[2] > 1.1 * price[0]
+    assert price[1] <= 1.05 * price[0]
+    assert fits or price[2] > 1.05 * price[0]
 
 
 def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +351,7 @@ def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert counts[-1] == 64
     for w, n in list(zip(worth, counts, strict=True))[:-1]:
         whole, looped = (chunked_loss._price(of, m, T, K, V, BF16) for m in (1, n))
-        assert looped - 1.1 * whole <= w * (1 - 1 / n) * T * V * 8e-9
+        assert looped - 1.05 * whole <= w * (1 - 1 / n) * T * V * 8e-9
 
 
 def test_small_logits_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
