@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent, reachable
+from peft_fx.passes.identities import without_one_hot_sums
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
     CASTS,
@@ -101,15 +102,18 @@ def chunk_loss(
     plan = Plan.of(logits, flow, machine, hint, worth)
     if plan.chunks < 2:
         return [], [], []
+    known = without_one_hot_sums(graph, fake_mode)
+    if known:
+        flow = Flow(graph, flow.roles)
     try:
         loop = _found(graph, flow, logits, plan)
         done = plan.described(loop, flow)
         if done.saved < LEAST or not (isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)):
-            return [], [], []
+            return [], [], known
     except Unfit as why:
         told = bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
-        return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], []
-    return [done], [], _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
+        return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], known
+    return [done], [], known + _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
 
 
 # ---------------------------------------------------------------------------------------------------------------

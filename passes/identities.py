@@ -1,4 +1,4 @@
-"""Products with an identity matrix, which are their other operand.
+"""What is known without computing it: products with an identity matrix, sums over rows of which one number is not 0.
 
 An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA's norm of W + sAB does:
 `(I·A)·B` costs K·K·r, and hides that A·B is the product which W' needs as well.
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.nodes import CASTS, COPIES, aten, is_tensor, prims, shape, tensor_arg, value
+from peft_fx.passes.nodes import CASTS, COPIES, aten, is_number, is_tensor, prims, shape, tensor_arg, value
 from peft_fx.passes.rewrite import Builder, erase_unused
 
 
@@ -27,6 +27,40 @@ def without_identities(graph: Graph, fake_mode: AbstractContextManager[Any]) -> 
                 node.replace_all_uses_with(build.cast(other, value(node).dtype))
             erase_unused(graph, node)
     return build.added
+
+
+def without_one_hot_sums(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
+    """Replaces `Σ_v c·[v = label]·g`, a number g for each row, by `c·g`, in place; returns the nodes added.
+
+    The gradient of a log-softmax sums up that of its result, which has one number in each row of the vocabulary.
+    """
+    build = Builder(graph, fake_mode)
+    for node in list(graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
+        product = tensor_arg(node, 0)
+        if product.target is not aten.mul.Tensor or not all(map(is_tensor, product.args)):
+            continue
+        for one_hot, g in (product.args, product.args[::-1]):
+            c = _of_one_hot(one_hot, node.args[1])
+            if c is not None and shape(g) == shape(node) and value(g).dtype == value(node).dtype:
+                build.like = node
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(build.call(aten.mul.Tensor, g, c))
+                erase_unused(graph, node)
+                break
+    return build.added
+
+
+def _of_one_hot(node: Node, dims: Any) -> float | None:
+    """The number that each row along the only one of `dims` has once, beside zeros; None of any other value."""
+    if node.target is not aten.scatter.value or node.kwargs:
+        return None
+    zeros, dim, index, number = node.args
+    if zeros.target is not aten.full.default or zeros.args[1] != 0 or list(dims) != [dim]:
+        return None
+    ndim = value(node).ndim
+    sizes = [n for i, n in enumerate(shape(index)) if i != dim % ndim]
+    others = [n for i, n in enumerate(shape(node)) if i != dim % ndim]
+    return number if shape(index)[dim] == 1 and sizes == others and is_number(number) else None
 
 
 def is_identity(node: Node) -> bool:

@@ -7,9 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
-from peft_fx.passes.nodes import PRODUCTS
-from tests import joint
+from peft_fx.explaining import copy_graph
+from peft_fx.passes.identities import without_one_hot_sums
+from peft_fx.passes.nodes import PRODUCTS, aten
+from tests import joint, losses
+from tests.losses import LOSSES, Head, V
 from tests.spellings import K, N, frozen, trained
 
 T, R = 80, 4
@@ -60,3 +64,20 @@ def test_the_result_is_the_same(make: Callable[[int], Tensor]):
     graph, _ = captured.rewritten(form="activation")
     for got, want in zip(captured.run(graph), captured.run(captured.graph), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["mean", "scaled", "capped"])
+def test_a_row_of_one_number_is_not_summed_up(name: str):
+    """Bit-equal, and one sum over the vocabulary less."""
+
+    def sums(graph: Graph) -> int:
+        found = graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)
+        return sum(n.args[0].meta["val"].shape[-1] == V for n in found)
+
+    captured = joint.capture(Head(LOSSES[name]).double(), *losses.inputs())
+    graph = GraphModule(captured.module, copy_graph(captured.graph)).graph
+    assert without_one_hot_sums(graph, captured.fake_mode)
+    assert sums(graph) == sums(captured.graph) - 1
+    for a, b in zip(captured.run_on_given(captured.graph, 1.5), captured.run_on_given(graph, 1.5), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
