@@ -31,6 +31,9 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
+# what Inductor does on torch._dynamo.reset()
+from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
 # a pass with a key in Inductor's caches
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -82,6 +85,7 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "reset_cudagraph_trees",
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",

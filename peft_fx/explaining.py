@@ -15,15 +15,16 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from peft_fx import compat
-from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
+from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, is_done, patches_for, records_of, roles_of
 from peft_fx.gradients import gradient_errors
 from peft_fx.options import Options, parse
-from peft_fx.passes.chunked_loss import ChunkedLoss, is_body
+from peft_fx.passes.chunked_loss import ChunkedLoss
 from peft_fx.passes.lossy import KeptInput
 from peft_fx.passes.nodes import expr, numel
+from peft_fx.passes.pipeline import Outcome
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
-from peft_fx.reports import Report
+from peft_fx.reports import Report, renamed
 
 
 def explain(
@@ -52,7 +53,7 @@ def explain(
         wanted = compiled_options if plain is not model else None
         records = [r for r in records if wanted is None or r.options == wanted]
         if records:
-            return _report_of(records)
+            return _report_of(records, plain)
         kwargs = _own_inputs(plain)
     chosen = parse(options) if options is not None else compiled_options or Options()
     return _trace(plain, args, kwargs, chosen)
@@ -110,7 +111,7 @@ class Idle(AdapterPass):
     kept: dict[str, int] | None = None
 
     def __call__(self, graph: Graph) -> None:
-        if not is_body(graph):
+        if not is_done(graph):
             self.untouched = copy_graph(graph)
         super().__call__(graph)
 
@@ -124,6 +125,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
+        if self.idle.record.subgraphs:  # what these keep is not known to the graph that calls them
+            return compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         kept = {}
         if self.idle.untouched is not None:
             before = GraphModule(gm, self.idle.untouched)
@@ -205,7 +208,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     traced: list[tuple[Record, dict[str, int] | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        record = Record(gm, [], roles_of(gm, example_inputs, known), options, torch.is_grad_enabled())
+        record = Record.of(gm, list(example_inputs), roles_of(gm, example_inputs, known), options)
         traced.append((record, None))
         untouched = copy_of(gm)
         try:
@@ -248,12 +251,23 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return model(*args, **kwargs)
 
 
-def _report_of(records: list[Record]) -> Report:
+def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
     """A compile's report. Where a cache answered and the pass never ran, it runs now, on the same graph."""
     for record in records:
         if not record.outcomes and not record.failure:
             _run_again(record)
-    return _combine([(r, None) for r in records], [])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return _combine([(replace(r, outcomes=_of_each_call(r, names)), None) for r in records], [])
+
+
+def _of_each_call(record: Record, names: Mapping[torch.Tensor, str]) -> list[Outcome]:
+    """What was found, for each of a model's layers that the graph has run for, by the model's own names."""
+    found: list[Outcome] = []
+    for call in record.calls:
+        table = {record.roles[i].name: names[p] for i, parameter in call.items() if (p := parameter()) in names}
+        if table:
+            found += [renamed(outcome, table) for outcome in record.outcomes]
+    return found or record.outcomes
 
 
 def _run_again(record: Record) -> None:
@@ -261,8 +275,11 @@ def _run_again(record: Record) -> None:
     fake_mode = compat.detect_fake_mode(record.inputs)
     any_size = contextlib.nullcontext() if record.lowered else compat.sizes_that_depend_on_values()
     context = compat.tracing(compat.TracingContext(fake_mode))
-    with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
-        _compile_idly(gm, record.inputs, record)
+    with contextlib.ExitStack() as ambient:
+        for device, dtype, enabled in record.autocast:
+            ambient.enter_context(torch.autocast(device, dtype, enabled))
+        with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
+            _compile_idly(gm, record.inputs, record)
 
 
 def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[str]) -> Report:
