@@ -58,6 +58,7 @@ class Record:
     lowered: bool = True
     autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
     calls: list[dict[int, Callable[[], Any]]] = field(default_factory=list)
+    resets: int = field(default_factory=lambda: _resets)
 
     @classmethod
     def of(cls, gm: GraphModule, inputs: list[Any], roles: dict[int, Role], options: Options) -> Record:
@@ -79,6 +80,8 @@ class Record:
 
 # The records of each parameter's compiles. Weak: a record lives as long as a model that it is about.
 _records: compat.WeakIdKeyDictionary = compat.WeakIdKeyDictionary()
+_noting = threading.Lock()
+_resets = 0  # how often Dynamo has forgotten all graphs
 
 
 def backend(
@@ -103,7 +106,7 @@ def backend(
         if isinstance(tensor, torch.nn.Parameter):
             _records.setdefault(tensor, []).append(record)
     try:
-        return _noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record, example_inputs)
+        return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record, example_inputs)
     except PassError as error:
         record.failure = str(error)
         warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
@@ -115,28 +118,29 @@ def backend(
 
 
 def _reset() -> None:
-    """After torch._dynamo.reset() nothing is compiled, and nothing is to be told of what was."""
-    _records.clear()
+    """With torch._dynamo.reset() the compiled graphs are gone: what is compiled from now on replaces their records."""
+    global _resets
+    _resets += 1
     compat.reset_cudagraph_trees()
 
 
 backend.reset = _reset  # type: ignore[attr-defined]
 
 
-def _noting_calls(compiled: Callable[..., Any], record: Record, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def noting_calls(compiled: Callable[..., Any], record: Record, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """The compiled graph, which notes the parameters of each module that it runs for."""
     parameters = [i for i, t in enumerate(example_inputs) if isinstance(t, torch.nn.Parameter)]
     if not parameters:
         return compiled
     first = min(parameters, key=lambda i: not example_inputs[i].requires_grad)  # a frozen weight may be shared
-    known: dict[int, Callable[[], Any]] = {}
+    known = compat.WeakIdKeyDictionary()
 
     def note(args: Sequence[Any]) -> None:
         with _noting:
-            if known.get(id(args[first]), bool)() is args[first]:
+            if args[first] in known:
                 return
+            known[args[first]] = True
             record.calls.append({i: weakref.ref(args[i]) for i in parameters})
-            known[id(args[first])] = record.calls[-1][first]
             for i in parameters:
                 others = _records.setdefault(args[i], [])
                 if not any(record is other for other in others):
@@ -144,22 +148,21 @@ def _noting_calls(compiled: Callable[..., Any], record: Record, example_inputs: 
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        if known.get(id(args[first]), bool)() is not args[first]:
+        if args[first] not in known:
             note(args)
         return compiled(*args)
 
     return run
 
 
-_noting = threading.Lock()
-
-
 def records_of(model: torch.nn.Module) -> list[Record]:
-    """The graphs compiled for a model's parameters, oldest first."""
+    """The graphs compiled for a model's parameters since the last torch._dynamo.reset() between two of them, oldest
+    first."""
     found: dict[int, Record] = {}
     for parameter in model.parameters():
         found |= {id(r): r for r in _records.get(parameter, [])}
-    return list(found.values())
+    latest = max((r.resets for r in found.values()), default=0)
+    return [r for r in found.values() if r.resets == latest]
 
 
 def is_done(graph: Graph) -> bool:

@@ -15,13 +15,22 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from peft_fx import compat
-from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, is_done, patches_for, records_of, roles_of
+from peft_fx.compiling import (
+    AdapterPass,
+    PassError,
+    Record,
+    copy_of,
+    is_done,
+    noting_calls,
+    patches_for,
+    records_of,
+    roles_of,
+)
 from peft_fx.gradients import gradient_errors
 from peft_fx.options import Options, parse
 from peft_fx.passes.chunked_loss import ChunkedLoss
 from peft_fx.passes.lossy import KeptInput
 from peft_fx.passes.nodes import expr, numel
-from peft_fx.passes.pipeline import Outcome
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
 from peft_fx.reports import Report, renamed
@@ -125,10 +134,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        if self.idle.record.subgraphs:  # what these keep is not known to the graph that calls them
-            return compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         kept = {}
-        if self.idle.untouched is not None:
+        if self.idle.untouched is not None and not self.idle.record.subgraphs:
             before = GraphModule(gm, self.idle.untouched)
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
@@ -136,7 +143,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
             kept["before"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
         forward, backward = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         kept["after"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
-        self.idle.kept = kept
+        # what a subgraph keeps is not known to the graph that calls it
+        self.idle.kept = kept if not self.idle.record.subgraphs else {}
         return forward, backward
 
     def uuid(self) -> Any:
@@ -219,7 +227,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
                 _compile_idly(untouched, example_inputs, record)
             raise
         traced[-1] = record, kept
-        return called
+        return noting_calls(called, record, example_inputs)
 
     ghost = _ghost(model, fake_mode)
     known = {p: name for name, p in ghost.named_parameters()} if isinstance(ghost, torch.nn.Module) else {}
@@ -244,7 +252,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         breaks = [f"{b}\n  {hint}" for b in breaks]
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
-    return _combine(traced, breaks)
+    return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -257,17 +265,17 @@ def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
         if not record.outcomes and not record.failure:
             _run_again(record)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return _combine([(replace(r, outcomes=_of_each_call(r, names)), None) for r in records], [])
+    return _combine([(_told_of(r, names), None) for r in records], [])
 
 
-def _of_each_call(record: Record, names: Mapping[torch.Tensor, str]) -> list[Outcome]:
-    """What was found, for each of a model's layers that the graph has run for, by the model's own names."""
-    found: list[Outcome] = []
-    for call in record.calls:
-        table = {record.roles[i].name: names[p] for i, parameter in call.items() if (p := parameter()) in names}
-        if table:
-            found += [renamed(outcome, table) for outcome in record.outcomes]
-    return found or record.outcomes
+def _told_of(record: Record, names: Mapping[torch.Tensor, str]) -> Record:
+    """The record with what was found for each layer that the graph ran for, by a model's own names."""
+    tables = [
+        {record.roles[i].name: names[p] for i, parameter in call.items() if (p := parameter()) in names}
+        for call in record.calls
+    ]
+    found = [renamed(outcome, table) for table in tables if table for outcome in record.outcomes]
+    return replace(record, outcomes=found or record.outcomes)
 
 
 def _run_again(record: Record) -> None:
@@ -296,7 +304,7 @@ def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[st
             told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
             refusals += [r for r in outcome.refusals if r.name not in told]
         for k, n in (bytes_ or {}).items():
-            kept[k] = kept.get(k, 0) + n
+            kept[k] = kept.get(k, 0) + n * max(1, len(record.calls))
     failures = [r.failure for r, _ in traced if r.failure]
     return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures, inputs)
 
