@@ -106,7 +106,7 @@ def backend(
         if isinstance(tensor, torch.nn.Parameter):
             _records.setdefault(tensor, []).append(record)
     try:
-        return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record, example_inputs)
+        return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record)
     except PassError as error:
         record.failure = str(error)
         warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
@@ -127,12 +127,12 @@ def _reset() -> None:
 backend.reset = _reset  # type: ignore[attr-defined]
 
 
-def noting_calls(compiled: Callable[..., Any], record: Record, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+def noting_calls(compiled: Callable[..., Any], record: Record) -> Callable[..., Any]:
     """The compiled graph, which notes the parameters of each module that it runs for."""
-    parameters = [i for i, t in enumerate(example_inputs) if isinstance(t, torch.nn.Parameter)]
-    if not parameters:
+    static = [i for i, role in record.roles.items() if role.static]
+    if not static:
         return compiled
-    first = min(parameters, key=lambda i: not example_inputs[i].requires_grad)  # a frozen weight may be shared
+    first = min(static, key=lambda i: not record.roles[i].trainable)  # a frozen weight may be shared
     known = compat.WeakIdKeyDictionary()
 
     def note(args: Sequence[Any]) -> None:
@@ -140,9 +140,10 @@ def noting_calls(compiled: Callable[..., Any], record: Record, example_inputs: S
             if args[first] in known:
                 return
             known[args[first]] = True
-            record.calls.append({i: weakref.ref(args[i]) for i in parameters})
-            for i in parameters:
-                others = _records.setdefault(args[i], [])
+            parameters = {i: args[i] for i in static if isinstance(args[i], torch.nn.Parameter)}
+            record.calls.append({i: weakref.ref(p) for i, p in parameters.items()})
+            for p in parameters.values():
+                others = _records.setdefault(p, [])
                 if not any(record is other for other in others):
                     others.append(record)
 

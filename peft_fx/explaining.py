@@ -227,7 +227,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
                 _compile_idly(untouched, example_inputs, record)
             raise
         traced[-1] = record, kept
-        return noting_calls(called, record, example_inputs)
+        return noting_calls(called, record)
 
     ghost = _ghost(model, fake_mode)
     known = {p: name for name, p in ghost.named_parameters()} if isinstance(ghost, torch.nn.Module) else {}

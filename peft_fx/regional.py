@@ -46,14 +46,18 @@ class Subgraph:
 
 
 def subgraphs_of(gm: GraphModule, roles: Mapping[int, Role]) -> list[Subgraph]:
-    """The regions that a Dynamo graph calls; `roles` are those of its inputs, by position."""
-    own = {node: roles.get(i) for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    calls: dict[str, list[tuple[Role | None, ...]]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
-        body, _, *operands = node.args
-        calls.setdefault(body.target, []).append(tuple(own.get(operand) for operand in operands))
-    graphs = {name: gm.get_submodule(name).graph for name in calls}
-    return [Subgraph(_described(graph), _modules(graph), tuple(calls[name])) for name, graph in graphs.items()]
+    """The regions that a Dynamo graph calls, and those that they call; `roles` are those of its inputs, by position."""
+    calls: dict[GraphModule, list[tuple[Role | None, ...]]] = {}
+    todo: list[tuple[GraphModule, Mapping[int, Role | None]]] = [(gm, roles)]
+    while todo:
+        caller, given = todo.pop(0)
+        own = {node: given.get(i) for i, node in enumerate(caller.graph.find_nodes(op="placeholder"))}
+        for node in caller.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+            region, _, *operands = node.args
+            body = caller.get_submodule(region.target)
+            calls.setdefault(body, []).append(tuple(own.get(operand) for operand in operands))
+            todo.append((body, dict(enumerate(calls[body][-1]))))
+    return [Subgraph(_described(body.graph), _modules(body.graph), tuple(found)) for body, found in calls.items()]
 
 
 def matching(graph: Graph, subgraphs: Sequence[Subgraph]) -> Subgraph | None:
