@@ -230,7 +230,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         return noting_calls(called, record)
 
     ghost = _ghost(model, fake_mode)
-    known = {p: name for name, p in ghost.named_parameters()} if isinstance(ghost, torch.nn.Module) else {}
+    known = _names_in(ghost)
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
     unlimited = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
@@ -264,8 +264,13 @@ def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
     for record in records:
         if not record.outcomes and not record.failure:
             _run_again(record)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return _combine([(_told_of(r, names), None) for r in records], [])
+    return _combine([(_told_of(r, _names_in(model)), None) for r in records], [])
+
+
+def _names_in(model: Any) -> dict[torch.Tensor, str]:
+    """A module's parameters, by the names that they have when nothing is compiled."""
+    named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
+    return {parameter: name.replace("_orig_mod.", "") for name, parameter in named}
 
 
 def _told_of(record: Record, names: Mapping[torch.Tensor, str]) -> Record:

@@ -40,7 +40,7 @@ def test_layers_compiled_one_by_one(compiled: Any) -> None:
     want = run(net, net, inputs)
     f = compiled(net)
     assert_bit_equal(run(f, net, inputs), want)
-    report = peft_fx.explain(net)
+    report = peft_fx.explain(f)
     assert report.graphs == 1
     assert forms(report) == every_layer(*BOTH)
     assert forms(peft_fx.explain(net.layers[1])) == {"up.W": BOTH, "down.W": BOTH}
