@@ -18,7 +18,9 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
-from torch._dynamo.eval_frame import OptimizedModule, reset_code
+
+# the backends whose `reset` torch._dynamo.reset() calls
+from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
@@ -30,9 +32,6 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
-
-# what Inductor does on torch._dynamo.reset()
-from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
 # a pass with a key in Inductor's caches
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -73,6 +72,7 @@ __all__ = [
     "assert_async",
     "at_least",
     "cache_entries",
+    "cached_backends",
     "compile_fx",
     "counters",
     "default_store",
@@ -85,7 +85,6 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
-    "reset_cudagraph_trees",
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",

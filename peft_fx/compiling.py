@@ -98,6 +98,7 @@ def backend(
     unknown option or value; a failure of our own is one RuntimeWarning, and the graph goes to Inductor as it was. The
     environment variable PEFT_FX_DISABLE=1 hands every graph to Inductor untouched.
     """
+    compat.cached_backends[id(backend)] = backend  # else a second reset is not told to what was compiled before one
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
@@ -121,7 +122,6 @@ def _reset() -> None:
     """With torch._dynamo.reset() the compiled graphs are gone: what is compiled from now on replaces their records."""
     global _resets
     _resets += 1
-    compat.reset_cudagraph_trees()
 
 
 backend.reset = _reset  # type: ignore[attr-defined]
