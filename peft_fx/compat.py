@@ -78,6 +78,7 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "forgetting",
+    "gathered",
     "hint_for",
     "inductor_config",
     "innermost_backend",
@@ -139,6 +140,21 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The whole parameters that FSDP2 runs a model's code on, by the names of the shards that the model has itself."""
+    if not torch.distributed.is_available():
+        return
+    paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
+    for sharded in (m for m in paths if isinstance(m, torch.distributed.fsdp.FSDPModule)):
+        state: Any = sharded._get_fsdp_state()
+        # several groups in one module since 2.13
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            info = parameter._module_info
+            if hasattr(parameter, "_unsharded_param") and info.module in paths:
+                yield paths[info.module] + info.param_name, parameter._unsharded_param
 
 
 @contextlib.contextmanager

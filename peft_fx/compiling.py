@@ -160,10 +160,15 @@ def records_of(model: torch.nn.Module) -> list[Record]:
     """The graphs compiled for a model's parameters since the last torch._dynamo.reset() between two of them, oldest
     first."""
     found: dict[int, Record] = {}
-    for parameter in model.parameters():
+    for parameter in parameters_of(model):
         found |= {id(r): r for r in _records.get(parameter, [])}
     latest = max((r.resets for r in found.values()), default=0)
     return [r for r in found.values() if r.resets == latest]
+
+
+def parameters_of(model: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """What a model's graphs are given as its parameters, by object, with its names for them."""
+    return {parameter: name for name, parameter in (*compat.gathered(model), *model.named_parameters())}
 
 
 def is_done(graph: Graph) -> bool:

@@ -22,6 +22,7 @@ from peft_fx.compiling import (
     copy_of,
     is_done,
     noting_calls,
+    parameters_of,
     patches_for,
     records_of,
     roles_of,
@@ -269,8 +270,8 @@ def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
 
 def _names_in(model: Any) -> dict[torch.Tensor, str]:
     """A module's parameters, by the names that they have when nothing is compiled."""
-    named = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
-    return {parameter: name.replace("_orig_mod.", "") for name, parameter in named}
+    named = parameters_of(model) if isinstance(model, torch.nn.Module) else {}
+    return {parameter: name.replace("_orig_mod.", "") for parameter, name in named.items()}
 
 
 def _told_of(record: Record, names: Mapping[torch.Tensor, str]) -> Record:
