@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -82,6 +83,7 @@ __all__ = [
     "hint_for",
     "inductor_config",
     "innermost_backend",
+    "is_sharded",
     "is_traceable_wrapper_subclass",
     "joint_graph_passes",
     "list_mode_options",
@@ -144,10 +146,8 @@ def default_store() -> Any:
 
 def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """The whole parameters that FSDP2 runs a model's code on, by the names of the shards that the model has itself."""
-    if not torch.distributed.is_available():
-        return
     paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
-    for sharded in (m for m in paths if isinstance(m, torch.distributed.fsdp.FSDPModule)):
+    for sharded in filter(_is_sharded_itself, paths):
         state: Any = sharded._get_fsdp_state()
         # several groups in one module since 2.13
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -155,6 +155,16 @@ def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]
             info = parameter._module_info
             if hasattr(parameter, "_unsharded_param") and info.module in paths:
                 yield paths[info.module] + info.param_name, parameter._unsharded_param
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has parameters of a model."""
+    return any(map(_is_sharded_itself, model.modules()))
+
+
+def _is_sharded_itself(module: torch.nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, which sharding has made
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 @contextlib.contextmanager

@@ -326,6 +326,11 @@ def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
     if not isinstance(model, torch.nn.Module):
         return model
+    if compat.is_sharded(model):
+        raise TypeError(
+            "explain() cannot trace a model whose parameters FSDP2 has sharded: ask before fully_shard, or "
+            "explain(model) after a step, which tells what was compiled"
+        )
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

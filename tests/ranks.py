@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -108,6 +109,8 @@ def sharded() -> Result:
         assert not any(t.untyped_storage().size() for t in weights), "a whole weight outlives forward"
         return y
 
+    with pytest.raises(TypeError, match="before fully_shard"):
+        peft_fx.explain(m, torch.zeros(1, WIDTH))
     return train(forward, m, mine()), m, m
 
 
