@@ -17,6 +17,9 @@ import torch
 from torch import _assert_async as assert_async
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
+# limits of recompiling, which explain() may pass
+from torch._dynamo import config as dynamo_config
+
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
 
@@ -26,6 +29,9 @@ from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
+
+# caches off, where a pass must run
+from torch._functorch import config as functorch_config
 
 # what backward would keep of a joint graph, before and after
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -47,6 +53,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+# trees of tensors: what calls take and give back
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -78,7 +87,9 @@ __all__ = [
     "counters",
     "default_store",
     "detect_fake_mode",
+    "dynamo_config",
     "forgetting",
+    "functorch_config",
     "gathered",
     "hint_for",
     "inductor_config",
@@ -88,6 +99,8 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "pytree",
+    "same_memory",
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",
@@ -198,6 +211,11 @@ def source_name(placeholder: torch.fx.Node) -> str | None:
         return None
     name = source.name
     return name() if callable(name) else str(name)
+
+
+def same_memory(x: torch.Tensor) -> torch.Tensor:
+    """Another object of the same class with the same memory, and none of the attributes."""
+    return torch.Tensor._make_subclass(type(x), x.detach().as_subclass(torch.Tensor), x.requires_grad)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from peft_fx import compat
+from peft_fx.compat import pytree
 from peft_fx.compiling import (
     AdapterPass,
     PassError,
@@ -182,7 +182,7 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
         "fx_graph_cache": False,
     }
     untouched = copy_of(gm)
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with compat.functorch_config.patch(enable_autograd_cache=False):
         try:
             called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
         except PassError as error:
@@ -234,7 +234,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     known = _names_in(ghost)
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
-    unlimited = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+    unlimited = compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
     with compat.forgetting(), _nothing_changed(), unlimited, fake_mode:
         try:
             # in code of its own, so that the model's own code gets no compiled version of a ghost
@@ -361,7 +361,7 @@ def _alias(x: torch.Tensor) -> torch.Tensor:
     weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
     if compat.is_traceable_wrapper_subclass(x):
         return x
-    alias = torch.Tensor._make_subclass(type(x), x.detach().as_subclass(torch.Tensor), x.requires_grad)
+    alias = compat.same_memory(x)
     alias.__dict__.update(x.__dict__)
     return alias
 
