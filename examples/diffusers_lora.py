@@ -1,14 +1,14 @@
-"""LoRA on a diffusion model's transformer or UNet, by diffusers: compile it, train it, see what was rewritten.
+"""LoRA on a diffusion model of diffusers: compile its transformer, train it, see what was rewritten.
 
     python examples/diffusers_lora.py [--steps 20]
 
-The UNet is a small one with random weights; it learns to find the noise in four random images.
+The transformer is Stable Diffusion 3's, small and with random weights; four random images are learnt by flow matching.
 """
 
 import argparse
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
 import peft_fx
@@ -19,30 +19,30 @@ args = parser.parse_args()
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
-unet = UNet2DConditionModel(
-    sample_size=16,
+model = SD3Transformer2DModel(
+    sample_size=32,
     in_channels=4,
     out_channels=4,
-    layers_per_block=1,
-    block_out_channels=(32, 64),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    cross_attention_dim=32,
-    norm_num_groups=8,
+    num_layers=2,
+    num_attention_heads=4,
+    attention_head_dim=16,
+    joint_attention_dim=64,
+    caption_projection_dim=64,
+    pooled_projection_dim=32,
+    pos_embed_max_size=16,
 ).to(device)
-unet.requires_grad_(False)
-unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+model.requires_grad_(False)
+model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
-compiled = torch.compile(unet, backend="peft_fx")
+compiled = torch.compile(model, backend="peft_fx")
 
-scheduler = DDPMScheduler()
-optimizer = torch.optim.AdamW((p for p in unet.parameters() if p.requires_grad), lr=1e-3)
-latents, prompts = torch.randn(4, 4, 16, 16, device=device), torch.randn(4, 8, 32, device=device)
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+images, prompts, pooled = (torch.randn(*sizes, device=device) for sizes in ((4, 4, 32, 32), (4, 16, 64), (4, 32)))
 for step in range(args.steps):
-    noise = torch.randn_like(latents)
-    times = torch.randint(0, len(scheduler), (4,), device=device)
-    predicted = compiled(scheduler.add_noise(latents, noise, times), times, prompts).sample
-    loss = torch.nn.functional.mse_loss(predicted, noise)
+    noise, t = torch.randn_like(images), torch.rand(4, device=device)
+    between = torch.lerp(images, noise, t.view(4, 1, 1, 1))
+    velocity = compiled(between, prompts, pooled, t * 1000).sample
+    loss = torch.nn.functional.mse_loss(velocity, noise - images)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

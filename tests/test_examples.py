@@ -40,7 +40,7 @@ def test_example(example: pathlib.Path, monkeypatch, capsys) -> None:
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(?:step \d+: loss|\{'loss':) ", printed, re.MULTILINE)) == STEPS
     ((rewritten, adapters),) = re.findall(r"^(\d+) of (\d+) adapters in weight form", printed, re.MULTILINE)
-    assert int(adapters) >= int(rewritten) >= 14
+    assert int(adapters) >= int(rewritten) >= 8
     assert not torch.distributed.is_initialized()
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "compatibility.md", ROOT / "docs" / "compatibility.json"
 SETS = {
-    "oldest libraries": ["torch==2.13.0", "transformers==4.57.0", "peft==0.17.0"],
+    "oldest libraries": ["torch==2.13.0", "transformers==4.57.1", "peft==0.17.0"],
     "oldest torch": ["torch==2.11.0"],
-    "oldest of all": ["torch==2.11.0", "transformers==4.57.0", "peft==0.17.0"],
+    "oldest of all": ["torch==2.11.0", "transformers==4.57.1", "peft==0.17.0"],
     "tested": ["-c", str(ROOT / "constraints.txt")],
     "newest libraries": ["torch==2.13.0"],
     "newest of all": [],
