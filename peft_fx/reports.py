@@ -87,11 +87,12 @@ class Report:
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
-        refused = sum(not r.name.startswith(LOSS) for r in self.refusals)
-        rewritten = sum("weight" in (s.forward, s.input_grad) for s in self.sites)
-        text = f"{rewritten} of {len(self.sites) + refused} adapters in weight form"
+        # an adapter has a row for each graph that it is in, of training and of evaluation
+        refused = {r.name for r in self.refusals if not r.name.startswith(LOSS)}
+        rewritten = {s.name for s in self.sites if "weight" in (s.forward, s.input_grad)}
+        text = f"{len(rewritten)} of {len(refused | {s.name for s in self.sites})} adapters in weight form"
         if refused:
-            text += f", {refused} refused"
+            text += f", {len(refused)} refused"
         text += f"; {self.graphs} graph{'s' * (self.graphs != 1)}"
         if self.kept_bytes:
             before, after = (self.kept_bytes[k] / 1e6 for k in ("before", "after"))

@@ -235,7 +235,9 @@ def test_a_life_with_adapters(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
         graphs.append(counted.graphs)
     assert graphs[1] <= graphs[0]
-    assert {s.forward for s in peft_fx.explain(ours).sites} == {"weight"}
+    report = peft_fx.explain(ours)
+    assert {s.forward for s in report.sites} == {"weight"}
+    assert str(report).startswith("3 of 3 adapters in weight form;"), "not one for each graph"
 
 
 @pytest.mark.slow
