@@ -196,6 +196,7 @@ def session(f: Callable, model: nn.Module, folder: Path) -> Iterator[Tensor]:
     yield look()
     yield step()
     hotswap_adapter(model, folder, adapter_name="default")
+    model.set_adapter("default")  # PEFT 0.17 leaves it frozen
     yield look()
     yield step()
     model.load_state_dict(saved)

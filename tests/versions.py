@@ -30,7 +30,7 @@ SETS = {
     "newest libraries": ["torch==2.13.0"],
     "newest of all": [],
 }
-TESTS = ["compat", "backend", "explain", "peft", "main_job", "prepare", "trainers", "distributed", "outputs"]
+TESTS = ["compat", "backend", "explain", "peft", "main_job", "trainers", "distributed", "examples"]
 PACKAGES = ["torch", "transformers", "peft", "accelerate", "trl"]
 HEAD = """# Compatibility
 
