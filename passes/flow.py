@@ -58,7 +58,7 @@ class Flow:
     """
 
     def __init__(self, graph: Graph, roles: Roles):
-        self.roles = roles
+        self.roles, self.graph = roles, graph
         self.backward = reachable(graph, is_tangent)
         self.forward = _needed_by_forward(graph, self.backward)
         self.bits: dict[Node, int] = {}
@@ -117,6 +117,14 @@ class Flow:
 
     def is_trained(self, node: object) -> bool:
         return any(self.roles[n].trainable for n in self.parameters(node))
+
+    @functools.cached_property
+    def differentiated(self) -> frozenset[Node]:
+        """The graph inputs whose gradients a joint graph returns: one output for each input, at the end."""
+        inputs = [n for n in self.graph.find_nodes(op="placeholder") if not is_tangent(n)]
+        returned = self.graph.output_node().args[0]
+        pairs = zip(reversed(inputs), reversed(returned), strict=False)  # type: ignore[call-overload]
+        return frozenset(node for node, gradient in pairs if gradient is not None)
 
     @functools.cached_property
     def adapted_modules(self) -> frozenset[str]:

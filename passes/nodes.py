@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.algebra import MANTISSA, Size
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -66,6 +66,19 @@ def factors_of(product: Node) -> tuple[Node, Node]:
 def is_read_twice(node: Node) -> bool:
     """Whether one user reads a value more than once, as `t + 2·t` does: it counts as one of the node's users."""
     return any(sum(arg is node for arg in user.args) > 1 for user in node.users)
+
+
+def coarsest(nodes: Iterable[Node]) -> torch.dtype:
+    """The dtype with the fewest bits in which one of these values is held."""
+    return min((value(n).dtype for n in nodes), key=lambda d: MANTISSA.get(d, 0))
+
+
+def is_rounded(node: Node, dtype: torch.dtype) -> bool:
+    """Whether nobody reads more of a value than what a dtype holds of it."""
+    own = value(node).dtype
+    if MANTISSA.get(own, 0) <= MANTISSA.get(dtype, 0):
+        return True
+    return bool(node.users) and all(u.target in CASTS | LAYOUTS | SUMS and is_rounded(u, dtype) for u in node.users)
 
 
 def numel(sizes: Sequence[Size]) -> Size:

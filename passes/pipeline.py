@@ -304,7 +304,9 @@ class _Priced:
     def of(cls, adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> _Priced:
         forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
         training = bool(flow.backward)
-        return cls(settings, forward, grad, training, training and adapter.either.is_trained(flow))
+        parameters = {p for node in adapter.either.adapter_nodes for p in flow.parameters(node)}
+        trained = training and any(flow.is_trained(p) for p in parameters & flow.differentiated)
+        return cls(settings, forward, grad, training, trained)
 
     def decision(self, T: int) -> price.Decision:
         """The forms at so many tokens."""

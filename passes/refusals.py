@@ -37,7 +37,7 @@ def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusa
     for sum_ in analysis.sums:
         if sum_.root not in flow.backward:
             found += _suspects(analysis, sum_, placed)
-    found += _without_base(analysis, placed)
+    found += [*_without_base(analysis, placed), *_without_end(analysis, placed)]
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
@@ -163,6 +163,45 @@ def _without_base(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
                 yield Refusal(
                     name, "different_input", "no product is added to the adapter's: its base is in another graph"
                 )
+
+
+def _without_end(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
+    """Products `u·A` with a narrow trained matrix, beside a frozen layer that reads the same u, that do nothing but
+    leave the graph: the other half of the adapter is where this graph does not reach."""
+    flow = analysis.flow
+    for node in _leaving(analysis):
+        inner = _through(node)
+        A = _narrow_operand(analysis, inner)
+        if A is None or not placed.isdisjoint(flow.parameters(A)):
+            continue
+        name = flow.roles[flow.parameters(A)[0]].name
+        frozen = {W for u in _sources(analysis, inner) for W in _layers_of(analysis, u) if not flow.is_trained(W)}
+        near = {W: shared_path(flow.roles[flow.parameters(W)[0]].name, name) for W in frozen}
+        W = max(near, key=lambda W: (near[W], str(W)), default=None)
+        if W is not None and near[W]:
+            base = flow.site_name(Matrix(W, 0), [Matrix(A, 0)])
+            yield Refusal(base, "different_input", "half of the adapter is in another graph than its base")
+
+
+def _sources(analysis: Analysis, node: Node) -> list[int]:
+    """The numbers of the values that a product multiplies weights by."""
+    operands = (n for p in _products(node) for n in (p.left, p.right))
+    return [analysis.reader.number[_through(n)] for n in operands if not analysis.flow.is_weight(n)]
+
+
+def _layers_of(analysis: Analysis, u: int) -> list[Node]:
+    """The weights that forward multiplies a value by."""
+    flow = analysis.flow
+    readers = (n for n in analysis.position if n in flow.forward and u in _sources(analysis, n))
+    found = [w for n in readers for p in _products(n) for w in (p.left, p.right)]
+    return [w for w in found if flow.is_weight(w) and flow.parameters(w)]
+
+
+def _leaving(analysis: Analysis) -> list[Node]:
+    """The results of forward that it does not read itself."""
+    flow = analysis.flow
+    found = (n for n in analysis.position if any(u.op == "output" for u in n.users))
+    return [n for n in found if n in flow.forward and flow.forward.isdisjoint(u for u in n.users if u.op != "output")]
 
 
 def _through(node: Node) -> Node:

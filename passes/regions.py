@@ -33,6 +33,7 @@ from peft_fx.passes.nodes import (
     expr,
     factors_of,
     is_read_twice,
+    is_rounded,
     is_tensor,
     numel,
     shape,
@@ -95,9 +96,6 @@ class Region:
 
     def site_name(self, flow: Flow) -> str:
         return flow.site_name(Matrix(self.weight_node, 0), [Matrix(t, 0) for t in self.row.trained])
-
-    def is_trained(self, flow: Flow) -> bool:
-        return True
 
     def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
         """The region's sizes, its products other than the base, and what of them is done for W'."""
@@ -313,6 +311,13 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
     real = {d for d in dtypes if not d.is_complex}
     if not real <= MANTISSA.keys():
         return Refusal(name, "dtype", f"products in {' and '.join(sorted(map(str, dtypes)))}")
+    own = value(region.base).dtype
+    finest = max(real, key=lambda d: MANTISSA[d], default=own)
+    if finest != own and coarser(finest, own) == own and not all(is_rounded(end, own) for end in region.ends):
+        plain, fine = (str(d).removeprefix("torch.") for d in (own, finest))
+        return Refusal(
+            name, "dtype", f"the adapter's products are {fine}, W·x is {plain}, and their sum is not rounded"
+        )
     if analysis.strict and len(real) > 1:
         return Refusal(name, "dtype", "strict numerics, and the products are written in different dtypes")
     return None

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
 from peft_fx.passes.flow import Flow, Roles, shared_path
+from peft_fx.passes.nodes import coarsest, is_rounded
 from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
 
 WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
@@ -150,9 +152,6 @@ class Group:
     def site_name(self, flow: Flow) -> str:
         return flow.site_name(self.weight, self.adapter_factors)
 
-    def is_trained(self, flow: Flow) -> bool:
-        return any(flow.is_trained(f.name) for f in self.adapter_factors)
-
     def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
         weight, dtype = self.weight, self.product.dtype
         sizes = price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
@@ -280,6 +279,10 @@ class Analysis:
                     f"the adapter reads its input in {_plain(v.precision)}, the base product in {_plain(u.precision)}"
                 )
                 return Refusal(name, "dtype", read)
+        base, adapter = (_held_in(occ) for occ in (group.base, max(group.others, key=_mantissa)))
+        if MANTISSA.get(adapter, 0) > MANTISSA.get(base, 0) and not is_rounded(group.root, base):
+            held = f"the adapter's addend is {_plain(adapter)}, W·x is {_plain(base)}, and their sum is not rounded"
+            return Refusal(name, "dtype", held)
         dtypes = frozenset(d for occ in (group.base, *group.others) if occ.term for d in occ.term.dtypes)
         written = " and ".join(sorted(map(_plain, dtypes)))
         if not dtypes <= MANTISSA.keys():
@@ -295,6 +298,15 @@ def _folds_like(occ: Occurrence, weight: Matrix, right: bool, shared: int) -> bo
     """Whether a term is folded back as the base's product is, in the gradient of a convolution's input, and no more."""
     *inner, last = _oriented(occ, right).factors[shared:]
     return last.window == weight.window and all(f.window is None for f in inner)
+
+
+def _held_in(occ: Occurrence) -> torch.dtype:
+    """The dtype that an addend is rounded to on its way to the sum."""
+    return coarsest(node for node, _ in occ.path)
+
+
+def _mantissa(occ: Occurrence) -> int:
+    return MANTISSA.get(_held_in(occ), 0)
 
 
 def _oriented(occ: Occurrence, right: bool) -> Term:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import peft_fx
+from peft_fx.compat import pytree
 from peft_fx.explaining import explain
 from peft_fx.gradients import left_as_it_was, named_loss
 from peft_fx.measuring import memory_of

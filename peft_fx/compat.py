@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -16,13 +17,21 @@ import torch
 from torch import _assert_async as assert_async
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 
+# limits of recompiling, which explain() may pass
+from torch._dynamo import config as dynamo_config
+
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
-from torch._dynamo.eval_frame import OptimizedModule, reset_code
+
+# the backends whose `reset` torch._dynamo.reset() calls
+from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
+
+# caches off, where a pass must run
+from torch._functorch import config as functorch_config
 
 # what backward would keep of a joint graph, before and after
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -44,6 +53,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+# trees of tensors: what calls take and give back
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -70,18 +82,25 @@ __all__ = [
     "assert_async",
     "at_least",
     "cache_entries",
+    "cached_backends",
     "compile_fx",
     "counters",
     "default_store",
     "detect_fake_mode",
+    "dynamo_config",
     "forgetting",
+    "functorch_config",
+    "gathered",
     "hint_for",
     "inductor_config",
     "innermost_backend",
+    "is_sharded",
     "is_traceable_wrapper_subclass",
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "pytree",
+    "same_memory",
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",
@@ -138,6 +157,29 @@ def default_store() -> Any:
     return _get_default_store()
 
 
+def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The whole parameters that FSDP2 runs a model's code on, by the names of the shards that the model has itself."""
+    paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
+    for sharded in filter(_is_sharded_itself, paths):
+        state: Any = sharded._get_fsdp_state()
+        # several groups in one module since 2.13
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for parameter in (p for group in groups if group is not None for p in group.fsdp_params):
+            info = parameter._module_info
+            if hasattr(parameter, "_unsharded_param") and info.module in paths:
+                yield paths[info.module] + info.param_name, parameter._unsharded_param
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether FSDP2 has parameters of a model."""
+    return any(map(_is_sharded_itself, model.modules()))
+
+
+def _is_sharded_itself(module: torch.nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, which sharding has made
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 @contextlib.contextmanager
 def sizes_that_depend_on_values() -> Iterator[None]:
     """Ops such as nonzero get a symbol for a size in the graph that Dynamo hands to a backend."""
@@ -169,6 +211,11 @@ def source_name(placeholder: torch.fx.Node) -> str | None:
         return None
     name = source.name
     return name() if callable(name) else str(name)
+
+
+def same_memory(x: torch.Tensor) -> torch.Tensor:
+    """Another object of the same class with the same memory, and none of the attributes."""
+    return torch.Tensor._make_subclass(type(x), x.detach().as_subclass(torch.Tensor), x.requires_grad)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ import logging
 import os
 import pathlib
 import re
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,8 +29,13 @@ from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.flow import Role
+from peft_fx.regional import Subgraph, matching, subgraphs_of
+from peft_fx.reports import renamed
 
 log = logging.getLogger("peft_fx")
+
+
+DONE = "peft_fx_done"  # a mark on the inputs of a graph that the passes have seen
 
 
 class PassError(Exception):
@@ -38,7 +45,8 @@ class PassError(Exception):
 @dataclass
 class Record:
     """One graph that Dynamo handed us: enough to run the passes on it again, and what they found; not `lowered` where
-    AOTAutograd turned it away."""
+    AOTAutograd turned it away. `grad` and `autocast` are what it was traced under, `calls` the parameters, by position,
+    of each module that it has run for: Dynamo runs one graph for all layers that are alike."""
 
     graph_module: GraphModule
     inputs: list[Any]
@@ -48,10 +56,32 @@ class Record:
     outcomes: list[pipeline.Outcome] = field(default_factory=list)
     failure: str = ""
     lowered: bool = True
+    autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
+    calls: list[dict[int, Callable[[], Any]]] = field(default_factory=list)
+    resets: int = field(default_factory=lambda: _resets)
+
+    @classmethod
+    def of(cls, gm: GraphModule, inputs: list[Any], roles: dict[int, Role], options: Options) -> Record:
+        """The record of a graph that is to be compiled here and now."""
+        devices = sorted({t.device.type for t in inputs if isinstance(t, torch.Tensor)} | {"cpu"})
+        autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices if d != "meta"]
+        return cls(gm, inputs, roles, options, torch.is_grad_enabled(), autocast=autocast)
+
+    @functools.cached_property
+    def settings(self) -> pipeline.Settings:
+        """What the options come to on the device of the graph."""
+        device = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+        return self.options.settings(device)
+
+    @functools.cached_property
+    def subgraphs(self) -> list[Subgraph]:
+        return subgraphs_of(self.graph_module, self.roles)
 
 
 # The records of each parameter's compiles. Weak: a record lives as long as a model that it is about.
 _records: compat.WeakIdKeyDictionary = compat.WeakIdKeyDictionary()
+_noting = threading.Lock()
+_resets = 0  # how often Dynamo has forgotten all graphs
 
 
 def backend(
@@ -68,17 +98,16 @@ def backend(
     unknown option or value; a failure of our own is one RuntimeWarning, and the graph goes to Inductor as it was. The
     environment variable PEFT_FX_DISABLE=1 hands every graph to Inductor untouched.
     """
+    compat.cached_backends[id(backend)] = backend  # else a second reset is not told to what was compiled before one
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
-    record = Record(
-        copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen, torch.is_grad_enabled()
-    )
+    record = Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen)
     for tensor in example_inputs:
         if isinstance(tensor, torch.nn.Parameter):
             _records.setdefault(tensor, []).append(record)
     try:
-        return _lower(gm, example_inputs, chosen, AdapterPass(record))
+        return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record)
     except PassError as error:
         record.failure = str(error)
         warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
@@ -89,12 +118,63 @@ def backend(
         raise
 
 
+def _reset() -> None:
+    """With torch._dynamo.reset() the compiled graphs are gone: what is compiled from now on replaces their records."""
+    global _resets
+    _resets += 1
+
+
+backend.reset = _reset  # type: ignore[attr-defined]
+
+
+def noting_calls(compiled: Callable[..., Any], record: Record) -> Callable[..., Any]:
+    """The compiled graph, which notes the parameters of each module that it runs for."""
+    static = [i for i, role in record.roles.items() if role.static]
+    if not static:
+        return compiled
+    first = min(static, key=lambda i: not record.roles[i].trainable)  # a frozen weight may be shared
+    known = compat.WeakIdKeyDictionary()
+
+    def note(args: Sequence[Any]) -> None:
+        with _noting:
+            if args[first] in known:
+                return
+            known[args[first]] = True
+            parameters = {i: args[i] for i in static if isinstance(args[i], torch.nn.Parameter)}
+            record.calls.append({i: weakref.ref(p) for i, p in parameters.items()})
+            for p in parameters.values():
+                others = _records.setdefault(p, [])
+                if not any(record is other for other in others):
+                    others.append(record)
+
+    @functools.wraps(compiled)
+    def run(*args: Any) -> Any:
+        if args[first] not in known:
+            note(args)
+        return compiled(*args)
+
+    return run
+
+
 def records_of(model: torch.nn.Module) -> list[Record]:
-    """The graphs compiled for a model's parameters, oldest first."""
+    """The graphs compiled for a model's parameters since the last torch._dynamo.reset() between two of them, oldest
+    first."""
     found: dict[int, Record] = {}
-    for parameter in model.parameters():
+    for parameter in parameters_of(model):
         found |= {id(r): r for r in _records.get(parameter, [])}
-    return list(found.values())
+    latest = max((r.resets for r in found.values()), default=0)
+    return [r for r in found.values() if r.resets == latest]
+
+
+def parameters_of(model: torch.nn.Module) -> dict[torch.Tensor, str]:
+    """What a model's graphs are given as its parameters, by object, with its names for them."""
+    return {parameter: name for name, parameter in (*compat.gathered(model), *model.named_parameters())}
+
+
+def is_done(graph: Graph) -> bool:
+    """Whether the passes made a graph themselves, as a loop's body, or have seen it: Inductor runs its own once more on
+    the two halves of a graph that another calls."""
+    return is_body(graph) or any(DONE in node.meta for node in graph.find_nodes(op="placeholder"))
 
 
 class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
@@ -107,21 +187,27 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
     def __call__(self, graph: Graph) -> None:
         for other in self.others:
             other(graph)
-        if is_body(graph):  # of a loop that the pass made itself
+        if is_done(graph):
             return
         try:
-            self.record.outcomes.append(self.apply(graph))
+            self.record.outcomes += self.apply(graph)
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
         self.untagged = {node for node in graph.nodes if "recompute" not in node.meta}
 
-    def apply(self, graph: Graph) -> pipeline.Outcome:
+    def apply(self, graph: Graph) -> list[pipeline.Outcome]:
+        """Runs the passes; what they found, once for each call of a graph that another calls."""
         record, fake_mode = self.record, compat.V.fake_mode
-        roles = roles_in(graph, record.roles)
+        roles, calls = roles_in(graph, record.roles), []
+        if (subgraph := matching(graph, record.subgraphs)) is not None:
+            roles, calls = subgraph.roles_in(graph), subgraph.names
         # drawn by eager's generator, a mask drawn again would be another mask; Inductor's own draws start from a seed
-        from_seed = not compat.inductor_config.fallback_random
-        settings = replace(record.options.settings(_device(graph)), rebuild_random=from_seed)
-        return pipeline.run(graph, roles, settings, fake_mode, compat.hint_for(fake_mode), compat.at_least(fake_mode))
+        settings = replace(record.settings, rebuild_random=not compat.inductor_config.fallback_random)
+        hint, at_least = compat.hint_for(fake_mode), compat.at_least(fake_mode)
+        outcome = pipeline.run(graph, roles, settings, fake_mode, hint, at_least)
+        for node in graph.find_nodes(op="placeholder"):
+            node.meta[DONE] = True
+        return [outcome, *(replace(renamed(outcome, names), seconds=0.0) for names in calls[1:])]
 
     def uuid(self) -> Any:
         """All that decides what the pass does besides the graph itself, which the caches look at."""
@@ -132,8 +218,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             return None
         # the machine by its constants, not by its name or path
         options = {k: v for k, v in vars(self.record.options).items() if k not in ("inductor", "machine")}
-        device = next((t.device for t in self.record.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
-        machine = self.record.options.settings(device).machine
+        machine = self.record.settings.machine
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
         decides = repr((source_digest(), sorted(options.items()), machine, roles, torch.__version__, theirs))
         return hashlib.sha256(decides.encode()).hexdigest()
@@ -189,7 +274,7 @@ def source_digest() -> str:
 
 def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Any:
     """A graph compiled with our pass and no record of it; a failure of the pass is raised."""
-    record = Record(gm, [], roles_of(gm, example_inputs), options, torch.is_grad_enabled())
+    record = Record.of(gm, _fake(gm, example_inputs), roles_of(gm, example_inputs), options)
     return _lower(gm, example_inputs, options, AdapterPass(record))
 
 
@@ -274,13 +359,6 @@ def roles_in(graph: Graph, by_position: dict[int, Role]) -> dict[Node, Role]:
         if role is not None:
             roles[node] = Role(role.name + attribute, role.static, role.trainable)
     return roles
-
-
-def _device(graph: Graph) -> torch.device:
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            return node.meta["val"].device  # type: ignore[no-any-return]
-    return torch.device("cpu")
 
 
 def _fake(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Any]:

@@ -12,18 +12,29 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from peft_fx import compat
-from peft_fx.compiling import AdapterPass, PassError, Record, copy_of, patches_for, records_of, roles_of
+from peft_fx.compat import pytree
+from peft_fx.compiling import (
+    AdapterPass,
+    PassError,
+    Record,
+    copy_of,
+    is_done,
+    noting_calls,
+    parameters_of,
+    patches_for,
+    records_of,
+    roles_of,
+)
 from peft_fx.gradients import gradient_errors
 from peft_fx.options import Options, parse
-from peft_fx.passes.chunked_loss import ChunkedLoss, is_body
+from peft_fx.passes.chunked_loss import ChunkedLoss
 from peft_fx.passes.lossy import KeptInput
 from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.sites import Refusal, Site
 from peft_fx.preparing import curable
-from peft_fx.reports import Report
+from peft_fx.reports import Report, renamed
 
 
 def explain(
@@ -52,7 +63,7 @@ def explain(
         wanted = compiled_options if plain is not model else None
         records = [r for r in records if wanted is None or r.options == wanted]
         if records:
-            return _report_of(records)
+            return _report_of(records, plain)
         kwargs = _own_inputs(plain)
     chosen = parse(options) if options is not None else compiled_options or Options()
     return _trace(plain, args, kwargs, chosen)
@@ -110,7 +121,7 @@ class Idle(AdapterPass):
     kept: dict[str, int] | None = None
 
     def __call__(self, graph: Graph) -> None:
-        if not is_body(graph):
+        if not is_done(graph):
             self.untouched = copy_graph(graph)
         super().__call__(graph)
 
@@ -125,7 +136,7 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
         kept = {}
-        if self.idle.untouched is not None:
+        if self.idle.untouched is not None and not self.idle.record.subgraphs:
             before = GraphModule(gm, self.idle.untouched)
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
@@ -133,7 +144,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
             kept["before"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
         forward, backward = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         kept["after"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
-        self.idle.kept = kept
+        # what a subgraph keeps is not known to the graph that calls it
+        self.idle.kept = kept if not self.idle.record.subgraphs else {}
         return forward, backward
 
     def uuid(self) -> Any:
@@ -170,7 +182,7 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
         "fx_graph_cache": False,
     }
     untouched = copy_of(gm)
-    with torch._functorch.config.patch(enable_autograd_cache=False):
+    with compat.functorch_config.patch(enable_autograd_cache=False):
         try:
             called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
         except PassError as error:
@@ -205,7 +217,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     traced: list[tuple[Record, dict[str, int] | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        record = Record(gm, [], roles_of(gm, example_inputs, known), options, torch.is_grad_enabled())
+        record = Record.of(gm, list(example_inputs), roles_of(gm, example_inputs, known), options)
         traced.append((record, None))
         untouched = copy_of(gm)
         try:
@@ -216,13 +228,13 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
                 _compile_idly(untouched, example_inputs, record)
             raise
         traced[-1] = record, kept
-        return called
+        return noting_calls(called, record)
 
     ghost = _ghost(model, fake_mode)
-    known = {p: name for name, p in ghost.named_parameters()} if isinstance(ghost, torch.nn.Module) else {}
+    known = _names_in(ghost)
     before = dict(compat.counters["graph_break"])
     args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
-    unlimited = torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+    unlimited = compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
     with compat.forgetting(), _nothing_changed(), unlimited, fake_mode:
         try:
             # in code of its own, so that the model's own code gets no compiled version of a ghost
@@ -241,19 +253,35 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         breaks = [f"{b}\n  {hint}" for b in breaks]
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
-    return _combine(traced, breaks)
+    return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return model(*args, **kwargs)
 
 
-def _report_of(records: list[Record]) -> Report:
+def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
     """A compile's report. Where a cache answered and the pass never ran, it runs now, on the same graph."""
     for record in records:
         if not record.outcomes and not record.failure:
             _run_again(record)
-    return _combine([(r, None) for r in records], [])
+    return _combine([(_told_of(r, _names_in(model)), None) for r in records], [])
+
+
+def _names_in(model: Any) -> dict[torch.Tensor, str]:
+    """A module's parameters, by the names that they have when nothing is compiled."""
+    named = parameters_of(model) if isinstance(model, torch.nn.Module) else {}
+    return {parameter: name.replace("_orig_mod.", "") for parameter, name in named.items()}
+
+
+def _told_of(record: Record, names: Mapping[torch.Tensor, str]) -> Record:
+    """The record with what was found for each layer that the graph ran for, by a model's own names."""
+    tables = [
+        {record.roles[i].name: names[p] for i, parameter in call.items() if (p := parameter()) in names}
+        for call in record.calls
+    ]
+    found = [renamed(outcome, table) for table in tables if table for outcome in record.outcomes]
+    return replace(record, outcomes=found or record.outcomes)
 
 
 def _run_again(record: Record) -> None:
@@ -261,8 +289,11 @@ def _run_again(record: Record) -> None:
     fake_mode = compat.detect_fake_mode(record.inputs)
     any_size = contextlib.nullcontext() if record.lowered else compat.sizes_that_depend_on_values()
     context = compat.tracing(compat.TracingContext(fake_mode))
-    with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
-        _compile_idly(gm, record.inputs, record)
+    with contextlib.ExitStack() as ambient:
+        for device, dtype, enabled in record.autocast:
+            ambient.enter_context(torch.autocast(device, dtype, enabled))
+        with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
+            _compile_idly(gm, record.inputs, record)
 
 
 def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[str]) -> Report:
@@ -279,7 +310,7 @@ def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[st
             told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
             refusals += [r for r in outcome.refusals if r.name not in told]
         for k, n in (bytes_ or {}).items():
-            kept[k] = kept.get(k, 0) + n
+            kept[k] = kept.get(k, 0) + n * max(1, len(record.calls))
     failures = [r.failure for r, _ in traced if r.failure]
     return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures, inputs)
 
@@ -295,6 +326,11 @@ def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
     if not isinstance(model, torch.nn.Module):
         return model
+    if compat.is_sharded(model):
+        raise TypeError(
+            "explain() cannot trace a model whose parameters FSDP2 has sharded: ask before fully_shard, or "
+            "explain(model) after a step, which tells what was compiled"
+        )
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -325,7 +361,7 @@ def _alias(x: torch.Tensor) -> torch.Tensor:
     weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
     if compat.is_traceable_wrapper_subclass(x):
         return x
-    alias = torch.Tensor._make_subclass(type(x), x.detach().as_subclass(torch.Tensor), x.requires_grad)
+    alias = compat.same_memory(x)
     alias.__dict__.update(x.__dict__)
     return alias
 

@@ -9,9 +9,9 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from peft_fx import compat, compiling
+from peft_fx.compat import pytree
 from peft_fx.options import Options
 from peft_fx.reports import GradientError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,8 @@ def with_all_outputs(model: nn.Module) -> None:
 def _settle_losses(model: nn.Module) -> None:
     """transformers looks some losses up at each call, GPT-2's for one, with a warning that breaks the graph."""
     for module in model.modules():
-        if hasattr(type(module), "loss_function") and getattr(module, "loss_type", None) is None:
+        unsettled = hasattr(type(module), "loss_function") and getattr(module, "loss_type", None) is None
+        if unsettled and "labels" in inspect.signature(module.forward).parameters:  # others never look one up
             module.loss_function = module.loss_function
 
 

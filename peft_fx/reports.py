@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tabulate import tabulate
 
 from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
 from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
+from peft_fx.passes.pipeline import Outcome
 from peft_fx.passes.sites import Refusal, Site
 
 TOLD = ("", "rebuilt", "low_rank", "checkpointed")  # codes that hold of exact keeps as well
@@ -85,16 +87,47 @@ class Report:
         return "\n\n".join(parts)
 
     def _summary(self) -> str:
-        refused = sum(not r.name.startswith(LOSS) for r in self.refusals)
-        rewritten = sum("weight" in (s.forward, s.input_grad) for s in self.sites)
-        text = f"{rewritten} of {len(self.sites) + refused} adapters in weight form"
+        # an adapter has a row for each graph that it is in, of training and of evaluation
+        refused = {r.name for r in self.refusals if not r.name.startswith(LOSS)}
+        rewritten = {s.name for s in self.sites if "weight" in (s.forward, s.input_grad)}
+        text = f"{len(rewritten)} of {len(refused | {s.name for s in self.sites})} adapters in weight form"
         if refused:
-            text += f", {refused} refused"
+            text += f", {len(refused)} refused"
         text += f"; {self.graphs} graph{'s' * (self.graphs != 1)}"
         if self.kept_bytes:
             before, after = (self.kept_bytes[k] / 1e6 for k in ("before", "after"))
             text += f"; kept for backward: {before:.1f} MB by Inductor alone, {after:.1f} MB now"
         return text
+
+
+def renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
+    """The same of another module, or by other names: `names` has a new one for each parameter's."""
+
+    def all_of(found: list[Any]) -> list[Any]:
+        return [replace(f, name=_renamed(f.name, names)) for f in found]
+
+    o = outcome
+    return replace(
+        o, sites=all_of(o.sites), refusals=all_of(o.refusals), losses=all_of(o.losses), inputs=all_of(o.inputs)
+    )
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A module's name, or a parameter's, where a parameter of that module has another name.
+
+    >>> _renamed("up#2", {"up.weight": "layers.3.up.weight"})
+    'layers.3.up#2'
+    """
+    head = LOSS if name.startswith(LOSS) else ""
+    module, mark, number = name.removeprefix(head).partition("#")
+    for old, new in names.items():
+        if old != new and (old == module or old.startswith(f"{module}.")):
+            before, after, parts = old.split("."), new.split("."), module.split(".")
+            while before and after and before[-1] == after[-1]:
+                del before[-1], after[-1]
+            if len(before) <= len(parts):
+                return head + ".".join(after + parts[len(before) :]) + mark + number
+    return name
 
 
 def _row(s: Site) -> tuple[Any, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import pathlib
+import re
 import types
 
 import pytest
@@ -37,7 +40,54 @@ def test_configuration_has_our_keys() -> None:
     passes = "joint_custom_pre_pass", "joint_custom_post_pass", "custom_partitioner_fn"
     for name in (*passes, "fallback_random", "fx_graph_cache"):
         assert hasattr(compat.inductor_config, name)
-    assert hasattr(torch._functorch.config, "enable_autograd_cache")
+    assert hasattr(compat.functorch_config, "enable_autograd_cache")
+    assert hasattr(compat.dynamo_config, "recompile_limit")
+    assert hasattr(compat.dynamo_config, "accumulated_recompile_limit")
+
+
+def private_names(source: str) -> set[str]:
+    """What of torch a program reads by names that begin with an underscore."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.add(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return {name for name in found if re.match(r"(torch|functorch)\.(.*\.)?_[a-z]\w*", name)}
+
+
+def test_private_names_are_in_one_place() -> None:
+    """Everything else in peft_fx and its passes gets by on what PyTorch documents."""
+    root = pathlib.Path(compat.__file__).parent
+    found = {p.name: private_names(p.read_text()) for p in (*root.glob("*.py"), *(root / "passes").glob("*.py"))}
+    assert {name for name, names in found.items() if names} == {"compat.py"}
+    assert {"torch._inductor.config", "torch.Tensor._make_subclass"} <= found["compat.py"]
+
+
+def test_same_memory_is_another_object() -> None:
+    x = nn.Parameter(torch.zeros(3))
+    y = compat.same_memory(x)
+    assert y is not x
+    assert type(y) is nn.Parameter
+    assert y.data_ptr() == x.data_ptr()
+    assert y.requires_grad
+
+
+def test_a_sharded_model_is_known(tmp_path: pathlib.Path) -> None:
+    """FSDP2's whole parameters, by their names, once it has gathered them."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
+    assert not compat.is_sharded(module)
+    assert list(compat.gathered(module)) == []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.distributed.fsdp.fully_shard(module[0])
+        assert compat.is_sharded(module)
+        module(torch.zeros(1, 2))
+        assert [(name, p.shape) for name, p in compat.gathered(module)] == [("0.weight", (2, 2)), ("0.bias", (2,))]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_pass_is_a_pass_with_a_key() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import peft_fx
 from peft_fx import compiling
+from peft_fx.passes import regimes
 from peft_fx.passes.regimes import MOST, Regimes, crossovers
 from tests.spellings import frozen, trained
 
@@ -130,3 +132,15 @@ def test_an_unknown_number_of_tokens_keeps_what_was_written():
     regimes.settle([("u0", switching(10))])
     assert regimes.tokens("u0") == 1
     assert regimes.tokens(512) == 8192
+
+
+def test_a_regime_of_one_length(monkeypatch) -> None:
+    """Two switches with one number between them: there the guards make a number of a symbol, and nothing fails."""
+    switches = itertools.cycle([(9, 9), (10, 10)])
+    monkeypatch.setattr(regimes, "crossovers", lambda forms: next(switches))
+    model = nn.Sequential(LoRA(8), LoRA(8))
+    f = torch.compile(model, backend="peft_fx", options=OPTIONS, dynamic=True)
+    for length in (9, 17):
+        x = torch.randn(length, 8)
+        torch.testing.assert_close(f(x), model(x))
+    assert [len(r.outcomes[0].sites) for r in compiling.records_of(model)] == [2, 2]

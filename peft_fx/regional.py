@@ -1,0 +1,85 @@
+"""Graphs that a graph calls: regions compiled once for all of their calls (torch.compiler.nested_compile_region).
+
+AOTAutograd hands such a graph to the passes before its caller, and without a word about its inputs. Dynamo's graph has
+the calls; which of its regions a graph comes from is told by the sizes of the inputs, and by the modules that the code
+is of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from peft_fx.passes.flow import Role, is_tangent
+from peft_fx.passes.nodes import expr
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """A region: what its inputs are like, the modules that its code is of, and for each call the roles of what the
+    caller hands it, None for what the caller computed."""
+
+    inputs: tuple[Any, ...]
+    modules: frozenset[str]
+    calls: tuple[tuple[Role | None, ...], ...]
+
+    def roles_in(self, graph: Graph) -> dict[Node, Role]:
+        """By the names of the first call. An input is a weight where every call is given one."""
+        found = {}
+        for node, *given in zip(_inputs(graph), *self.calls, strict=True):
+            roles = [r for r in given if r is not None]
+            if len(roles) == len(given):
+                static, trainable = (all(getattr(r, kind) for r in roles) for kind in ("static", "trainable"))
+                found[node] = Role(roles[0].name, static, trainable)
+        return found
+
+    @functools.cached_property
+    def names(self) -> list[dict[str, str]]:
+        """For each call, its own names of what the first call is given."""
+        first, *_ = self.calls
+        return [{a.name: b.name for a, b in zip(first, call, strict=True) if a and b} for call in self.calls]
+
+
+def subgraphs_of(gm: GraphModule, roles: Mapping[int, Role]) -> list[Subgraph]:
+    """The regions that a Dynamo graph calls, and those that they call; `roles` are those of its inputs, by position."""
+    calls: dict[GraphModule, list[tuple[Role | None, ...]]] = {}
+    todo: list[tuple[GraphModule, Mapping[int, Role | None]]] = [(gm, roles)]
+    while todo:
+        caller, given = todo.pop(0)
+        own = {node: given.get(i) for i, node in enumerate(caller.graph.find_nodes(op="placeholder"))}
+        for node in caller.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph):
+            region, _, *operands = node.args
+            body = caller.get_submodule(region.target)
+            calls.setdefault(body, []).append(tuple(own.get(operand) for operand in operands))
+            todo.append((body, dict(enumerate(calls[body][-1]))))
+    return [Subgraph(_described(body.graph), _modules(body.graph), tuple(found)) for body, found in calls.items()]
+
+
+def matching(graph: Graph, subgraphs: Sequence[Subgraph]) -> Subgraph | None:
+    """The region that a graph comes from; None where it is none of them."""
+    if not subgraphs or any("desc" in node.meta for node in _inputs(graph)):
+        return None
+    alike = [s for s in subgraphs if s.inputs == _described(graph)]
+    return max(alike, key=lambda s: len(s.modules & _modules(graph)), default=None)
+
+
+def _inputs(graph: Graph) -> list[Node]:
+    return [node for node in graph.find_nodes(op="placeholder") if not is_tangent(node)]
+
+
+def _described(graph: Graph) -> tuple[Any, ...]:
+    """Sizes and dtypes of a graph's inputs."""
+    vals = [node.meta.get("val", node.meta.get("example_value")) for node in _inputs(graph)]
+    tensors = (isinstance(v, torch.Tensor) for v in vals)
+    return tuple(
+        (tuple(map(str, map(expr, v.shape))), v.dtype) if t else str(v) for v, t in zip(vals, tensors, strict=True)
+    )
+
+
+def _modules(graph: Graph) -> frozenset[str]:
+    return frozenset(key for node in graph.nodes for key in node.meta.get("nn_module_stack", ()))
