@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import peft_fx
 from peft_fx import calibrating, demo
+from peft_fx.terminal import Problem
 
 EPILOG = """\
 examples:
@@ -40,7 +42,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 where something that the command needs is missing."""
     args = parser().parse_args(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 2
     return status
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -18,9 +17,9 @@ from tabulate import tabulate
 from peft_fx import machines
 from peft_fx.measuring import clock_of
 from peft_fx.passes.machine import DTYPES, Machine, Speed
+from peft_fx.terminal import Say, progress
 
 Run = Callable[[], object]
-Say = Callable[[str], None]
 
 DESCRIPTION = """\
 Measures how fast this machine multiplies, reads and starts kernels, in under a minute, and stores what it finds in the
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for device in map(torch.device, wanted):
         path = args.output or machines.path_of(device)
-        with _progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
+        with progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
             machine = measure(device, say)
         print(f"\n{machine.name}\n\n{table(machine)}\n")
         try:
@@ -216,21 +215,3 @@ def _products_in(tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _progress(title: str, steps: int) -> Iterator[Say]:
-    """Says what is being measured, on stderr: a bar where rich is installed and someone looks, else a line each."""
-    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
-        yield lambda text: print(f"{title}: {text}", file=sys.stderr)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=steps)
-
-        def say(text: str) -> None:
-            bar.update(task, advance=1, description=f"{title}: {text}")
-
-        yield say

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import logging
 import os
 import shutil
-import sys
 import sysconfig
 import time
 import warnings
@@ -22,13 +20,14 @@ import torch
 from tabulate import tabulate
 
 import peft_fx
+from peft_fx.configs import positive
 from peft_fx.measuring import Memory, median_times, memory_of
 from peft_fx.options import CHOICES
+from peft_fx.terminal import Problem, require
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"
 ROUNDS = 9  # of timed steps
 ROWS = 8  # of the table of losses
-PACKAGES = {"transformers": "transformers>=4.57", "peft": "peft>=0.17", "rich": "rich>=13"}
 
 DESCRIPTION = """\
 Builds a small Llama from its config (random bfloat16 weights, nothing is downloaded), puts PEFT's LoRA on every
@@ -84,7 +83,7 @@ def add_command(commands: Any) -> None:
         ("tokens", 512, "tokens in a step; where they are few, adapters stay as written"),
         ("rank", 16, "rank of the adapters"),
     ):
-        check = _width if name == "hidden" else _positive
+        check = _width if name == "hidden" else positive
         demo.add_argument(f"--{name}", type=check, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     form_help = "form of the adapters; auto lets the price decide (default: %(default)s)"
     demo.add_argument("--form", choices=CHOICES["form"], default="auto", help=form_help)
@@ -92,24 +91,17 @@ def add_command(commands: Any) -> None:
     demo.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def _width(text: str) -> int:
-    if _positive(text) % 64:
+    if positive(text) % 64:
         raise argparse.ArgumentTypeError(f"must be a multiple of 64, not {text}")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole demo; returns the exit status, 2 where something that it needs is missing."""
-    problem = _missing_packages() or _missing_compiler()
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
+    """The whole demo; returns the exit status. Raises a Problem where something that it needs is missing."""
+    require("The demo", "transformers", "peft", "rich")
+    if problem := _missing_compiler():
+        raise Problem(problem)
     _silence_others()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     variants = make_variants(args, device)
@@ -123,19 +115,6 @@ def run(args: argparse.Namespace) -> int:
     _print_adapters(variants[OURS])
     _print_costs(costs, compiling)
     return 0
-
-
-def _missing_packages() -> str:
-    """What to install, or nothing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if not missing:
-        return ""
-    wanted = " ".join(f"'{PACKAGES[name]}'" for name in missing)
-    return (
-        f"The demo needs {', '.join(missing)}. Install with\n\n    pip install {wanted}\n\n"
-        "or, in a checkout of peft_fx, with the versions that it was tested with:\n\n"
-        "    pip install -c constraints.txt -e '.[demo]'"
-    )
 
 
 def _missing_compiler() -> str:
