@@ -20,7 +20,9 @@ def written(one: Group | Region) -> tuple[str, str]:
     products: W′ then is what it makes of the rows of an identity matrix.
     """
     if isinstance(one, Region):
-        return ("dx = fᵀ(dy)", "dx = dy·W′ᵀ") if one.backward else ("y = f(x), affine in x", "y = xW′ + b′, W′ from f(I)")
+        return (
+            ("dx = fᵀ(dy)", "dx = dy·W′ᵀ") if one.backward else ("y = f(x), affine in x", "y = xW′ + b′, W′ from f(I)")
+        )
     left, u = ("dx", "dy") if one.backward else ("y", "x")
     names = _names([len(t.factors) for t in one.remainders])
     scales = _scales(one.ratios)

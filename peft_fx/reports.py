@@ -8,6 +8,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from peft_fx.listing import Lines
 from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
 from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
 from peft_fx.passes.sites import Refusal, Site
@@ -34,7 +35,8 @@ class Report:
     empty where no graph was trained. `losses` are those computed chunk by chunk; one that could not be is a refusal, by
     the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
     they failed. `inputs` are the values that adapters' gradients read, with what is kept of each, `errors` what lossy
-    keeps do to the gradients, where that was measured.
+    keeps do to the gradients, where that was measured. `components` are the kept bytes by what keeps them, {"before":
+    {"attention": bytes, …}, "after": …}; `nodes` the ATen nodes of each adapter's module as text, for `diff`.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -46,6 +48,8 @@ class Report:
     failures: list[str] = field(default_factory=list)
     inputs: list[KeptInput] = field(default_factory=list)
     errors: list[GradientError] = field(default_factory=list)
+    components: dict[str, dict[str, int]] = field(default_factory=dict)
+    nodes: dict[str, dict[str, Lines]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -58,6 +62,7 @@ class Report:
             "failures": self.failures,
             "inputs": [i.to_dict() for i in self.inputs],
             "errors": [asdict(e) for e in self.errors],
+            "components": self.components,
         }
 
     def to_json(self, indent: int | None = 2) -> str:
