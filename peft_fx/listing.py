@@ -62,10 +62,13 @@ def path_of(node: Node) -> str:
 def classes_of(node: Node) -> list[tuple[str, str]]:
     """The modules that a node came from, the innermost first: path and class name. Of a node of backward, those of the
     forward op that it is the gradient of."""
-    stack = next((node.meta[key] for key in STACKS if node.meta.get(key)), {})
-    return [(_path(path), getattr(kind, "__name__", str(kind)).rpartition(".")[2]) for path, kind in stack.values()][
-        ::-1
-    ]
+    stack: dict[str, Any] = next((node.meta[key] for key in STACKS if node.meta.get(key)), {})
+    return [(_path(path), _class(kind)) for path, kind in reversed(stack.values())]
+
+
+def _class(kind: Any) -> str:
+    """The name of a class, which is sometimes noted as text."""
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def _path(source: str) -> str:
