@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import logging
 import os
 import shutil
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ import peft_fx
 from peft_fx.configs import positive
 from peft_fx.measuring import Memory, median_times, memory_of
 from peft_fx.options import CHOICES
-from peft_fx.terminal import Problem, require
+from peft_fx.terminal import Problem, require, silence_others
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"
 ROUNDS = 9  # of timed steps
@@ -102,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     require("The demo", "transformers", "peft", "rich")
     if problem := _missing_compiler():
         raise Problem(problem)
-    _silence_others()
+    silence_others()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     variants = make_variants(args, device)
     batches = make_batches(args, device)
@@ -132,16 +130,6 @@ def _missing_compiler() -> str:
             "Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel."
         )
     return ""
-
-
-def _silence_others() -> None:
-    """Third parties' warnings off; a warning of ours stays, and so does what TORCH_LOGS asks for."""
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", message="peft_fx")
-    if "TORCH_LOGS" in os.environ:
-        return
-    for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 Say = Callable[[str], None]
@@ -31,6 +34,16 @@ def require(what: str, *packages: str, extra: str = "demo") -> None:
             "or, in a checkout of peft_fx, with the versions that it was tested with:\n\n"
             f"    pip install -c constraints.txt -e '.[{extra}]'"
         )
+
+
+def silence_others() -> None:
+    """Third parties' warnings off; a warning of ours stays, and so does what TORCH_LOGS asks for."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", message="peft_fx")
+    if "TORCH_LOGS" in os.environ:
+        return
+    for name in ("torch._dynamo", "torch._inductor", "transformers", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
