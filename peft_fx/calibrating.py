@@ -29,6 +29,15 @@ used again.
 
 Each number is the fastest of several runs: other processes can only make one slower. But leave the machine alone.
 """
+EPILOG = """\
+examples:
+  python -m peft_fx calibrate                           the CPU, and the GPU where there is one
+  OMP_NUM_THREADS=1 python -m peft_fx calibrate         the CPU with one thread: for processes with one
+  python -m peft_fx calibrate --device cuda --output a100.json
+        to a file: for torch.compile(..., options={"peft_fx.machine": "a100.json"}) and --machine a100.json elsewhere
+
+exit status: 0; 2 where there is no such device, or the result cannot be stored
+"""
 LARGE = {"cpu": 512, "cuda": 8192}  # side of the square products that give a dtype's peak
 WIDE = {"cpu": (1024, 512), "cuda": (8192, 4096)}  # T and K of the narrow ones
 RANKS = (4, 16)
@@ -44,6 +53,7 @@ def add_command(commands: Any) -> None:
         "calibrate",
         help="measure this machine, so that the price is right on it",
         description=DESCRIPTION.format(folder=machines.folder()),
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     calibrate.add_argument("--device", choices=("cpu", "cuda"), help="(default: both, where there is a GPU)")

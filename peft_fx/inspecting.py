@@ -12,7 +12,7 @@ import peft_fx
 from peft_fx import configs
 from peft_fx.options import PREFIX, parse
 from peft_fx.reports import Report
-from peft_fx.terminal import Problem, progress, silence_others
+from peft_fx.terminal import Problem, check_writable, progress, silence_others
 
 DESCRIPTION = """\
 Says what peft_fx makes of a model: each adapter with the form chosen for it and why, what is refused and why, and the
@@ -64,6 +64,7 @@ def add_command(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Explains and writes what was asked for; returns the exit status."""
     options = options_of(args)
+    files = {check_writable(p): text for p, text in ((args.html, Report.to_html), (args.json, Report.to_json)) if p}
     silence_others()
     with progress(f"{args.config}, {args.batch} × {args.tokens} tokens") as say:
         say("building the model without its weights")
@@ -75,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         print(report)
     else:
         _print_diff(report, args.diff)
-    for path, text in ((args.html, report.to_html), (args.json, report.to_json)):
-        if path is not None:
-            _write(path, text())
+    for path, text in files.items():
+        path.write_text(text(report), encoding="utf-8")
+        print(f"wrote {path}", file=sys.stderr)
     return 1 if report.failures else 0
 
 
@@ -106,11 +107,3 @@ def _print_diff(report: Report, name: str) -> None:
         report.diff(name)
     except KeyError as error:
         raise Problem(f"--diff {name}: {error.args[0]}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise Problem(f"{path} cannot be written: {error.strerror or error}") from error
-    print(f"wrote {path}", file=sys.stderr)

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 Say = Callable[[str], None]
 
@@ -44,6 +45,17 @@ def silence_others() -> None:
         return
     for name in ("torch._dynamo", "torch._inductor", "transformers", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def check_writable(path: Path) -> Path:
+    """The path of a file to be written, before the work that leads to it; a Problem where there is no place for it."""
+    if path.is_dir():
+        raise Problem(f"{path} is a folder: name a file in it")
+    if path.parent.is_dir() and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Problem(f"{path} may not be written: name another file")
+    if not path.parent.is_dir():
+        raise Problem(f"There is no folder {path.parent} to write {path.name} in: make it, or name another file")
+    return path
 
 
 @contextlib.contextmanager
