@@ -55,10 +55,10 @@ def test_every_code_is_described() -> None:
     """Of a refusal: those that its class lists."""
     listed = re.search(r"`code` is stable: (.*?)\. ", re.sub(r"\s+", " ", sites.Refusal.__doc__ or ""))
     assert listed is not None
-    told = re.findall(r"^\| `(\w+)` ", (ROOT / "docs" / "limits.md").read_text(), re.M)
+    told = dict(re.findall(r"^\| `(\w+)` +\| (.*) \|$", (ROOT / "docs" / "limits.md").read_text(), re.M))
     assert sorted(told) == sorted(listed.group(1).split(", "))
     source = "".join(p.read_text() for p in SOURCES)
-    assert all(f'"{code}"' in source for code in told)
+    assert all((f'"{code}"' in source) is not why.startswith("of no adapter yet") for code, why in told.items())
 
 
 # --------------------------------------------------------------------------------------------------------- everything

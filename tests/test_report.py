@@ -130,7 +130,8 @@ def hostile() -> Report:
     site = peft_fx.Site(HOSTILE, HOSTILE, 1, 2, 3, 4, HOSTILE, "weight", "none", "dense", HOSTILE)
     refusal = peft_fx.Refusal(HOSTILE, HOSTILE, HOSTILE)
     nodes = {HOSTILE: {k: {"forward": [HOSTILE], "backward": []} for k in ("before", "after")}}
-    return Report([site], [refusal], 2, [HOSTILE], failures=[HOSTILE], nodes=nodes)
+    breaks = [HOSTILE, f"{HOSTILE}\n  Hint: peft_fx.prepare(model) cures {HOSTILE}"]
+    return Report([site], [refusal], 3, breaks, failures=[HOSTILE], nodes=nodes)
 
 
 def test_names_are_no_markup() -> None:
@@ -145,15 +146,16 @@ def test_names_are_no_markup() -> None:
 
 @needs_browser
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
-    """In the tables, in the details, and nothing of them runs."""
+    """In the tables, in the details, and nothing of them runs; a graph break's cure is told beside it."""
     script = """
       document.querySelectorAll("tr.row").forEach((tr) => tr.click());
       const texts = [...document.querySelectorAll("#main td, #main pre span, #main pre")].map((e) => e.textContent);
-      return [document.title, document.images.length, texts];
+      return [document.title, document.images.length, texts, document.querySelector(".cure").textContent];
     """
-    title, images, texts = in_browser(hostile().to_html(), script, tmp_path)
+    title, images, texts, cure = in_browser(hostile().to_html(), script, tmp_path)
     assert (title, images) == ("peft_fx report", 0)
-    assert texts.count(HOSTILE) >= 6  # a site's name and method, a refusal's name, code and detail, a break
+    assert texts.count(HOSTILE) >= 8  # a site's name and method, a refusal's name, code and detail, breaks, a failure
+    assert cure == f"Cure: peft_fx.prepare(model) cures {HOSTILE}"
 
 
 def test_the_page_needs_nothing_else() -> None:
