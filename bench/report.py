@@ -25,7 +25,7 @@ COLOURS = {
     "handwritten": "#12a4af",
 }
 
-README = ROOT.parent / "README.md"
+PAGE = ROOT.parent / "docs" / "benchmarks.md"
 
 REPORT = """\
 Reads bench/results/cpu.json, methods.json and gpu.json, or the files named, and writes next to them
@@ -34,7 +34,7 @@ Reads bench/results/cpu.json, methods.json and gpu.json, or the files named, and
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
   against_tokens.png   peak memory and time of a step against T
 
-and, between its `<!-- bench: ... -->` marks, the tables of README.md.
+and, between its `<!-- bench: ... -->` marks, the tables of docs/benchmarks.md.
 """
 
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     (args.folder / "tables.md").write_text(text)
     print(text)
     if args.folder == FOLDER:
-        README.write_text(with_tables(README.read_text(), {path.stem: content for path, content in stored}))
+        PAGE.write_text(with_tables(PAGE.read_text(), {path.stem: content for path, content in stored}))
     _draw_kept(next(({"rows": r} for _, c in stored if (r := _of_kind(c["rows"], "memory"))), None), args.folder)
     _draw_tokens(next((c for _, c in stored if _series(c["rows"])), None), args.folder)
     return 0
@@ -113,7 +113,7 @@ def _breakdown(memories: tables.Memories, style: str, heading: str) -> list[str]
 
 def with_tables(text: str, stored: dict[str, dict[str, Any]]) -> str:
     """A page with the tables between its marks made anew, each followed by where its numbers come from."""
-    for name, (suites, make) in README_TABLES.items():
+    for name, (suites, make) in PAGE_TABLES.items():
         content = next((stored[suite] for suite in suites if suite in stored), None)
         body = make(content["rows"]) if content else ""
         if content and body:
@@ -155,7 +155,7 @@ def _methods(rows: Iterable[Row]) -> str:
     return f"{size}; memory and step × the frozen model's:\n\n{tables.methods_table(steps)}"
 
 
-README_TABLES = {
+PAGE_TABLES = {
     "step": (("gpu", "cpu"), _headline),
     "kept": (("gpu", "cpu"), _kept),
     "methods": (("methods",), _methods),

@@ -25,6 +25,7 @@ from peft_fx.passes.keep import Keep
 from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
+from peft_fx.passes.notation import scale_of, written
 from peft_fx.passes.policies import POLICIES
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
@@ -343,8 +344,20 @@ def _decide(adapter: _Adapter, flow: Flow, priced: _Priced, T: int) -> tuple[Sit
         reason=decision.reason,
         flops={k: p.flops for k, p in cost.items()},
         bytes={k: p.bytes for k, p in cost.items()},
+        algebra=_algebra(adapter, forms),
     )
     return site, chosen
+
+
+def _algebra(adapter: _Adapter, forms: tuple[str, str]) -> dict[str, list[str]]:
+    """What is computed, as written and as chosen."""
+    found = {}
+    for direction, one, form in zip(("forward", "input_grad"), (adapter.forward, adapter.grad), forms, strict=True):
+        if one is not None:
+            before, merged = written(one)
+            found[direction] = [before, merged if form == WEIGHT else before]
+    scale = scale_of(adapter.either)
+    return found | ({"where": [scale]} if scale else {})
 
 
 def _cost(
@@ -377,7 +390,8 @@ def _joined(sites: list[Site]) -> list[Site]:
         flops, bytes = (
             {k: n + b[k] for k, n in a.items()} for a, b in ((found[i].flops, site.flops), (found[i].bytes, site.bytes))
         )
-        found[i] = replace(found[i], input_grad=site.input_grad, flops=flops, bytes=bytes)
+        algebra = site.algebra | found[i].algebra
+        found[i] = replace(found[i], input_grad=site.input_grad, flops=flops, bytes=bytes, algebra=algebra)
     return found
 
 

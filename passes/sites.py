@@ -46,6 +46,8 @@ class Site:
     `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint). `forward`
     and `input_grad` are "weight", "activation" or "none", `adapter_grad` is "low_rank", "dense" or "none". `flops`
     and `bytes` (moved) are {"before", "after"}, of all of the site's products in one step; `reason` is the price's.
+    `algebra` has what is computed in plain notation, [as written, now], under "forward" and "input_grad", and under
+    "where" what the scales are.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Site:
     reason: str
     flops: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
+    algebra: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

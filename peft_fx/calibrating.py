@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import statistics
 import sys
 import time
@@ -18,9 +17,9 @@ from tabulate import tabulate
 from peft_fx import machines
 from peft_fx.measuring import clock_of
 from peft_fx.passes.machine import DTYPES, Machine, Speed
+from peft_fx.terminal import Say, progress
 
 Run = Callable[[], object]
-Say = Callable[[str], None]
 
 DESCRIPTION = """\
 Measures how fast this machine multiplies, reads and starts kernels, in under a minute, and stores what it finds in the
@@ -29,6 +28,15 @@ wherever the device, its threads and the minor version of PyTorch are the same. 
 used again.
 
 Each number is the fastest of several runs: other processes can only make one slower. But leave the machine alone.
+"""
+EPILOG = """\
+examples:
+  python -m peft_fx calibrate                           the CPU, and the GPU where there is one
+  OMP_NUM_THREADS=1 python -m peft_fx calibrate         the CPU with one thread: for processes with one
+  python -m peft_fx calibrate --device cuda --output a100.json
+        to a file: for torch.compile(..., options={"peft_fx.machine": "a100.json"}) and --machine a100.json elsewhere
+
+exit status: 0; 2 where there is no such device, or the result cannot be stored
 """
 LARGE = {"cpu": 512, "cuda": 8192}  # side of the square products that give a dtype's peak
 WIDE = {"cpu": (1024, 512), "cuda": (8192, 4096)}  # T and K of the narrow ones
@@ -45,6 +53,7 @@ def add_command(commands: Any) -> None:
         "calibrate",
         help="measure this machine, so that the price is right on it",
         description=DESCRIPTION.format(folder=machines.folder()),
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     calibrate.add_argument("--device", choices=("cpu", "cuda"), help="(default: both, where there is a GPU)")
@@ -64,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for device in map(torch.device, wanted):
         path = args.output or machines.path_of(device)
-        with _progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
+        with progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
             machine = measure(device, say)
         print(f"\n{machine.name}\n\n{table(machine)}\n")
         try:
@@ -216,21 +225,3 @@ def _products_in(tf32: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _progress(title: str, steps: int) -> Iterator[Say]:
-    """Says what is being measured, on stderr: a bar where rich is installed and someone looks, else a line each."""
-    if importlib.util.find_spec("rich") is None or not sys.stderr.isatty():
-        yield lambda text: print(f"{title}: {text}", file=sys.stderr)
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=steps)
-
-        def say(text: str) -> None:
-            bar.update(task, advance=1, description=f"{title}: {text}")
-
-        yield say

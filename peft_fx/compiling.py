@@ -29,8 +29,7 @@ from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.flow import Role
-from peft_fx.regional import Subgraph, matching, subgraphs_of
-from peft_fx.reports import renamed
+from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
 
 log = logging.getLogger("peft_fx")
 
@@ -198,9 +197,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
     def apply(self, graph: Graph) -> list[pipeline.Outcome]:
         """Runs the passes; what they found, once for each call of a graph that another calls."""
         record, fake_mode = self.record, compat.V.fake_mode
-        roles, calls = roles_in(graph, record.roles), []
-        if (subgraph := matching(graph, record.subgraphs)) is not None:
-            roles, calls = subgraph.roles_in(graph), subgraph.names
+        roles, calls = self.roles_in(graph)
         # drawn by eager's generator, a mask drawn again would be another mask; Inductor's own draws start from a seed
         settings = replace(record.settings, rebuild_random=not compat.inductor_config.fallback_random)
         hint, at_least = compat.hint_for(fake_mode), compat.at_least(fake_mode)
@@ -208,6 +205,13 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         for node in graph.find_nodes(op="placeholder"):
             node.meta[DONE] = True
         return [outcome, *(replace(renamed(outcome, names), seconds=0.0) for names in calls[1:])]
+
+    def roles_in(self, graph: Graph) -> tuple[dict[Node, Role], list[dict[str, str]]]:
+        """What a graph's inputs are; of a graph that another calls, also each call's names of the first one's."""
+        subgraph = matching(graph, self.record.subgraphs)
+        if subgraph is None:
+            return roles_in(graph, self.record.roles), []
+        return subgraph.roles_in(graph), subgraph.names
 
     def uuid(self) -> Any:
         """All that decides what the pass does besides the graph itself, which the caches look at."""

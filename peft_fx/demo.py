@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import logging
 import os
 import shutil
-import sys
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +18,14 @@ import torch
 from tabulate import tabulate
 
 import peft_fx
+from peft_fx.configs import positive
 from peft_fx.measuring import Memory, median_times, memory_of
 from peft_fx.options import CHOICES
+from peft_fx.terminal import Problem, require, silence_others
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"
 ROUNDS = 9  # of timed steps
 ROWS = 8  # of the table of losses
-PACKAGES = {"transformers": "transformers>=4.57", "peft": "peft>=0.17", "rich": "rich>=13"}
 
 DESCRIPTION = """\
 Builds a small Llama from its config (random bfloat16 weights, nothing is downloaded), puts PEFT's LoRA on every
@@ -43,6 +40,15 @@ case, beside the same model without any adapter.
   step   median time of forward and backward, the variants taking turns
 
 Compiling needs a C++ compiler, and is most of the demo's time: one to three minutes at the default size.
+"""
+EPILOG = """\
+examples:
+  python -m peft_fx demo                                the default: 2 layers, 512 tokens
+  python -m peft_fx demo --tokens 2048 --layers 4       more tokens: more of a difference
+  python -m peft_fx demo --tokens 64                    few tokens: adapters stay as they are written
+  python -m peft_fx demo --tokens 64 --form weight      all the same in weight form, and what that costs
+
+exit status: 0; 2 where a package or a compiler is missing
 """
 
 
@@ -75,6 +81,7 @@ def add_command(commands: Any) -> None:
         "demo",
         help="train a small Llama with PEFT LoRA in eager and rewritten form, and compare",
         description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, default, text in (
@@ -84,7 +91,7 @@ def add_command(commands: Any) -> None:
         ("tokens", 512, "tokens in a step; where they are few, adapters stay as written"),
         ("rank", 16, "rank of the adapters"),
     ):
-        check = _width if name == "hidden" else _positive
+        check = _width if name == "hidden" else positive
         demo.add_argument(f"--{name}", type=check, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     form_help = "form of the adapters; auto lets the price decide (default: %(default)s)"
     demo.add_argument("--form", choices=CHOICES["form"], default="auto", help=form_help)
@@ -92,25 +99,18 @@ def add_command(commands: Any) -> None:
     demo.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def _width(text: str) -> int:
-    if _positive(text) % 64:
+    if positive(text) % 64:
         raise argparse.ArgumentTypeError(f"must be a multiple of 64, not {text}")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole demo; returns the exit status, 2 where something that it needs is missing."""
-    problem = _missing_packages() or _missing_compiler()
-    if problem:
-        print(problem, file=sys.stderr)
-        return 2
-    _silence_others()
+    """The whole demo; returns the exit status. Raises a Problem where something that it needs is missing."""
+    require("The demo", "transformers", "peft", "rich")
+    if problem := _missing_compiler():
+        raise Problem(problem)
+    silence_others()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     variants = make_variants(args, device)
     batches = make_batches(args, device)
@@ -123,19 +123,6 @@ def run(args: argparse.Namespace) -> int:
     _print_adapters(variants[OURS])
     _print_costs(costs, compiling)
     return 0
-
-
-def _missing_packages() -> str:
-    """What to install, or nothing."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if not missing:
-        return ""
-    wanted = " ".join(f"'{PACKAGES[name]}'" for name in missing)
-    return (
-        f"The demo needs {', '.join(missing)}. Install with\n\n    pip install {wanted}\n\n"
-        "or, in a checkout of peft_fx, with the versions that it was tested with:\n\n"
-        "    pip install -c constraints.txt -e '.[demo]'"
-    )
 
 
 def _missing_compiler() -> str:
@@ -153,16 +140,6 @@ def _missing_compiler() -> str:
             "Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel."
         )
     return ""
-
-
-def _silence_others() -> None:
-    """Third parties' warnings off; a warning of ours stays, and so does what TORCH_LOGS asks for."""
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", message="peft_fx")
-    if "TORCH_LOGS" in os.environ:
-        return
-    for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -20,21 +20,22 @@ from peft_fx.compiling import (
     PassError,
     Record,
     copy_of,
-    is_done,
     noting_calls,
     parameters_of,
     patches_for,
     records_of,
+    roles_in,
     roles_of,
 )
+from peft_fx.components import by_component, gradients_of
 from peft_fx.gradients import gradient_errors
+from peft_fx.listing import Lines, listings
 from peft_fx.options import Options, parse
-from peft_fx.passes.chunked_loss import ChunkedLoss
-from peft_fx.passes.lossy import KeptInput
 from peft_fx.passes.nodes import expr, numel
-from peft_fx.passes.sites import Refusal, Site
+from peft_fx.passes.pipeline import Outcome
 from peft_fx.preparing import curable
-from peft_fx.reports import Report, renamed
+from peft_fx.regional import renamed
+from peft_fx.reports import Report
 
 
 def explain(
@@ -115,15 +116,28 @@ def _own_inputs(model: Any) -> dict[str, Any]:
 
 class Idle(AdapterPass):
     """The same pass, which keeps a copy of the graph as it was, so that what would be kept without us can be told
-    too."""
+    too; `kept` are bytes by component, `nodes` the text of each adapter's module, each before and after."""
 
     untouched: Graph | None = None
-    kept: dict[str, int] | None = None
 
-    def __call__(self, graph: Graph) -> None:
-        if not is_done(graph):
-            self.untouched = copy_graph(graph)
-        super().__call__(graph)
+    def __init__(self, record: Record, others: Sequence[Any] = ()):
+        super().__init__(record, others)
+        self.kept: dict[str, dict[str, int]] = {}
+        self.nodes: dict[str, dict[str, Lines]] = {}
+
+    def apply(self, graph: Graph) -> list[Outcome]:
+        self.untouched = copy_graph(graph)
+        outcomes = super().apply(graph)
+        names = _names_told(outcomes[0])
+        before, after = (listings(g, self.roles_in(g)[0], names) for g in (self.untouched, graph))
+        for outcome in outcomes:
+            of_call = zip(names, _names_told(outcome), strict=True)
+            self.nodes |= {told: {"before": before[name], "after": after[name]} for name, told in of_call}
+        return outcomes
+
+
+def _names_told(outcome: Outcome) -> list[str]:
+    return [*(s.name for s in outcome.sites), *(r.name for r in outcome.refusals)]
 
 
 class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
@@ -135,34 +149,39 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        kept = {}
         if self.idle.untouched is not None and not self.idle.record.subgraphs:
             before = GraphModule(gm, self.idle.untouched)
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
-            forward, _ = compat.min_cut_rematerialization_partition(before, joint_inputs, **kwargs)
-            kept["before"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
+            self._split("before", before, joint_inputs, kwargs)
+        return self._split("after", gm, joint_inputs, kwargs)
+
+    def _split(
+        self, label: str, gm: GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any]
+    ) -> tuple[GraphModule, GraphModule]:
+        roles = roles_in(gm.graph, self.idle.record.roles)
+        gradients = gradients_of(gm.graph, roles)
         forward, backward = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        kept["after"] = kept_bytes(forward, kwargs["num_fwd_outputs"])
-        # what a subgraph keeps is not known to the graph that calls it
-        self.idle.kept = kept if not self.idle.record.subgraphs else {}
+        if not self.idle.record.subgraphs:  # what a subgraph keeps is not known to the graph that calls it
+            saved = saved_bytes(forward, kwargs["num_fwd_outputs"])
+            self.idle.kept[label] = by_component(saved, gm.graph, backward, gradients)
         return forward, backward
 
     def uuid(self) -> Any:
         return None
 
 
-def kept_bytes(forward: GraphModule, outputs: int) -> int:
-    """Bytes of the storages that a forward graph hands to backward and that it made itself."""
+def saved_bytes(forward: GraphModule, outputs: int) -> dict[str, int]:
+    """Bytes of the storages that a forward graph hands to backward and that it made itself, by the value's name."""
     nodes = {n.op: n for n in forward.graph.nodes}
     given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder"}
-    saved = {}
+    saved: dict[Any, tuple[str, int]] = {}
     for node in nodes["output"].args[0][outputs:]:
         val = node.meta.get("val") if isinstance(node, Node) else None
         if isinstance(val, torch.Tensor) and _storage(node) not in given:
             hint = compat.hint_for(val.fake_mode) if isinstance(val, compat.FakeTensor) else int
-            saved[_storage(node)] = hint(numel([expr(n) for n in val.shape])) * val.dtype.itemsize
-    return sum(saved.values())
+            saved[_storage(node)] = node.name, hint(numel([expr(n) for n in val.shape])) * val.dtype.itemsize
+    return dict(saved.values())
 
 
 def _storage(node: Node) -> Any:
@@ -170,10 +189,10 @@ def _storage(node: Node) -> Any:
     return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node
 
 
-def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> tuple[Any, dict[str, int] | None]:
+def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> tuple[Any, Idle]:
     """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake tensors.
 
-    Returns the callable and the bytes kept; where our pass fails, the untouched graph's, as the backend would.
+    Returns the callable and what the pass saw; where our pass fails, the untouched graph's, as the backend would.
     """
     idle = Idle(record)
     patches = {
@@ -189,7 +208,8 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
             record.failure = str(error)
             plain = {**record.options.inductor, "fx_graph_cache": False}
             called = compat.compile_fx(untouched, example_inputs, inner_compile=_answer, config_patches=plain)
-    return called, idle.kept
+    idle.untouched = None
+    return called, idle
 
 
 def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -214,20 +234,20 @@ def _sizes(answer: Any) -> Sequence[Any]:
 
 def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
     fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
-    traced: list[tuple[Record, dict[str, int] | None]] = []
+    traced: list[tuple[Record, Idle | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         record = Record.of(gm, list(example_inputs), roles_of(gm, example_inputs, known), options)
         traced.append((record, None))
         untouched = copy_of(gm)
         try:
-            called, kept = _compile_idly(gm, example_inputs, record)
+            called, idle = _compile_idly(gm, example_inputs, record)
         except compat.DynamicOutputShapeException:
             record.lowered = False
             with compat.sizes_that_depend_on_values():
                 _compile_idly(untouched, example_inputs, record)
             raise
-        traced[-1] = record, kept
+        traced[-1] = record, idle
         return noting_calls(called, record)
 
     ghost = _ghost(model, fake_mode)
@@ -296,23 +316,27 @@ def _run_again(record: Record) -> None:
             _compile_idly(gm, record.inputs, record)
 
 
-def _combine(traced: list[tuple[Record, dict[str, int] | None]], breaks: list[str]) -> Report:
-    sites: list[Site] = []
-    refusals: list[Refusal] = []
-    inputs: list[KeptInput] = []
-    kept: dict[str, int] = {}
-    losses: list[ChunkedLoss] = []
-    for record, bytes_ in traced:
+def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Report:
+    report = Report(graphs=sum(r.lowered for r, _ in traced), graph_breaks=breaks)
+    report.failures.extend(r.failure for r, _ in traced if r.failure)
+    for record, idle in traced:
         for outcome in record.outcomes:
-            sites += outcome.sites
-            losses += outcome.losses
-            inputs += outcome.inputs
-            told = set() if record.lowered else {r.name for r in refusals}  # Dynamo tries more than once
-            refusals += [r for r in outcome.refusals if r.name not in told]
-        for k, n in (bytes_ or {}).items():
-            kept[k] = kept.get(k, 0) + n * max(1, len(record.calls))
-    failures = [r.failure for r, _ in traced if r.failure]
-    return Report(sites, refusals, sum(r.lowered for r, _ in traced), breaks, kept, losses, failures, inputs)
+            report.sites.extend(outcome.sites)
+            report.losses.extend(outcome.losses)
+            report.inputs.extend(outcome.inputs)
+            told = set() if record.lowered else {r.name for r in report.refusals}  # Dynamo tries more than once
+            report.refusals.extend(r for r in outcome.refusals if r.name not in told)
+        for label, components in idle.kept.items() if idle else ():
+            of_calls = {k: n * max(1, len(record.calls)) for k, n in components.items()}
+            _add(report.kept_bytes, {label: sum(of_calls.values())})
+            _add(report.components.setdefault(label, {}), of_calls)
+        report.nodes.update(idle.nodes if idle else {})
+    return report
+
+
+def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
+    for k, n in more.items():
+        total[k] = total.get(k, 0) + n
 
 
 @contextlib.contextmanager

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from peft_fx.passes.chunked_loss import LOSS
 from peft_fx.passes.flow import Role, is_tangent
 from peft_fx.passes.nodes import expr
+from peft_fx.passes.pipeline import Outcome
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,33 @@ def _described(graph: Graph) -> tuple[Any, ...]:
 
 def _modules(graph: Graph) -> frozenset[str]:
     return frozenset(key for node in graph.nodes for key in node.meta.get("nn_module_stack", ()))
+
+
+def renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
+    """The same of another module, or by other names: `names` has a new one for each parameter's."""
+
+    def all_of(found: list[Any]) -> list[Any]:
+        return [replace(f, name=_renamed(f.name, names)) for f in found]
+
+    o = outcome
+    return replace(
+        o, sites=all_of(o.sites), refusals=all_of(o.refusals), losses=all_of(o.losses), inputs=all_of(o.inputs)
+    )
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """A module's name, or a parameter's, where a parameter of that module has another name.
+
+    >>> _renamed("up#2", {"up.weight": "layers.3.up.weight"})
+    'layers.3.up#2'
+    """
+    head = LOSS if name.startswith(LOSS) else ""
+    module, mark, number = name.removeprefix(head).partition("#")
+    for old, new in names.items():
+        if old != new and (old == module or old.startswith(f"{module}.")):
+            before, after, parts = old.split("."), new.split("."), module.split(".")
+            while before and after and before[-1] == after[-1]:
+                del before[-1], after[-1]
+            if len(before) <= len(parts):
+                return head + ".".join(after + parts[len(before) :]) + mark + number
+    return name

@@ -1,19 +1,27 @@
-"""What was done to a model, as data, as a table, as JSON."""
+"""What was done to a model, as data, as a table, as JSON, as a page."""
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import html
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from peft_fx.listing import Lines
 from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
 from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
-from peft_fx.passes.pipeline import Outcome
 from peft_fx.passes.sites import Refusal, Site
 
+TEMPLATE = Path(__file__).with_name("report.html")
+SLOT = '<script type="application/json" id="report">null</script>'
+NO_MARKUP = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # in JSON the same, in a page no end of the script
 TOLD = ("", "rebuilt", "low_rank", "checkpointed")  # codes that hold of exact keeps as well
 
 
@@ -36,7 +44,8 @@ class Report:
     empty where no graph was trained. `losses` are those computed chunk by chunk; one that could not be is a refusal, by
     the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
     they failed. `inputs` are the values that adapters' gradients read, with what is kept of each, `errors` what lossy
-    keeps do to the gradients, where that was measured.
+    keeps do to the gradients, where that was measured. `components` are the kept bytes by what keeps them, {"before":
+    {"attention": bytes, …}, "after": …}; `nodes` the ATen nodes of each adapter's module as text, for `diff`.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -48,6 +57,8 @@ class Report:
     failures: list[str] = field(default_factory=list)
     inputs: list[KeptInput] = field(default_factory=list)
     errors: list[GradientError] = field(default_factory=list)
+    components: dict[str, dict[str, int]] = field(default_factory=dict)
+    nodes: dict[str, dict[str, Lines]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -60,10 +71,51 @@ class Report:
             "failures": self.failures,
             "inputs": [i.to_dict() for i in self.inputs],
             "errors": [asdict(e) for e in self.errors],
+            "components": self.components,
         }
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
+
+    def to_html(self) -> str:
+        """One page that needs no other file and no network: what `str` tells, to sort, to search and to open adapter
+        by adapter, with the algebra, FLOPs, bytes and ATen nodes before and after."""
+        told = {**self.to_dict(), "nodes": self.nodes}
+        data = json.dumps(told, separators=(",", ":")).translate(NO_MARKUP)
+        return TEMPLATE.read_text(encoding="utf-8").replace(SLOT, SLOT.replace("null", data), 1)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame of its own, so that neither's style or script meets the other's."""
+        page = html.escape(self.to_html())
+        style = "width:100%;height:640px;border:0"
+        return f'<iframe sandbox="allow-scripts" style="{style}" title="peft_fx report" srcdoc="{page}"></iframe>'
+
+    def diff(self, name: str) -> None:
+        """Prints the ATen nodes of an adapter's module, as written and now, with - and + where they differ.
+
+        `name` is a site's or a refusal's, or a part of it that fits no other: "…" and "*" stand for anything. Raises
+        KeyError where it fits none or several, and ValueError where the report is of a compile that already ran: such
+        a one keeps no graph.
+        """
+        if not self.nodes and (self.sites or self.refusals):
+            raise ValueError(
+                "this report has no nodes: a compile that already ran keeps none. Trace the call instead, as in "
+                "peft_fx.explain(model, **batch).diff(name)"
+            )
+        name = self._named(name)
+        print(f"{name}\n\n" + "\n".join(_compared(self.nodes[name])))
+
+    def _named(self, name: str) -> str:
+        """The one adapter that a name, or a part of one, fits."""
+        if name in self.nodes:
+            return name
+        pattern = "*".join(map(glob.escape, re.split(r"…|\*", f"…{name}…")))
+        found = [known for known in self.nodes if fnmatch.fnmatchcase(known, pattern)]
+        found = [known for known in found if known.endswith(name)] or found
+        if len(found) == 1:
+            return found[0]
+        what, some = ("several adapters are", found) if found else ("no adapter is", list(self.nodes))
+        raise KeyError(f"{what} called {name!r}: {', '.join(some[:8])}{', …' * (len(some) > 8)}")
 
     def __str__(self) -> str:
         parts = [self._summary()]
@@ -100,34 +152,14 @@ class Report:
         return text
 
 
-def renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
-    """The same of another module, or by other names: `names` has a new one for each parameter's."""
-
-    def all_of(found: list[Any]) -> list[Any]:
-        return [replace(f, name=_renamed(f.name, names)) for f in found]
-
-    o = outcome
-    return replace(
-        o, sites=all_of(o.sites), refusals=all_of(o.refusals), losses=all_of(o.losses), inputs=all_of(o.inputs)
-    )
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """A module's name, or a parameter's, where a parameter of that module has another name.
-
-    >>> _renamed("up#2", {"up.weight": "layers.3.up.weight"})
-    'layers.3.up#2'
-    """
-    head = LOSS if name.startswith(LOSS) else ""
-    module, mark, number = name.removeprefix(head).partition("#")
-    for old, new in names.items():
-        if old != new and (old == module or old.startswith(f"{module}.")):
-            before, after, parts = old.split("."), new.split("."), module.split(".")
-            while before and after and before[-1] == after[-1]:
-                del before[-1], after[-1]
-            if len(before) <= len(parts):
-                return head + ".".join(after + parts[len(before) :]) + mark + number
-    return name
+def _compared(nodes: dict[str, Lines]) -> Iterator[str]:
+    """The lines of both, those that the other lacks marked."""
+    for label, other, mark in (("before", "after", "-"), ("after", "before", "+")):
+        own, there = nodes[label], nodes[other]
+        for direction in (d for d in own if own[d]):
+            yield f"{label}, {direction}:"
+            yield from (f"{' ' if line in there[direction] else mark} {line}" for line in own[direction])
+            yield ""
 
 
 def _row(s: Site) -> tuple[Any, ...]:
