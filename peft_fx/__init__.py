@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 from peft_fx.checking import Check as Check
 from peft_fx.checking import check as check
 from peft_fx.compiling import backend as backend
+from peft_fx.estimates import Estimate as Estimate
+from peft_fx.estimating import estimate as estimate
 from peft_fx.explaining import explain as explain
 from peft_fx.outputs import loss_only as loss_only
 from peft_fx.passes.chunked_loss import ChunkedLoss as ChunkedLoss
@@ -27,6 +29,7 @@ __all__ = [
     "Check",
     "ChunkedLoss",
     "Cure",
+    "Estimate",
     "GradientError",
     "KeptInput",
     "Refusal",
@@ -36,6 +39,7 @@ __all__ = [
     "backend",
     "check",
     "cures",
+    "estimate",
     "explain",
     "loss_only",
     "prepare",

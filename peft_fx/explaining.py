@@ -54,23 +54,23 @@ def explain(
     """
     if measure:
         report = explain(model, *args, options=options, **kwargs)
-        plain, compiled_options = _unwrap(model)
-        kwargs = kwargs if args or kwargs else _own_inputs(plain)
+        plain, compiled_options = unwrapped(model)
+        kwargs = kwargs if args or kwargs else own_inputs(plain)
         chosen = parse(options) if options is not None else compiled_options or Options()
         return replace(report, errors=gradient_errors(plain, args, kwargs, chosen))
-    plain, compiled_options = _unwrap(model)
+    plain, compiled_options = unwrapped(model)
     if not args and not kwargs:
         records = records_of(plain) if isinstance(plain, torch.nn.Module) else []
         wanted = compiled_options if plain is not model else None
         records = [r for r in records if wanted is None or r.options == wanted]
         if records:
             return _report_of(records, plain)
-        kwargs = _own_inputs(plain)
+        kwargs = own_inputs(plain)
     chosen = parse(options) if options is not None else compiled_options or Options()
     return _trace(plain, args, kwargs, chosen)
 
 
-def _unwrap(model: Any) -> tuple[Any, Options | None]:
+def unwrapped(model: Any) -> tuple[Any, Options | None]:
     """The model inside a compiled one, and the options that it was compiled with."""
     if isinstance(model, compat.OptimizedModule):
         return model._orig_mod, _options_in(model.dynamo_ctx)
@@ -90,7 +90,7 @@ def _options_in(context: Any) -> Options | None:
         return None
 
 
-def _own_inputs(model: Any) -> dict[str, Any]:
+def own_inputs(model: Any) -> dict[str, Any]:
     """A transformers model's own dummy inputs, at a length at which the choice of form matters."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
@@ -203,16 +203,16 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
     untouched = copy_of(gm)
     with compat.functorch_config.patch(enable_autograd_cache=False):
         try:
-            called = compat.compile_fx(gm, example_inputs, inner_compile=_answer, config_patches=patches)
+            called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
         except PassError as error:
             record.failure = str(error)
             plain = {**record.options.inductor, "fx_graph_cache": False}
-            called = compat.compile_fx(untouched, example_inputs, inner_compile=_answer, config_patches=plain)
+            called = compat.compile_fx(untouched, example_inputs, inner_compile=answer, config_patches=plain)
     idle.untouched = None
     return called, idle
 
 
-def _answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+def answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     answers = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
     fixed = all(isinstance(expr(n), int) for a in answers for n in _sizes(a))
@@ -250,16 +250,13 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         traced[-1] = record, idle
         return noting_calls(called, record)
 
-    ghost = _ghost(model, fake_mode)
+    ghost = ghost_of(model, fake_mode)
     known = _names_in(ghost)
     before = dict(compat.counters["graph_break"])
-    args, kwargs = pytree.tree_map(lambda x: _ghostly(x, fake_mode), (args, kwargs))
-    unlimited = compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
-    with compat.forgetting(), _nothing_changed(), unlimited, fake_mode:
+    args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), (args, kwargs))
+    with compat.forgetting(), nothing_changed(), fake_mode:
         try:
-            # in code of its own, so that the model's own code gets no compiled version of a ghost
-            call = FunctionType(_call.__code__.replace(), globals())
-            torch.compile(call, backend=capture)(ghost, args, kwargs)
+            call_ghost(ghost, args, kwargs, capture)
             stopped = []
         except (*compat.BRANCHES_ON_A_VALUE, AssertionError) as error:
             if isinstance(error, AssertionError) and "data-dependent" not in str(error):
@@ -274,6 +271,14 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
     return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
+
+
+def call_ghost(ghost: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any) -> None:
+    """Compiles a call by a backend, in code of its own, so that the model's own code gets no compiled version of a
+    ghost."""
+    call = FunctionType(_call.__code__.replace(), globals())
+    with compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
+        torch.compile(call, backend=backend)(ghost, args, kwargs)
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -312,7 +317,7 @@ def _run_again(record: Record) -> None:
     with contextlib.ExitStack() as ambient:
         for device, dtype, enabled in record.autocast:
             ambient.enter_context(torch.autocast(device, dtype, enabled))
-        with context, any_size, torch.set_grad_enabled(record.grad), _nothing_changed():
+        with context, any_size, torch.set_grad_enabled(record.grad), nothing_changed():
             _compile_idly(gm, record.inputs, record)
 
 
@@ -340,13 +345,13 @@ def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def _nothing_changed() -> Iterator[None]:
+def nothing_changed() -> Iterator[None]:
     """Random state and warning filters as they were."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
-def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
+def ghost_of(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
     if not isinstance(model, torch.nn.Module):
         return model
@@ -362,11 +367,11 @@ def _ghost(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
     memo = {}
     for tensor in tensors.values():
         if id(tensor) not in memo:
-            memo[id(tensor)] = _ghostly(tensor, fake_mode)
+            memo[id(tensor)] = ghostly(tensor, fake_mode)
     return copy.deepcopy(model, memo)
 
 
-def _ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
+def ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
     """A fake tensor like this one; one on the meta device becomes one on the CPU."""
     if not isinstance(x, torch.Tensor) or isinstance(x, compat.FakeTensor):
         return x

@@ -1,0 +1,387 @@
+"""What is alive at each kernel of a forward or backward graph, once Inductor has fused it: bytes, and seconds.
+
+A pointwise value inside a fused kernel never exists. One rule says which values do, Inductor's own in short:
+
+    made       the results of products, attention, scatters, and whatever else is a library's; of reductions; pointwise
+               values that one of those reads as a whole, or that leave the graph
+    made too   a pointwise value with several readers in different kernels, where to compute it again for each would be
+               dear: it has an exp, log, sigmoid or tanh in it, or reads more than four values
+    not made   every other pointwise value: each reader computes it from what it reads
+
+Kernels are groups of values made that share an input or read each other, with no library's kernel between them. They
+run in the graph's order, each after what it reads. A kernel writes over an input that it alone reads, for the last
+time. Memory of the same size and dtype that is free later on is kept for the next to need it, as long as what Inductor
+reckons as its peak is not exceeded: so a step's peak is above what its values need.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.nodes import CAST, aten, expr, numel, prims
+
+LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = "library", "pointwise", "reduction", "view", "item", "given", ""
+POINTWISES = {
+    CAST,
+    aten._to_copy.default,
+    aten.clone.default,
+    aten.copy.default,
+    aten.where.self,
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.embedding.default,
+    aten.flip.default,
+    aten.full.default,
+    aten.full_like.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.lift_fresh_copy.default,
+    aten.scalar_tensor.default,
+    prims.iota.default,
+    prims.inductor_lookup_seed.default,
+    prims.inductor_random.default,
+}
+REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var", "var_mean", "argmax", "argmin"}
+HEAVY = {"exp", "expm1", "log", "log1p", "log2", "sigmoid", "tanh"}  # never computed twice
+SCATTERS = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "slice_scatter"}
+READS = 4  # values that a pointwise one may read and still be computed again by each reader
+ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
+
+
+@dataclass
+class Walk:
+    """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
+    leaves; and seconds of its kernels."""
+
+    peak: int = 0
+    late: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Kernel:
+    """Nodes computed together; `reads` are the buffers that each of them reads."""
+
+    nodes: list[Node]
+    library: bool = False
+    inside: int = 0
+
+
+@dataclass
+class Fused:
+    """A graph as its kernels, in the order in which they run; `leaves` are the buffers that a node's value is read
+    from, `made` those that exist."""
+
+    graph: Graph
+    hint: Any
+    kinds: dict[Node, str] = field(default_factory=dict)
+    leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    reads: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    made: dict[Node, None] = field(default_factory=dict)
+    kernels: list[_Kernel] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.kinds = {n: _kind(n) for n in self.graph.nodes}
+        self.stage, self.late = _stages(self)
+        self._make()
+        self.kernels = _ordered(self, _grouped(self))
+
+    def _make(self) -> None:
+        heavy: dict[Node, bool] = {}
+        for node in self.graph.nodes:
+            kind, inputs = self.kinds[node], node.all_input_nodes
+            found: frozenset[Node] = frozenset().union(*(self.leaves[i] for i in inputs))
+            heavy[node] = any(heavy[i] for i in inputs) if kind in (POINTWISE, VIEW) else False
+            self.leaves[node] = found
+            if kind in (GIVEN, ITEM):
+                self.leaves[node] = frozenset([node])
+            elif kind in (LIBRARY, REDUCTION, POINTWISE):
+                self.reads[node] = found
+                heavy[node] |= _name(node) in HEAVY
+                if kind != POINTWISE or self._is_made(node, heavy[node]):
+                    self.made[node] = None
+                    self.leaves[node], heavy[node] = frozenset([node]), False
+
+    def _is_made(self, node: Node, heavy: bool) -> bool:
+        readers = self.readers(node)
+        if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
+            return True
+        dear = heavy or len(self.reads[node]) > READS
+        return len(readers) > 1 and dear and len({self.late[r] for r in readers}) > 1
+
+    def readers(self, node: Node) -> list[Node]:
+        """What reads a value, itself or through views."""
+        found, todo = [], list(node.users)
+        while todo:
+            user = todo.pop()
+            if self.kinds[user] == VIEW:
+                todo += list(user.users)
+            else:
+                found.append(user)
+        return found
+
+    def buffers(self, node: Node) -> list[Node]:
+        """What a node makes: itself, or each item of several results."""
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            return [u for u in node.users if self.kinds[u] == ITEM]
+        return [node]
+
+    def size(self, node: Node) -> int:
+        """Bytes of what a node makes."""
+        return sum(self.hint(numel([expr(n) for n in v.shape])) * v.dtype.itemsize for v in _tensors(node))
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    val = node.meta.get("val")
+    return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
+
+
+def _name(node: Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return schema.name.rpartition("::")[2] if schema is not None else ""
+
+
+def _kind(node: Node) -> str:
+    target: Any = node.target
+    if node.op in ("placeholder", "get_attr"):
+        return GIVEN
+    if node.op != "call_function" or not _tensors(node):
+        return NONE
+    if target is operator.getitem:
+        source = node.args[0]
+        return VIEW if isinstance(source, Node) and _is_view(source.target) else ITEM
+    if _is_view(target):
+        return VIEW
+    if _name(node) in REDUCTIONS:
+        return REDUCTION
+    if target in POINTWISES or torch.Tag.pointwise in getattr(target, "tags", ()):
+        return POINTWISE
+    return LIBRARY
+
+
+def _is_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    infos = [a.alias_info for a in schema.arguments] if schema is not None else []
+    return any(info is not None and not info.is_write for info in infos)
+
+
+def _stages(fused: Fused) -> tuple[dict[Node, int], dict[Node, int]]:
+    """How many library kernels come before each node, at least and at most: values of one stage can be fused."""
+    early: dict[Node, int] = {}
+    for node in fused.graph.nodes:
+        before = max((early[i] for i in node.all_input_nodes), default=0)
+        early[node] = before + (fused.kinds[node] == LIBRARY)
+    late: dict[Node, int] = {}
+    for node in reversed(fused.graph.nodes):
+        ends = [early[r] - 1 if fused.kinds[r] == LIBRARY else late[r] for r in node.users if r.op != "output"]
+        free = fused.kinds[node] in (POINTWISE, REDUCTION, VIEW) and len(ends) == len(node.users) and ends
+        late[node] = max(early[node], min(ends)) if free else early[node]
+    return early, late
+
+
+def _grouped(fused: Fused) -> dict[Node, list[Node]]:
+    """The nodes of each kernel, by any of them."""
+    owner = {n: n for n in fused.made}
+
+    def root(n: Node) -> Node:
+        while owner[n] is not n:
+            owner[n] = n = owner[owner[n]]
+        return n
+
+    first: dict[Any, Node] = {}
+    for node in fused.made:
+        if fused.kinds[node] == LIBRARY:
+            continue
+        read = [i for i in node.all_input_nodes if _tensors(i)] if fused.kinds[node] == REDUCTION else [node]
+        space = max((fused.size(i) // _tensors(i)[0].dtype.itemsize for i in read), default=0)
+        for buffer in (*fused.reads[node], node):
+            other = first.setdefault((fused.stage[node], space, buffer), node)
+            owner[root(node)] = root(other)
+    groups: dict[Node, list[Node]] = defaultdict(list)
+    for node in fused.made:
+        groups[root(node)].append(node)
+    return {n: group for group in groups.values() for n in group}
+
+
+def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[_Kernel]:
+    """Kernels in the graph's order, each after those that it reads from."""
+    position = {n: i for i, n in enumerate(fused.graph.nodes)}
+    begun: set[int] = set()
+    kernels: list[_Kernel] = []
+    for node in fused.made:
+        todo = [(groups[node], False)]
+        while todo:
+            group, ready = todo.pop()
+            if ready:
+                library = fused.kinds[group[0]] == LIBRARY
+                kernels.append(_Kernel(group, library, _inside(fused, group[0]) if library else 0))
+            elif id(group) not in begun:
+                begun.add(id(group))
+                todo.append((group, True))
+                read = {_maker(r, fused) for n in group for r in fused.reads[n]}
+                todo += [(groups[r], False) for r in sorted(read, key=position.__getitem__)[::-1] if r in groups]
+    return kernels
+
+
+def _maker(buffer: Node, fused: Fused) -> Node:
+    return buffer.all_input_nodes[0] if fused.kinds[buffer] == ITEM else buffer
+
+
+def _inside(fused: Fused, node: Node) -> int:
+    """Bytes that a call of another graph has alive at its highest, beyond what it returns."""
+    body = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else None
+    if not isinstance(body, Node) or body.op != "get_attr" or fused.graph.owning_module is None:
+        return 0
+    inner = Fused(getattr(fused.graph.owning_module, str(body.target)).graph, fused.hint)
+    return max(0, walk(inner, [], outputs(inner.graph)).peak - sum(fused.size(b) for b in fused.buffers(node)))
+
+
+def outputs(graph: Graph) -> list[Node]:
+    """The nodes that a graph returns."""
+    return next(iter(graph.find_nodes(op="output"))).all_input_nodes
+
+
+# ------------------------------------------------------------------------------------------------------------- walk
+
+
+def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Machine | None = None) -> Walk:
+    """What is alive from kernel to kernel: `given` inputs are let go of after their last use, `kept` values stay."""
+    given, kernels, size = list(given), fused.kernels, fused.size
+    stays = frozenset().union(*(fused.leaves[n] for n in kept))
+    start = {b: i for i, k in enumerate(kernels) for n in k.nodes for b in fused.buffers(n)}
+    end = dict(start)
+    readers: dict[tuple[Node, int], int] = defaultdict(int)
+    for i, kernel in enumerate(kernels):
+        for read in (r for n in kernel.nodes for r in fused.reads[n]):
+            end[read] = i
+            readers[read, i] += 1
+    mortal = [b for b in (*given, *start) if b in end and b not in stays]
+    passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
+    planned = _Plan.of(fused, start, end, given, stays)
+    reused, taken = planned.reuse(start, end, readers, set(given), stays, passing)
+    change = [0] * (len(kernels) + 1)
+    for b in start:
+        change[start[b]] += 0 if b in taken or b in passing else size(b)
+    now = sum(map(size, given))
+    walked = Walk(peak=now)
+    freed: dict[int, int] = defaultdict(int)
+    for b in mortal:
+        freed[end[b]] += 0 if b in reused or b in passing else size(b)
+    now -= sum(size(b) for b in given if b not in end and b not in stays)
+    for i, kernel in enumerate(kernels):
+        now += change[i]
+        top = now + kernel.inside
+        walked.peak = max(walked.peak, top)
+        if 2 * i >= len(kernels):
+            walked.late = max(walked.late, top)
+        walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
+        now -= freed[i]
+    return walked
+
+
+@dataclass
+class _Plan:
+    """What Inductor's planner reckons: bytes at each kernel, nothing in place, all that a fused kernel computes."""
+
+    fused: Fused
+    alive: list[int]
+
+    @classmethod
+    def of(
+        cls, fused: Fused, start: dict[Node, int], end: dict[Node, int], given: Sequence[Node], stays: frozenset[Node]
+    ) -> _Plan:
+        change = [0] * (len(fused.kernels) + 2)
+        for b in (*given, *start):
+            change[start.get(b, 0)] += fused.size(b)
+            if b not in stays:
+                change[end.get(b, -1) + 1] -= fused.size(b)
+        alive, now = [], 0
+        for step in change:
+            now += step
+            alive.append(now)
+        return cls(fused, alive)
+
+    def reuse(
+        self,
+        start: dict[Node, int],
+        end: dict[Node, int],
+        readers: dict[tuple[Node, int], int],
+        given: set[Node],
+        stays: frozenset[Node],
+        passing: set[Node],
+    ) -> tuple[set[Node], set[Node]]:
+        """The buffers whose memory another takes over, at once or later, and those that do so."""
+        most, alive = max(self.alive, default=0), self.alive
+        reused: set[Node] = set()
+        taken: set[Node] = set()
+        idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
+        dying: dict[int, list[Node]] = defaultdict(list)
+        for b, last in end.items():
+            if b not in stays and b not in passing and (b in given or b in start):
+                dying[last].append(b)
+        for i, kernel in enumerate(self.fused.kernels):
+            for node in kernel.nodes:
+                over = not kernel.library or _name(node) in SCATTERS
+                for b in self.fused.buffers(node):
+                    if b in passing:
+                        continue
+                    free = [r for r in dying[i] if over and r in self.fused.reads[node] and r not in reused]
+                    last = next((r for r in free if readers[r, i] == 1 and _same(r) == _same(b)), None)
+                    waiting = idle[_same(b)]
+                    if last is None and waiting:
+                        before, since = waiting[-1]
+                        size = self.fused.size(b)
+                        if since + 1 == i or size + max(alive[since + 1 : i], default=0) <= most:
+                            waiting.pop()
+                            last = before
+                            alive[since + 1 : i] = [n + size for n in alive[since + 1 : i]]
+                    if last is not None:
+                        reused.add(last)
+                        taken.add(b)
+            for b in dying[i]:
+                if b not in reused and b not in given:
+                    idle[_same(b)].append((b, i))
+        return reused, taken
+
+
+def _same(buffer: Node) -> Any:
+    (tensor,) = _tensors(buffer)
+    return tensor.dtype, tensor.device, str(numel([expr(n) for n in tensor.shape]))
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+def _seconds(fused: Fused, kernel: _Kernel, machine: Machine) -> float:
+    """Of a product by the machine's model, of attention by its FLOPs, of all else by the bytes read and written."""
+    node = kernel.nodes[0]
+    reads = {r for n in kernel.nodes for r in fused.reads[n]}
+    if _name(node) in ("mm", "bmm", "addmm", "baddbmm"):
+        a, b = [v for i in node.all_input_nodes for v in _tensors(i)][-2:]
+        m, k, n = (fused.hint(expr(s)) for s in (a.shape[-2], a.shape[-1], b.shape[-1]))
+        batch = fused.hint(expr(a.shape[0])) if a.ndim > 2 else 1
+        return machine.product(m, k, n, a.dtype, batch)
+    if ATTENTION in _name(node):
+        return _attention(fused, node, machine)
+    moved = sum(map(fused.size, reads)) + sum(fused.size(n) for n in kernel.nodes)
+    return machine.one_pass(moved)
+
+
+def _attention(fused: Fused, node: Node, machine: Machine) -> float:
+    """Two products of T×T×d a head in forward, five in backward, half of each where it is causal."""
+    backward = "backward" in _name(node)
+    q, k = (node.args[1], node.args[2]) if backward else (node.args[0], node.args[1])
+    assert isinstance(q, Node) and isinstance(k, Node)
+    batch, heads, tokens, width = (fused.hint(expr(n)) for n in q.meta["val"].shape)
+    others = fused.hint(expr(k.meta["val"].shape[-2]))
+    flops = 2 * batch * heads * tokens * others * width * (5 if backward else 2)
+    causal = 2 if any(a is True for a in (*node.args, *node.kwargs.values())) else 1
+    return flops / causal / machine.speed(q.meta["val"].dtype).peak + machine.launch

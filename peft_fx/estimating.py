@@ -1,0 +1,411 @@
+"""`estimate`: what a training step takes, by variant, from traced graphs alone: no weights, no computing, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from peft_fx import compat, machines
+from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_in, roles_of
+from peft_fx.components import by_component, gradients_of
+from peft_fx.estimates import Estimate, Row
+from peft_fx.explaining import (
+    answer,
+    call_ghost,
+    copy_graph,
+    ghost_of,
+    ghostly,
+    nothing_changed,
+    own_inputs,
+    saved_bytes,
+    unwrapped,
+)
+from peft_fx.options import PREFIX, Options, parse
+from peft_fx.outputs import loss_only
+from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.policies import POLICIES
+
+OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
+DEPTHS = (2, 3)  # of a deep model, traced; a further layer costs what the last one did
+DEEP = 6  # equal layers, from which on a model is deep
+
+
+class LeftOut(Exception):
+    """Why a variant cannot be had of a model."""
+
+
+# -------------------------------------------------------------------------------------------------------- variants
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The base, nothing trained: by PEFT's `unload`, which other libraries have too."""
+    if hasattr(model, "unload"):
+        base: nn.Module = model.unload()
+        return base.requires_grad_(False)
+    trained = [p.requires_grad for p in model.parameters()]
+    if any(trained) and not all(trained):
+        raise LeftOut("the model has no unload() that takes its adapters off")
+    return model.requires_grad_(False)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """No adapters, and a gradient down to the embeddings: what the base costs an adapter in the first layer."""
+    model = _without_adapters(model)
+    if not hasattr(model, "get_input_embeddings"):
+        raise LeftOut("the model has no get_input_embeddings(), down to which a gradient would go")
+    first = model.get_input_embeddings()
+    weight = next(first.parameters())
+    shift = nn.Parameter(torch.zeros((), dtype=weight.dtype, device=weight.device))
+    for embeddings in {m for m in model.modules() if next(m.parameters(recurse=False), None) is weight} | {first}:
+        embeddings.shift = shift
+        embeddings.register_forward_hook(_shifted)
+    return model
+
+
+def _shifted(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output + module.shift
+
+
+def _full(model: nn.Module) -> nn.Module:
+    return _without_adapters(model).requires_grad_(True)
+
+
+def _checkpointed(model: nn.Module) -> nn.Module:
+    """Each layer keeps its input alone, and is computed again in backward."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise LeftOut("the model has no gradient_checkpointing_enable()")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: `prepare` makes its model of a copy of the one given; `options` are ours beside those given,
+    None for Inductor alone."""
+
+    prepare: Callable[[nn.Module], nn.Module] = _as_it_is
+    options: Mapping[str, Any] | None = None
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "inductor": Variant(),
+    "peft_fx": Variant(options={}),
+    **{f"peft_fx-{keep}": Variant(options={f"{PREFIX}keep": keep}) for keep in POLICIES},
+    "peft_fx-loss": Variant(loss_only, {}),
+    "inductor-ckpt": Variant(_checkpointed),
+    "peft_fx-ckpt": Variant(_checkpointed, {}),
+    "peft_fx-ckpt-loss": Variant(lambda model: loss_only(_checkpointed(model)), {}),
+    "full": Variant(_full),
+    "frozen": Variant(_frozen),
+}
+
+
+# -------------------------------------------------------------------------------------------------------- estimate
+
+
+def estimate(
+    model: Any,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    machine: str | None = None,
+    optimizer: str = "adamw",
+    variants: Sequence[str] | None = None,
+    seq_lens: Iterable[int] | None = None,
+    **kwargs: Any,
+) -> Estimate:
+    """Peak memory and time of a training step of a model, by variant. Nothing is computed; weights need not exist.
+
+    `estimate(model, *args, **kwargs)` traces the call on fake tensors; a model on the meta device gives the same
+    figures. `options` are torch.compile's, for the variants by peft_fx; `machine` is a known name or a calibration's
+    file; `optimizer` one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: all that the model allows).
+    `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Values that the model
+    returns beside the loss are taken to be let go of before backward. A model of more than `DEEP` equal layers is
+    traced at two depths, and a further layer costs what the last one did.
+
+    Raises ValueError for an unknown option, machine, optimiser or variant, for a variant asked for that the model
+    does not allow, and RuntimeError where nothing of the call is trained.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"estimate() knows no optimizer {optimizer!r}; valid ones: {', '.join(OPTIMIZERS)}")
+    unknown = [name for name in variants or () if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"estimate() knows no variant {unknown[0]!r}; valid ones: {', '.join(VARIANTS)}")
+    plain, _ = unwrapped(model)
+    kwargs = kwargs if args or kwargs else own_inputs(plain)
+    options = dict(options or {}) | ({f"{PREFIX}machine": machine} if machine else {})
+    speeds = machines.resolve(parse(options).machine, _device(plain, args, kwargs))
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    for T in sorted(seq_lens) if seq_lens is not None else [_length(args, kwargs)]:
+        inputs = pytree.tree_map(lambda x, T=T: _at_length(x, _length(args, kwargs), T), (args, kwargs))
+        for prepare, names in _by_preparation(variants or VARIANTS).items():
+            named = {n: _options(VARIANTS[n], options) for n in names}
+            try:
+                rows += _rows(plain, inputs, prepare, named, speeds, OPTIMIZERS[optimizer], T)
+            except LeftOut as reason:
+                if variants is not None:
+                    raise ValueError(f"{', '.join(names)}: {reason}") from None
+                left_out |= dict.fromkeys(names, str(reason))
+    order = list(variants or VARIANTS)
+    return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), speeds.name, left_out)
+
+
+def _options(variant: Variant, given: Mapping[str, Any]) -> Options | None:
+    return None if variant.options is None else parse({**given, **variant.options})
+
+
+def _by_preparation(names: Iterable[str]) -> dict[Any, list[str]]:
+    found: dict[Any, list[str]] = {}
+    for name in names:
+        found.setdefault(VARIANTS[name].prepare, []).append(name)
+    return found
+
+
+def _tensors(*trees: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(trees) if isinstance(x, torch.Tensor)]
+
+
+def _device(model: Any, args: Any, kwargs: Any) -> torch.device:
+    own = list(model.parameters()) if isinstance(model, nn.Module) else []
+    device = next((t.device for t in (*own, *_tensors(args, kwargs))), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _length(args: Any, kwargs: Any) -> int:
+    """Tokens of a sequence: the second size of the first input that has two."""
+    return next((int(t.shape[1]) for t in _tensors(args, kwargs) if t.ndim > 1), 1)
+
+
+def _at_length(x: Any, length: int, wanted: int) -> Any:
+    if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.shape[1] != length or length == wanted:
+        return x
+    return x.new_zeros((x.shape[0], wanted, *x.shape[2:]))
+
+
+# ------------------------------------------------------------------------------------------------------------ depth
+
+
+def _stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of equal layers, where all are of one length and that is deep; the first layer of a list may
+    differ, as where it alone has position biases."""
+    lists: list[nn.ModuleList] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside and len(module) > 1:
+            lists.append(module)
+            inside.update(module.modules())
+    equal = all(len({_signature(layer) for layer in list(found)[1:]}) == 1 for found in lists)
+    return lists if equal and len({len(found) for found in lists}) == 1 and len(lists[0]) > DEEP else []
+
+
+def _signature(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+
+
+def _cut(model: nn.Module, depth: int) -> nn.Module:
+    for layers in _stacks(model):
+        deep = len(layers)
+        del layers[depth:]
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+            if getattr(config, "num_hidden_layers", None) == deep:
+                config.num_hidden_layers = depth
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------- tracing
+
+
+@dataclass
+class Step:
+    """What the graphs of a step take: bytes kept, by component; bytes at the highest point of forward, of backward and
+    of backward's second half; seconds."""
+
+    components: dict[str, float] = field(default_factory=dict)
+    peaks: tuple[float, ...] = (0.0, 0.0, 0.0)
+    seconds: float = 0.0
+
+    def extended(self, deeper: Step, layers: int) -> Step:
+        """So many layers more, each of which costs what the last one of `deeper` does."""
+
+        def more(a: float, b: float) -> float:
+            return a + (b - a) * layers
+
+        names = dict.fromkeys((*self.components, *deeper.components))
+        components = {k: more(self.components.get(k, 0), deeper.components.get(k, 0)) for k in names}
+        peaks = tuple(more(a, b) for a, b in zip(self.peaks, deeper.peaks, strict=True))
+        return Step(components, peaks, more(self.seconds, deeper.seconds))
+
+
+def _rows(
+    model: Any,
+    inputs: tuple[Any, Any],
+    prepare: Callable[[nn.Module], nn.Module],
+    named: Mapping[str, Options | None],
+    machine: Machine,
+    states: int,
+    T: int,
+) -> list[Row]:
+    """The rows of variants that share one prepared model."""
+    whole = _prepared(model, prepare)
+    stacks = _stacks(whole)
+    if stacks:
+        first, second = (_traced(model, inputs, prepare, named, machine, depth) for depth in DEPTHS)
+        layers = len(stacks[0]) - DEPTHS[0]
+        steps = {name: first[name].extended(second[name], layers) for name in named}
+    else:
+        steps = _traced(model, inputs, prepare, named, machine)
+    shift = {id(m.shift) for m in whole.modules() if hasattr(m, "shift")}
+    parameters = [p for p in whole.parameters() if id(p) not in shift]
+    weights = sum(_bytes(t) for t in (*parameters, *whole.buffers()))
+    trained = [_bytes(p) for p in parameters if p.requires_grad]
+    gradients, largest = sum(trained), max(trained, default=0)
+    updated = gradients + 2 * largest  # an update is computed a parameter at a time
+    rows = []
+    for name, step in steps.items():
+        components = {k: round(n) for k, n in step.components.items() if round(n)}
+        kept = sum(components.values())
+        peak = max(*map(round, step.peaks), updated)
+        moved = (3 + 2 * states) * gradients + 0.0
+        seconds = step.seconds + (machine.one_pass(int(moved)) if moved else 0.0)
+        transient = peak - gradients - kept
+        rows.append(Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components))
+    return rows
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], depth: int = 0) -> Any:
+    """A copy on fake tensors, as a variant has it."""
+    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
+    ghost = ghost_of(model, fake_mode)
+    if not isinstance(ghost, nn.Module):
+        return ghost
+    with fake_mode:
+        return prepare(_cut(ghost, depth) if depth else ghost)
+
+
+def _traced(
+    model: Any,
+    inputs: tuple[Any, Any],
+    prepare: Callable[[nn.Module], nn.Module],
+    named: Mapping[str, Options | None],
+    machine: Machine,
+    depth: int = 0,
+) -> dict[str, Step]:
+    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
+    ghost = ghost_of(model, fake_mode)
+    with fake_mode:
+        ghost = prepare(_cut(ghost, depth) if depth else ghost)
+    names = {p: name for name, p in ghost.named_parameters()}
+    args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), inputs)
+    parts: list[dict[str, Part]] = []
+
+    def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
+        split = Split(gm, roles_of(gm, example_inputs, names), named, machine)
+        patches = {"joint_custom_pre_pass": split.joint, "custom_partitioner_fn": split, "fx_graph_cache": False}
+        with torch._functorch.config.patch(enable_autograd_cache=False):
+            called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
+        parts.append(split.parts)
+        return called
+
+    with compat.forgetting(), nothing_changed(), fake_mode:
+        call_ghost(ghost, args, kwargs, capture)
+    if not any(parts):
+        raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
+    return {name: _step([p[name] for p in parts if name in p]) for name in named}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a step: bytes kept, by component, the highest points of its two halves, and seconds."""
+
+    components: dict[str, int]
+    forward: int
+    backward: int
+    late: int
+    seconds: float
+
+    @property
+    def kept(self) -> int:
+        return sum(self.components.values())
+
+
+def _step(parts: Sequence[Part]) -> Step:
+    """Forward through all graphs, each on top of what those before it keep; then backward."""
+    step, before = Step(), 0
+    peaks = [0, 0, 0]
+    for part in parts:
+        found = (part.forward, part.backward, part.late)
+        peaks = [max(peak, before + now) for peak, now in zip(peaks, found, strict=True)]
+        before += part.kept
+        step.seconds += part.seconds
+        for k, n in part.components.items():
+            step.components[k] = step.components.get(k, 0) + n
+    step.peaks = tuple(peaks)
+    return step
+
+
+class Joint(compat.CustomGraphPass):  # type: ignore[misc]
+    """Keeps a copy of the joint graph, as Dynamo's graph came out."""
+
+    graph: Graph | None = None
+
+    def __call__(self, graph: Graph) -> None:
+        self.graph = copy_graph(graph)
+
+    def uuid(self) -> Any:
+        return None
+
+
+class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
+    """Partitions the joint graph as each variant would, and walks what comes out."""
+
+    def __init__(self, gm: GraphModule, roles: Any, named: Mapping[str, Options | None], machine: Machine):
+        self.gm, self.roles, self.named, self.machine = gm, roles, named, machine
+        self.joint, self.parts = Joint(), dict[str, Part]()
+
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        for name, options in self.named.items():
+            try:
+                self.parts[name] = self._part(gm, joint_inputs, options, kwargs)
+            except PassError:  # then the backend leaves the graph to Inductor
+                self.parts[name] = self._part(gm, joint_inputs, None, kwargs)
+        return compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def _part(
+        self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, kwargs: dict[str, Any]
+    ) -> Part:
+        assert self.joint.graph is not None
+        joint = GraphModule(gm, copy_graph(self.joint.graph))
+        ours = None if options is None else AdapterPass(Record(self.gm, [], self.roles, options, True))
+        after = None if ours is None else Untag(ours)
+        with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after):
+            joint = compat.joint_graph_passes(joint) or joint
+        gradients = gradients_of(joint.graph, roles_in(joint.graph, self.roles))
+        forward, backward = compat.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+        components = by_component(saved_bytes(forward, kwargs["num_fwd_outputs"]), joint.graph, backward, gradients)
+        hint = compat.hint_for(compat.V.fake_mode)
+        first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
+        given = {n.name for n in forward.graph.find_nodes(op="placeholder")}
+        made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
+        there = walk(first, [], outputs(forward.graph), self.machine)
+        back = walk(second, made, outputs(backward.graph), self.machine)
+        return Part(components, there.peak, back.peak, back.late, there.seconds + back.seconds)
+
+    def uuid(self) -> Any:
+        return None
