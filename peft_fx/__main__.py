@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import peft_fx
-from peft_fx import calibrating, demo, inspecting
+from peft_fx import calibrating, demo, inspecting, sizing
 from peft_fx.terminal import Problem
 
 EPILOG = """\
@@ -15,6 +15,7 @@ examples:
   python -m peft_fx demo                            two layers, 512 tokens
   python -m peft_fx demo --tokens 2048 --layers 4   more tokens: more of a difference
   python -m peft_fx explain config.json             what is rewritten in a model, from its configuration alone
+  python -m peft_fx estimate config.json            memory and time of a training step, by variant
   python -m peft_fx calibrate                       measure this machine, so that the price is right on it
   python -m peft_fx explain --help                  what a command does, its options and examples
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="command", required=True)
     demo.add_command(commands)
     inspecting.add_command(commands)
+    sizing.add_command(commands)
     calibrating.add_command(commands)
     return top
 

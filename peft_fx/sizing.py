@@ -1,0 +1,131 @@
+"""`python -m peft_fx estimate`: what training takes, of a model that is there as a configuration alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import peft_fx
+from peft_fx import configs
+from peft_fx.estimates import Estimate, unit_of
+from peft_fx.estimating import OPTIMIZERS, VARIANTS
+from peft_fx.inspecting import options_of
+from peft_fx.terminal import Problem, check_writable, progress, require, silence_others
+
+DESCRIPTION = """\
+Peak memory and time of a training step, before any GPU is rented: PEFT by Inductor alone, by peft_fx with each of its
+keeps, with checkpoints, full fine-tuning, and the model without adapters, which is the floor. The model is built from
+its configuration on the meta device: no weight exists, nothing is downloaded, nothing is computed.
+
+The peak of each is split into weights, gradients, the optimiser's state, what forward keeps for backward, and what is
+alive besides at the highest point. Attention is taken to need no mask of T×T, as FlashAttention needs none.
+"""
+EPILOG = """\
+examples:
+  python -m peft_fx estimate config.json --seq 4096 --machine h100
+        every variant at one length
+  python -m peft_fx estimate config.json --seq 2048:131072 --targets attention --png memory.png
+        lengths from 2048 on, each twice the last, and a figure
+  python -m peft_fx estimate ~/models/llama --seq 2048:131072 --variants inductor peft_fx full --memory 80
+        and the longest sequence that fits in 80 GB
+
+exit status: 0; 2 where something is missing or wrong
+"""
+CAUSAL = "peft_fx_causal"  # attention without a mask
+
+
+def add_command(commands: Any) -> None:
+    """Adds `estimate` to the sub-commands of an argument parser."""
+    command = commands.add_parser(
+        "estimate",
+        help="memory and time of a training step by variant, from its config.json",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    configs.add_arguments(command)
+    seq = "tokens of a sequence: one number, or FIRST:LAST, each twice the one before (default: %(default)s)"
+    command.add_argument("--seq", type=lengths, default="2048", metavar="T", help=seq)
+    machine = "whose speeds are reckoned with: h100, a100, cpu, … or a calibration's file (default: this machine's)"
+    command.add_argument("--machine", help=machine)
+    names = f"of {', '.join(VARIANTS)} (default: all)"
+    command.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=names)
+    command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
+    option = "of the backend, as often as need be: form=weight, numerics=strict, …"
+    command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
+    command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the estimate as JSON")
+    command.add_argument("--png", type=Path, metavar="FILE", help="a figure of it; needs matplotlib")
+    command.set_defaults(run=run)
+
+
+def lengths(text: str) -> list[int]:
+    """`2048` is one length; `2048:131072` are 2048, 4096, …, 131072."""
+    first, colon, last = text.partition(":")
+    found = [configs.positive(first)]
+    end = configs.positive(last) if colon else found[0]
+    if end < found[0]:
+        raise argparse.ArgumentTypeError(f"must be FIRST:LAST with LAST no smaller, not {text!r}")
+    while 2 * found[-1] <= end:
+        found.append(2 * found[-1])
+    return found if found[-1] == end else [*found, end]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Estimates and writes what was asked for; returns the exit status."""
+    options = options_of(args)
+    for path in filter(None, (args.json, args.png)):
+        check_writable(path)
+    if args.png:
+        require("A figure", "matplotlib", extra="bench")
+    silence_others()
+    found: list[Estimate] = []
+    with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) + 1) as say:
+        say("building the model without its weights")
+        model = without_mask(configs.model_of(args))
+        chosen = {"options": options, "variants": args.variants, "optimizer": args.optimizer}
+        for T in args.seq:
+            say(f"T = {T}")
+            try:
+                found.append(peft_fx.estimate(model, **chosen, **configs.batch_of(model, T, args.batch)))
+            except ValueError as error:
+                raise Problem(str(error)) from error
+    whole = Estimate([r for e in found for r in e.rows], found[0].machine, found[0].left_out)
+    print(whole)
+    print(_conclusions(whole, args.memory))
+    if args.json:
+        args.json.write_text(whole.to_json(), encoding="utf-8")
+    if args.png:
+        whole.save_figure(args.png)
+    return 0
+
+
+def without_mask(model: Any) -> Any:
+    """The model with attention that is causal by itself. Compiled, transformers' own would make a mask of T×T."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not getattr(
+        model.config, "is_encoder_decoder", False
+    ):
+        model.config._attn_implementation = CAUSAL
+    return model
+
+
+def _conclusions(estimate: Estimate, memory: float | None) -> str:
+    lines = []
+    if {"inductor", "full"} <= {r.name for r in estimate.rows}:
+        tokens = estimate.crossover()
+        text = f"from T = {tokens} on" if tokens else "at none of these lengths"
+        lines.append(f"PEFT by Inductor needs more memory than full fine-tuning {text}.")
+    if memory:
+        fits = ", ".join(f"{name} {T}" for name, T in estimate.largest(memory * 1e9).items())
+        lines.append(f"T that fits in {memory:g} GB: {fits}")
+    if len({r.tokens for r in estimate.rows}) == 1 and estimate.rows:
+        unit, size = unit_of(r.kept_bytes for r in estimate.rows)
+        for row in estimate.rows:
+            parts = ", ".join(f"{k} {n / size:.2f}" for k, n in row.components.items())
+            lines.append(f"{row.name} keeps, {unit}: {parts}")
+    return "\n" + "\n".join(lines)
