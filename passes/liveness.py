@@ -28,7 +28,15 @@ from torch.fx import Graph, Node
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import CAST, aten, expr, numel, prims
 
-LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = "library", "pointwise", "reduction", "view", "item", "given", ""
+LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
+    "library",
+    "pointwise",
+    "reduction",
+    "view",
+    "item",
+    "given",
+    "",
+)
 POINTWISES = {
     CAST,
     aten._to_copy.default,

@@ -1,0 +1,114 @@
+"""estimate(): what it says of graphs whose buffers can be counted by hand, and of small models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import peft_fx
+from peft_fx.estimates import Estimate, Row
+from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.sizing import lengths
+from tests.peft_models import tiny_llama, with_lora
+
+T, K, N = 64, 32, 48
+
+
+def peak_of(f: Any, *inputs: torch.Tensor) -> int:
+    """Bytes at the highest point of a function's graph beside its inputs, the result among them."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(f, tracing_mode="fake")(*inputs).graph
+    return walk(Fused(graph, int), [], outputs(graph)).peak
+
+
+def test_a_pointwise_chain_is_one_buffer() -> None:
+    x = torch.randn(T, K)
+    assert peak_of(lambda x: (x.sin() * 2 + 1).cos(), x) == 4 * T * K
+
+
+def test_a_product_reads_what_exists() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert peak_of(lambda x, w: x @ w, x, w) == 4 * T * N
+    assert peak_of(lambda x, w: (2 * x) @ w, x, w) == 4 * (T * K + T * N)
+
+
+def test_a_kernel_writes_over_what_it_reads_last() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert peak_of(lambda x, w: (x @ w).sin(), x, w) == 4 * T * N
+
+
+def test_two_products_are_alive_together() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert peak_of(lambda x, w: x @ w + (x + 1) @ w, x, w) == 4 * (2 * T * N + T * K)
+
+
+# -------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[Any, Estimate]:
+    model = with_lora(tiny_llama())
+    return model, peft_fx.estimate(model, variants=["inductor", "peft_fx"], seq_lens=[64, 128], **batch(64))
+
+
+def batch(tokens: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_parts_add_up(found: tuple[Any, Estimate]) -> None:
+    for row in found[1].to_dict()["variants"]:
+        parts = ("weight_bytes", "adapter_grad_bytes", "optimizer_bytes", "kept_bytes", "transient_bytes")
+        assert row["peak_bytes"] == sum(row[p] for p in parts)
+        assert row["kept_bytes"] == sum(row["components"].values())
+
+
+def test_more_tokens_need_more(found: tuple[Any, Estimate]) -> None:
+    for name in ("inductor", "peft_fx"):
+        short, long = (r for r in found[1].rows if r.name == name)
+        assert short.kept_bytes < long.kept_bytes
+        assert short.peak_bytes < long.peak_bytes
+        assert short.seconds < long.seconds
+
+
+def test_kept_bytes_are_those_that_explain_tells(found: tuple[Any, Estimate]) -> None:
+    report = peft_fx.explain(found[0], **batch(128))
+    kept = {r.name: r.kept_bytes for r in found[1].rows if r.tokens == 128}
+    assert kept == {"inductor": report.kept_bytes["before"], "peft_fx": report.kept_bytes["after"]}
+
+
+def test_a_model_without_weights_gives_the_same_figures(found: tuple[Any, Estimate]) -> None:
+    ghost = with_lora(tiny_llama()).to("meta")
+    again = peft_fx.estimate(ghost, variants=["peft_fx"], **batch(64, "meta"))
+    assert again.rows == [r for r in found[1].rows if (r.name, r.tokens) == ("peft_fx", 64)]
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [({"optimizer": "adamx"}, "adamw"), ({"variants": ["peft"]}, "inductor"), ({"machine": "h1000"}, "h100")],
+)
+def test_errors_name_what_is_valid(given: dict[str, Any], names: str) -> None:
+    with pytest.raises(ValueError, match=names):
+        peft_fx.estimate(torch.nn.Linear(4, 4), torch.ones(2, 4), **given)
+
+
+# ------------------------------------------------------------------------------------------------------ conclusions
+
+
+def rows(name: str, peaks: dict[int, int]) -> list[Row]:
+    return [Row(name, tokens, 0, 0, 0, peak, 0, 1.0) for tokens, peak in peaks.items()]
+
+
+def test_what_fits_and_what_crosses() -> None:
+    estimate = Estimate([*rows("inductor", {10: 100, 20: 200}), *rows("full", {10: 150, 20: 160})], "cpu")
+    assert estimate.crossover() == 20
+    assert estimate.largest(150) == {"inductor": 15, "full": 10}
+    assert estimate.largest(50) == {"inductor": 0, "full": 0}
+
+
+def test_lengths_double() -> None:
+    assert lengths("2048") == [2048]
+    assert lengths("2048:10000") == [2048, 4096, 8192, 10000]
