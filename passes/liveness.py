@@ -254,7 +254,8 @@ def _inside(fused: Fused, node: Node) -> int:
 
 def outputs(graph: Graph) -> list[Node]:
     """The nodes that a graph returns."""
-    return next(iter(graph.find_nodes(op="output"))).all_input_nodes
+    found: list[Node] = next(iter(graph.find_nodes(op="output"))).all_input_nodes
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- walk
@@ -387,9 +388,10 @@ def _attention(fused: Fused, node: Node, machine: Machine) -> float:
     """Two products of T×T×d a head in forward, five in backward, half of each where it is causal."""
     backward = "backward" in _name(node)
     q, k = (node.args[1], node.args[2]) if backward else (node.args[0], node.args[1])
-    assert isinstance(q, Node) and isinstance(k, Node)
+    assert isinstance(q, Node)
+    assert isinstance(k, Node)
     batch, heads, tokens, width = (fused.hint(expr(n)) for n in q.meta["val"].shape)
     others = fused.hint(expr(k.meta["val"].shape[-2]))
     flops = 2 * batch * heads * tokens * others * width * (5 if backward else 2)
     causal = 2 if any(a is True for a in (*node.args, *node.kwargs.values())) else 1
-    return flops / causal / machine.speed(q.meta["val"].dtype).peak + machine.launch
+    return float(flops / causal / machine.speed(q.meta["val"].dtype).peak + machine.launch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from peft_fx import compat, machines
@@ -284,7 +284,7 @@ def _rows(
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.numel() * tensor.element_size())
 
 
 def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], depth: int = 0) -> Any:
@@ -385,7 +385,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
                 self.parts[name] = self._part(gm, joint_inputs, options, kwargs)
             except PassError:  # then the backend leaves the graph to Inductor
                 self.parts[name] = self._part(gm, joint_inputs, None, kwargs)
-        return compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        split: tuple[GraphModule, GraphModule] = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        return split
 
     def _part(
         self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, kwargs: dict[str, Any]

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
 import peft_fx
 from peft_fx.estimates import Estimate, Row
 from peft_fx.passes.liveness import Fused, outputs, walk
 from peft_fx.sizing import lengths
-from tests.peft_models import tiny_llama, with_lora
+from tests.peft_models import adapt, llama_config
 
 T, K, N = 64, 32, 48
 
@@ -50,8 +51,12 @@ def test_two_products_are_alive_together() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> tuple[Any, Estimate]:
-    model = with_lora(tiny_llama())
+    model = tiny()
     return model, peft_fx.estimate(model, variants=["inductor", "peft_fx"], seq_lens=[64, 128], **batch(64))
+
+
+def tiny() -> Any:
+    return adapt(tf.LlamaForCausalLM(llama_config(64, 128, 2)))
 
 
 def batch(tokens: int, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -81,7 +86,7 @@ def test_kept_bytes_are_those_that_explain_tells(found: tuple[Any, Estimate]) ->
 
 
 def test_a_model_without_weights_gives_the_same_figures(found: tuple[Any, Estimate]) -> None:
-    ghost = with_lora(tiny_llama()).to("meta")
+    ghost = tiny().to("meta")
     again = peft_fx.estimate(ghost, variants=["peft_fx"], **batch(64, "meta"))
     assert again.rows == [r for r in found[1].rows if (r.name, r.tokens) == ("peft_fx", 64)]
 
