@@ -333,9 +333,9 @@ class _Plan:
         taken: set[Node] = set()
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
         dying: dict[int, list[Node]] = defaultdict(list)
-        for b, last in end.items():
+        for b, at in end.items():
             if b not in stays and b not in passing and (b in given or b in start):
-                dying[last].append(b)
+                dying[at].append(b)
         for i, kernel in enumerate(self.fused.kernels):
             for node in kernel.nodes:
                 over = not kernel.library or _name(node) in SCATTERS
