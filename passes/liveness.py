@@ -92,7 +92,7 @@ class Fused:
     hint: Any
     kinds: dict[Node, str] = field(default_factory=dict)
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
-    reads: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    reads: dict[Node, list[Node]] = field(default_factory=dict)
     made: dict[Node, None] = field(default_factory=dict)
     kernels: list[_Kernel] = field(default_factory=list)
 
@@ -104,6 +104,7 @@ class Fused:
 
     def _make(self) -> None:
         heavy: dict[Node, bool] = {}
+        position = {n: i for i, n in enumerate(self.graph.nodes)}
         for node in self.graph.nodes:
             kind, inputs = self.kinds[node], node.all_input_nodes
             found: frozenset[Node] = frozenset().union(*(self.leaves[i] for i in inputs))
@@ -112,7 +113,7 @@ class Fused:
             if kind in (GIVEN, ITEM):
                 self.leaves[node] = frozenset([node])
             elif kind in (LIBRARY, REDUCTION, POINTWISE):
-                self.reads[node] = found
+                self.reads[node] = sorted(found, key=position.__getitem__)  # a set's order is another in each run
                 heavy[node] |= _name(node) in HEAVY
                 if kind != POINTWISE or self._is_made(node, heavy[node]):
                     self.made[node] = None
