@@ -246,7 +246,7 @@ def _maker(buffer: Node, fused: Fused) -> Node:
 
 def _inside(fused: Fused, node: Node) -> int:
     """Bytes that a call of another graph has alive at its highest, beyond what it returns."""
-    body = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else None
+    body = node.args[0] if getattr(node.target, "namespace", "") == "higher_order" and node.args else None
     if not isinstance(body, Node) or body.op != "get_attr" or fused.graph.owning_module is None:
         return 0
     inner = Fused(getattr(fused.graph.owning_module, str(body.target)).graph, fused.hint)

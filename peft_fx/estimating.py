@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
 
 from peft_fx import compat, machines
+from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_in, roles_of
 from peft_fx.components import by_component, gradients_of
 from peft_fx.estimates import Estimate, Row
@@ -316,7 +316,7 @@ def _traced(
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         split = Split(gm, roles_of(gm, example_inputs, names), named, machine)
         patches = {"joint_custom_pre_pass": split.joint, "custom_partitioner_fn": split, "fx_graph_cache": False}
-        with torch._functorch.config.patch(enable_autograd_cache=False):
+        with compat.functorch_config.patch(enable_autograd_cache=False):
             called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
         parts.append(split.parts)
         return called
