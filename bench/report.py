@@ -28,7 +28,7 @@ COLOURS = {
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 
 REPORT = """\
-Reads bench/results/cpu.json, methods.json and gpu.json, or the files named, and writes next to them
+Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
@@ -50,7 +50,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    known = [FOLDER / f"{suite}.json" for suite in ("gpu", "cpu", "methods")]
+    known = [FOLDER / f"{suite}.json" for suite in ("gpu", "cpu", "methods", "loss")]
     paths = [path for path in args.files or known if path.exists()]
     if not paths:
         print("There are no results yet. Measure some: python -m bench suite cpu")
@@ -155,10 +155,16 @@ def _methods(rows: Iterable[Row]) -> str:
     return f"{size}; memory and step × the frozen model's:\n\n{tables.methods_table(steps)}"
 
 
+def _loss(rows: Iterable[Row]) -> str:
+    row = next((row for row in _of_kind(rows, "step") if "error" not in row), None)
+    return f"A step of {tables.step_title(row)}:\n\n{tables.loss_table(row)}" if row else ""
+
+
 PAGE_TABLES = {
     "step": (("gpu", "cpu"), _headline),
     "kept": (("gpu", "cpu"), _kept),
     "methods": (("methods",), _methods),
+    "loss": (("loss",), _loss),
 }
 
 

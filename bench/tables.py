@@ -173,6 +173,20 @@ def headline_table(row: Row) -> str:
     return table(head, lines, "github")
 
 
+def loss_table(row: Row) -> str:
+    """Of a `step` row of losses, for a page: memory kept, peak, and time, each beside Inductor alone."""
+    results = row["results"]
+    plain = results["inductor-loss"]
+    lines = []
+    for name in row["variants"]:
+        m = results[name]
+        if "error" not in m:
+            sizes = [text for k in ("kept", "peak") for text in (f"{_megabytes(m[k])} MB", _ratio(m[k], plain[k]))]
+            times = [f"{1e3 * statistics.median(m['times']):.0f} ms", _paired(m, plain)]
+            lines.append([VARIANTS[name].title, *sizes, *times])
+    return table(["", "kept", "× Inductor", "peak", "× Inductor", "step", "× Inductor"], lines, "github")
+
+
 def methods_table(rows: Iterable[Row]) -> str:
     """Of `time` rows of several methods, for a page: what Inductor and peft_fx keep, and peft_fx's time."""
     lines = []
