@@ -74,6 +74,7 @@ OTHER = {
     "velora_group": 8,
     "keep_layers": ["*.up"],
     "chunk_loss": False,
+    "memory_weight": 0.5,
 }
 
 
