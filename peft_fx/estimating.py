@@ -322,7 +322,7 @@ def _traced(
         return called
 
     with compat.forgetting(), nothing_changed(), fake_mode:
-        call_ghost(ghost, args, kwargs, capture)
+        call_ghost(ghost, args, kwargs, capture, dynamic=False)  # Dynamo remembers that a size has changed
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
     return {name: _step([p[name] for p in parts if name in p]) for name in named}

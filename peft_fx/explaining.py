@@ -273,12 +273,14 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
 
 
-def call_ghost(ghost: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any) -> None:
+def call_ghost(
+    ghost: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any, dynamic: bool | None = None
+) -> None:
     """Compiles a call by a backend, in code of its own, so that the model's own code gets no compiled version of a
     ghost."""
     call = FunctionType(_call.__code__.replace(), globals())
     with compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
-        torch.compile(call, backend=backend)(ghost, args, kwargs)
+        torch.compile(call, backend=backend, dynamic=dynamic)(ghost, args, kwargs)
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
