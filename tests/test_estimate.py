@@ -52,7 +52,9 @@ def test_two_products_are_alive_together() -> None:
 @pytest.fixture(scope="module")
 def found() -> tuple[Any, Estimate]:
     model = tiny()
-    return model, peft_fx.estimate(model, variants=["inductor", "peft_fx"], seq_lens=[64, 128], **batch(64))
+    return model, peft_fx.estimate(
+        model, machine="cpu", variants=["inductor", "peft_fx"], seq_lens=[64, 128], **batch(64)
+    )
 
 
 def tiny() -> Any:
@@ -80,14 +82,14 @@ def test_more_tokens_need_more(found: tuple[Any, Estimate]) -> None:
 
 
 def test_kept_bytes_are_those_that_explain_tells(found: tuple[Any, Estimate]) -> None:
-    report = peft_fx.explain(found[0], **batch(128))
+    report = peft_fx.explain(found[0], options={"peft_fx.machine": "cpu"}, **batch(128))
     kept = {r.name: r.kept_bytes for r in found[1].rows if r.tokens == 128}
     assert kept == {"inductor": report.kept_bytes["before"], "peft_fx": report.kept_bytes["after"]}
 
 
 def test_a_model_without_weights_gives_the_same_figures(found: tuple[Any, Estimate]) -> None:
     ghost = tiny().to("meta")
-    again = peft_fx.estimate(ghost, variants=["peft_fx"], **batch(64, "meta"))
+    again = peft_fx.estimate(ghost, machine="cpu", variants=["peft_fx"], **batch(64, "meta"))
     assert again.rows == [r for r in found[1].rows if (r.name, r.tokens) == ("peft_fx", 64)]
 
 
