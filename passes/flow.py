@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
@@ -117,6 +118,10 @@ class Flow:
 
     def is_trained(self, node: object) -> bool:
         return any(self.roles[n].trainable for n in self.parameters(node))
+
+    def side_of(self, node: Node) -> AbstractSet[Node]:
+        """Forward's nodes, or backward's, of which that is one."""
+        return self.backward if node in self.backward else self.forward
 
     @functools.cached_property
     def differentiated(self) -> frozenset[Node]:

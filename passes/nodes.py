@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, TypeGuard
 
 import torch
@@ -73,12 +74,13 @@ def coarsest(nodes: Iterable[Node]) -> torch.dtype:
     return min((value(n).dtype for n in nodes), key=lambda d: MANTISSA.get(d, 0))
 
 
-def is_rounded(node: Node, dtype: torch.dtype) -> bool:
-    """Whether nobody reads more of a value than what a dtype holds of it."""
-    own = value(node).dtype
-    if MANTISSA.get(own, 0) <= MANTISSA.get(dtype, 0):
+def is_rounded(node: Node, dtype: torch.dtype, among: AbstractSet[Node]) -> bool:
+    """Whether nobody among some nodes reads more of a value than what a dtype holds of it, be it scaled before."""
+    if MANTISSA.get(value(node).dtype, 0) <= MANTISSA.get(dtype, 0):
         return True
-    return bool(node.users) and all(u.target in CASTS | LAYOUTS | SUMS and is_rounded(u, dtype) for u in node.users)
+    users = [u for u in node.users if u in among or u.op == "output"]
+    passed = CASTS | LAYOUTS | SUMS | SCALINGS
+    return bool(users) and all(u.target in passed and is_rounded(u, dtype, among) for u in users)
 
 
 def numel(sizes: Sequence[Size]) -> Size:

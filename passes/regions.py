@@ -313,7 +313,11 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
         return Refusal(name, "dtype", f"products in {' and '.join(sorted(map(str, dtypes)))}")
     own = value(region.base).dtype
     finest = max(real, key=lambda d: MANTISSA[d], default=own)
-    if finest != own and coarser(finest, own) == own and not all(is_rounded(end, own) for end in region.ends):
+    if (
+        finest != own
+        and coarser(finest, own) == own
+        and not all(is_rounded(end, own, analysis.flow.side_of(end)) for end in region.ends)
+    ):
         plain, fine = (str(d).removeprefix("torch.") for d in (own, finest))
         return Refusal(
             name, "dtype", f"the adapter's products are {fine}, W·x is {plain}, and their sum is not rounded"

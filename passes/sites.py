@@ -283,7 +283,9 @@ class Analysis:
                 )
                 return Refusal(name, "dtype", read)
         base, adapter = (_held_in(occ) for occ in (group.base, max(group.others, key=_mantissa)))
-        if MANTISSA.get(adapter, 0) > MANTISSA.get(base, 0) and not is_rounded(group.root, base):
+        if MANTISSA.get(adapter, 0) > MANTISSA.get(base, 0) and not is_rounded(
+            group.root, base, self.flow.side_of(group.root)
+        ):
             held = f"the adapter's addend is {_plain(adapter)}, W·x is {_plain(base)}, and their sum is not rounded"
             return Refusal(name, "dtype", held)
         dtypes = frozenset(d for occ in (group.base, *group.others) if occ.term for d in occ.term.dtypes)
