@@ -93,9 +93,10 @@ def chunk_loss(
     hint: Callable[[Size], int],
     at_least: AtLeast,
     worth: float = 0.0,
+    always: bool = False,
 ) -> tuple[list[ChunkedLoss], list[Refusal], list[Node]]:
     """Puts the loss of a joint or inference graph into a loop, in place: what was done, what was refused, the nodes
-    added. `worth` is that of a GB, in seconds."""
+    added. `worth` is that of a GB, in seconds; where `always` is not said, few bytes saved are worth no loop."""
     logits = _logits(graph, flow, hint)
     if logits is None:
         return [], [], []
@@ -108,7 +109,9 @@ def chunk_loss(
     try:
         loop = _found(graph, flow, logits, plan)
         done = plan.described(loop, flow)
-        if done.saved < LEAST or not (isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)):
+        if (done.saved < LEAST and not always) or not (
+            isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)
+        ):
             return [], [], known
     except Unfit as why:
         told = bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure

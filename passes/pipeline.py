@@ -4,7 +4,6 @@ alike."""
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -149,9 +148,9 @@ def run(
     if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
         added += _for_backward(graph, roles, settings, fake_mode, hint, outcome, members, inputs)
     if settings.chunk_loss:
-        worth = math.inf if settings.chunk_loss is True else settings.memory_weight
+        worth, always = settings.memory_weight, settings.chunk_loss is True
         outcome.losses, unfit, new = chunk_loss(
-            graph, Flow(graph, roles), settings.machine, fake_mode, hint, regimes.at_least, worth
+            graph, Flow(graph, roles), settings.machine, fake_mode, hint, regimes.at_least, worth, always
         )
         outcome.refusals += unfit
         added += new
