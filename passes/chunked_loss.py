@@ -50,7 +50,7 @@ from peft_fx.passes.transients import exact_products
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many
 PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
-DEARER = 1.05  # the loop by the price, in units of what the whole costs
+DEARER = 1 + 1 / PART  # the loop by the price, in units of what the whole costs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
 LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark

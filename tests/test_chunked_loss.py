@@ -328,7 +328,7 @@ CHUNKS, LEAST = chunked_loss.chunks, chunked_loss.LEAST  # as they are, without 
 def test_chunks_by_bytes_and_by_price(
     machine: str, rows: int, k: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk's logits, fp32 copy and gradient fit the budget, or twice as many chunks would cost a twentieth more."""
+    """A chunk's logits, fp32 copy and gradient fit the budget, or twice as many chunks would cost a sixteenth more."""
     monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
     of = MACHINES[machine]
     n = CHUNKS(rows, k, vocabulary, BF16, 8 * vocabulary, of)
@@ -336,8 +336,8 @@ def test_chunks_by_bytes_and_by_price(
     assert rows % n == 0
     fits = rows // n * vocabulary * 8 <= max(LEAST, rows * vocabulary * 2 // 16)
     price = [chunked_loss._price(of, m, rows, k, vocabulary, BF16) for m in (1, n, 2 * n)]
-    assert price[1] <= 1.05 * price[0]
-    assert fits or price[2] > 1.05 * price[0]
+    assert price[1] <= chunked_loss.DEARER * price[0]
+    assert fits or price[2] > chunked_loss.DEARER * price[0]
 
 
 def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert counts[-1] == 64
     for w, n in list(zip(worth, counts, strict=True))[:-1]:
         whole, looped = (chunked_loss._price(of, m, T, K, V, BF16) for m in (1, n))
-        assert looped - 1.05 * whole <= w * (1 - 1 / n) * T * V * 8e-9
+        assert looped - chunked_loss.DEARER * whole <= w * (1 - 1 / n) * T * V * 8e-9
 
 
 def test_small_logits_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
