@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -10,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import MANTISSA, Size
+from peft_fx.passes.algebra import MANTISSA, Size, coarser
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -71,7 +72,7 @@ def is_read_twice(node: Node) -> bool:
 
 def coarsest(nodes: Iterable[Node]) -> torch.dtype:
     """The dtype with the fewest bits in which one of these values is held."""
-    return min((value(n).dtype for n in nodes), key=lambda d: MANTISSA.get(d, 0))
+    return functools.reduce(coarser, (value(n).dtype for n in nodes))
 
 
 def is_rounded(node: Node, dtype: torch.dtype, among: AbstractSet[Node]) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
+from peft_fx import compat
+from peft_fx.compiling import roles_in
 from peft_fx.listing import classes_of
-from peft_fx.passes.flow import Flow, Roles, is_tangent, reachable
+from peft_fx.passes.flow import Flow, Role, is_tangent, reachable
 from peft_fx.passes.keep import parameter_gradients
+from peft_fx.passes.nodes import expr, numel
 
 ADAPTERS, OTHER = "adapters", "other"
 # what a class name has in it, of the innermost module that has any of these
@@ -31,9 +36,15 @@ COMPONENTS = {
 ORDER = (*COMPONENTS, ADAPTERS, OTHER)
 
 
-def gradients_of(joint: Graph, roles: Roles) -> frozenset[str]:
-    """The names of the nodes of a joint graph that serve the gradients of trained parameters alone."""
-    return frozenset(n.name for n in parameter_gradients(joint, Flow(joint, roles)))
+def partitioned(
+    joint: GraphModule, joint_inputs: Sequence[object], roles: dict[int, Role], kwargs: Mapping[str, Any]
+) -> tuple[GraphModule, GraphModule, dict[str, int]]:
+    """Forward, backward, and the bytes by component that the one keeps for the other; `kwargs` are the partitioner's,
+    `roles` those of the graph's inputs."""
+    gradients = {n.name for n in parameter_gradients(joint.graph, Flow(joint.graph, roles_in(joint.graph, roles)))}
+    forward, backward = compat.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+    saved = saved_bytes(forward, kwargs["num_fwd_outputs"])
+    return forward, backward, by_component(saved, joint.graph, backward, gradients)
 
 
 def by_component(saved: Mapping[str, int], joint: Graph, backward: GraphModule, gradients: Set[str]) -> dict[str, int]:
@@ -72,3 +83,21 @@ def _component(reader: Node) -> str:
             if any(word in kind for word in words):
                 return component
     return OTHER
+
+
+def saved_bytes(forward: GraphModule, outputs: int) -> dict[str, int]:
+    """Bytes of the storages that a forward graph hands to backward and that it made itself, by the value's name."""
+    nodes = {n.op: n for n in forward.graph.nodes}
+    given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder"}
+    saved: dict[Any, tuple[str, int]] = {}
+    for node in nodes["output"].args[0][outputs:]:
+        val = node.meta.get("val") if isinstance(node, Node) else None
+        if isinstance(val, torch.Tensor) and _storage(node) not in given:
+            hint = compat.hint_for(val.fake_mode) if isinstance(val, compat.FakeTensor) else int
+            saved[_storage(node)] = node.name, hint(numel([expr(n) for n in val.shape])) * val.dtype.itemsize
+    return dict(saved.values())
+
+
+def _storage(node: Node) -> Any:
+    val = node.meta.get("val")
+    return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node

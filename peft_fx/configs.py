@@ -6,6 +6,7 @@ No weight is made, nothing is downloaded and no code but transformers' own runs.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from peft_fx.options import PREFIX, parse
 from peft_fx.terminal import Problem, require
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -153,6 +155,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of LoRA (default: %(default)g)")
     parser.add_argument("--dora", action="store_true", help="DoRA instead of LoRA")
     parser.add_argument("--dtype", choices=DTYPES, help="of the base (default: as the configuration says)")
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser, speeds: str) -> None:
+    """Declares what `options_of` reads; `speeds` says what the machine's are for."""
+    machine = f"{speeds}: h100, a100, cpu, … or a calibration's file (default: this machine's)"
+    parser.add_argument("--machine", help=machine)
+    option = "of the backend, as often as need be: form=weight, numerics=strict, keep=int8, …"
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """--option and --machine as torch.compile takes them; a Problem where the backend would not."""
+    options = {}
+    for given in args.option:
+        key, equals, text = given.partition("=")
+        if not equals:
+            raise Problem(f"--option {given}: it must be KEY=VALUE, as in --option form=weight")
+        try:
+            options[PREFIX + key.removeprefix(PREFIX)] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            options[PREFIX + key.removeprefix(PREFIX)] = text
+    if args.machine:
+        options[f"{PREFIX}machine"] = args.machine
+    try:
+        parse(options)
+    except ValueError as error:
+        raise Problem(str(error)) from error
+    return options
 
 
 def model_of(args: argparse.Namespace) -> Any:

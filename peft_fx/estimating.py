@@ -12,25 +12,16 @@ from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, machines
 from peft_fx.compat import pytree
-from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_in, roles_of
-from peft_fx.components import by_component, gradients_of
+from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_of
+from peft_fx.components import partitioned
 from peft_fx.estimates import Estimate, Row
-from peft_fx.explaining import (
-    answer,
-    call_ghost,
-    copy_graph,
-    ghost_of,
-    ghostly,
-    nothing_changed,
-    own_inputs,
-    saved_bytes,
-    unwrapped,
-)
+from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
 from peft_fx.passes.liveness import Fused, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
+from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
 
 OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
 DEPTHS = (2, 3)  # of a deep model, traced; a further layer costs what the last one did
@@ -134,7 +125,7 @@ def estimate(
     traced at two depths, and a further layer costs what the last one did.
 
     Raises ValueError for an unknown option, machine, optimiser or variant, for a variant asked for that the model
-    does not allow, and RuntimeError where nothing of the call is trained.
+    does not allow, TypeError for what is no module, and RuntimeError where nothing of the call is trained.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"estimate() knows no optimizer {optimizer!r}; valid ones: {', '.join(OPTIMIZERS)}")
@@ -142,6 +133,8 @@ def estimate(
     if unknown:
         raise ValueError(f"estimate() knows no variant {unknown[0]!r}; valid ones: {', '.join(VARIANTS)}")
     plain, _ = unwrapped(model)
+    if not isinstance(plain, nn.Module):
+        raise TypeError("estimate() needs a module: what it trains are the module's parameters")
     kwargs = kwargs if args or kwargs else own_inputs(plain)
     options = dict(options or {}) | ({f"{PREFIX}machine": machine} if machine else {})
     speeds = machines.resolve(parse(options).machine, _device(plain, args, kwargs))
@@ -177,8 +170,7 @@ def _tensors(*trees: Any) -> list[torch.Tensor]:
 
 
 def _device(model: Any, args: Any, kwargs: Any) -> torch.device:
-    own = list(model.parameters()) if isinstance(model, nn.Module) else []
-    device = next((t.device for t in (*own, *_tensors(args, kwargs))), torch.device("cpu"))
+    device = next((t.device for t in (*model.parameters(), *_tensors(args, kwargs))), torch.device("cpu"))
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -257,7 +249,7 @@ def _rows(
     T: int,
 ) -> list[Row]:
     """The rows of variants that share one prepared model."""
-    whole = _prepared(model, prepare)
+    whole = _prepared(model, prepare, new_fake_mode())
     stacks = _stacks(whole)
     if stacks:
         first, second = (_traced(model, inputs, prepare, named, machine, depth) for depth in DEPTHS)
@@ -276,8 +268,7 @@ def _rows(
         components = {k: round(n) for k, n in step.components.items() if round(n)}
         kept = sum(components.values())
         peak = max(*map(round, step.peaks), updated)
-        moved = (3 + 2 * states) * gradients + 0.0
-        seconds = step.seconds + (machine.one_pass(int(moved)) if moved else 0.0)
+        seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
         transient = peak - gradients - kept
         rows.append(Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components))
     return rows
@@ -287,12 +278,11 @@ def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], depth: int = 0) -> Any:
+def _prepared(
+    model: Any, prepare: Callable[[nn.Module], nn.Module], fake_mode: compat.FakeTensorMode, depth: int = 0
+) -> Any:
     """A copy on fake tensors, as a variant has it."""
-    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
     ghost = ghost_of(model, fake_mode)
-    if not isinstance(ghost, nn.Module):
-        return ghost
     with fake_mode:
         return prepare(_cut(ghost, depth) if depth else ghost)
 
@@ -305,10 +295,8 @@ def _traced(
     machine: Machine,
     depth: int = 0,
 ) -> dict[str, Step]:
-    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
-    ghost = ghost_of(model, fake_mode)
-    with fake_mode:
-        ghost = prepare(_cut(ghost, depth) if depth else ghost)
+    fake_mode = new_fake_mode()
+    ghost = _prepared(model, prepare, fake_mode, depth)
     names = {p: name for name, p in ghost.named_parameters()}
     args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), inputs)
     parts: list[dict[str, Part]] = []
@@ -322,7 +310,7 @@ def _traced(
         return called
 
     with compat.forgetting(), nothing_changed(), fake_mode:
-        call_ghost(ghost, args, kwargs, capture, dynamic=False)  # Dynamo remembers that a size has changed
+        call_compiled(ghost, args, kwargs, capture, dynamic=False)  # Dynamo remembers that a size has changed
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
     return {name: _step([p[name] for p in parts if name in p]) for name in named}
@@ -397,9 +385,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         after = None if ours is None else Untag(ours)
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after):
             joint = compat.joint_graph_passes(joint) or joint
-        gradients = gradients_of(joint.graph, roles_in(joint.graph, self.roles))
-        forward, backward = compat.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-        components = by_component(saved_bytes(forward, kwargs["num_fwd_outputs"]), joint.graph, backward, gradients)
+        forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs)
         hint = compat.hint_for(compat.V.fake_mode)
         first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
         given = {n.name for n in forward.graph.find_nodes(op="placeholder")}

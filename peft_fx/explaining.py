@@ -4,14 +4,12 @@ anything."""
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import FunctionType
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from peft_fx import compat
 from peft_fx.compat import pytree
@@ -24,18 +22,17 @@ from peft_fx.compiling import (
     parameters_of,
     patches_for,
     records_of,
-    roles_in,
     roles_of,
 )
-from peft_fx.components import by_component, gradients_of
+from peft_fx.components import partitioned
 from peft_fx.gradients import gradient_errors
 from peft_fx.listing import Lines, listings
 from peft_fx.options import Options, parse
-from peft_fx.passes.nodes import expr, numel
 from peft_fx.passes.pipeline import Outcome
 from peft_fx.preparing import curable
 from peft_fx.regional import renamed
 from peft_fx.reports import Report
+from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
 
 
 def explain(
@@ -149,44 +146,21 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        if self.idle.untouched is not None and not self.idle.record.subgraphs:
+        record, kept = self.idle.record, self.idle.kept
+        if record.subgraphs:  # what a subgraph keeps is not known to the graph that calls it
+            split: tuple[GraphModule, GraphModule]
+            split = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+            return split
+        if self.idle.untouched is not None:
             before = GraphModule(gm, self.idle.untouched)
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
-            self._split("before", before, joint_inputs, kwargs)
-        return self._split("after", gm, joint_inputs, kwargs)
-
-    def _split(
-        self, label: str, gm: GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any]
-    ) -> tuple[GraphModule, GraphModule]:
-        roles = roles_in(gm.graph, self.idle.record.roles)
-        gradients = gradients_of(gm.graph, roles)
-        forward, backward = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        if not self.idle.record.subgraphs:  # what a subgraph keeps is not known to the graph that calls it
-            saved = saved_bytes(forward, kwargs["num_fwd_outputs"])
-            self.idle.kept[label] = by_component(saved, gm.graph, backward, gradients)
+            kept["before"] = partitioned(before, joint_inputs, record.roles, kwargs)[2]
+        forward, backward, kept["after"] = partitioned(gm, joint_inputs, record.roles, kwargs)
         return forward, backward
 
     def uuid(self) -> Any:
         return None
-
-
-def saved_bytes(forward: GraphModule, outputs: int) -> dict[str, int]:
-    """Bytes of the storages that a forward graph hands to backward and that it made itself, by the value's name."""
-    nodes = {n.op: n for n in forward.graph.nodes}
-    given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder"}
-    saved: dict[Any, tuple[str, int]] = {}
-    for node in nodes["output"].args[0][outputs:]:
-        val = node.meta.get("val") if isinstance(node, Node) else None
-        if isinstance(val, torch.Tensor) and _storage(node) not in given:
-            hint = compat.hint_for(val.fake_mode) if isinstance(val, compat.FakeTensor) else int
-            saved[_storage(node)] = node.name, hint(numel([expr(n) for n in val.shape])) * val.dtype.itemsize
-    return dict(saved.values())
-
-
-def _storage(node: Node) -> Any:
-    val = node.meta.get("val")
-    return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node
 
 
 def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> tuple[Any, Idle]:
@@ -212,28 +186,8 @@ def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record
     return called, idle
 
 
-def answer(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    (output,) = (n for n in gm.graph.nodes if n.op == "output")
-    answers = [n.meta.get("val") if isinstance(n, Node) else n for n in output.args[0]]
-    fixed = all(isinstance(expr(n), int) for a in answers for n in _sizes(a))
-
-    def run(args: list[Any]) -> Any:
-        inputs, args[:] = list(args), []
-        return list(answers) if fixed else list(gm(*inputs))  # a size of the graph's means nothing outside of it
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
-
-
-def _sizes(answer: Any) -> Sequence[Any]:
-    """The sizes in one result of a graph: a tensor's, or a number."""
-    if isinstance(answer, torch.Tensor):
-        return list(answer.shape)
-    return [answer] if isinstance(answer, torch.SymInt) else []
-
-
 def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
-    fake_mode = compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
+    fake_mode = new_fake_mode()
     traced: list[tuple[Record, Idle | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
@@ -256,7 +210,7 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), (args, kwargs))
     with compat.forgetting(), nothing_changed(), fake_mode:
         try:
-            call_ghost(ghost, args, kwargs, capture)
+            call_compiled(ghost, args, kwargs, capture)
             stopped = []
         except (*compat.BRANCHES_ON_A_VALUE, AssertionError) as error:
             if isinstance(error, AssertionError) and "data-dependent" not in str(error):
@@ -271,20 +225,6 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
     return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
-
-
-def call_ghost(
-    ghost: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: Any, dynamic: bool | None = None
-) -> None:
-    """Compiles a call by a backend, in code of its own, so that the model's own code gets no compiled version of a
-    ghost."""
-    call = FunctionType(_call.__code__.replace(), globals())
-    with compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
-        torch.compile(call, backend=backend, dynamic=dynamic)(ghost, args, kwargs)
-
-
-def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model(*args, **kwargs)
 
 
 def _report_of(records: list[Record], model: torch.nn.Module) -> Report:
@@ -344,62 +284,3 @@ def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Rep
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
     for k, n in more.items():
         total[k] = total.get(k, 0) + n
-
-
-@contextlib.contextmanager
-def nothing_changed() -> Iterator[None]:
-    """Random state and warning filters as they were."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
-def ghost_of(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
-    """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
-    if not isinstance(model, torch.nn.Module):
-        return model
-    if compat.is_sharded(model):
-        raise TypeError(
-            "explain() cannot trace a model whose parameters FSDP2 has sharded: ask before fully_shard, or "
-            "explain(model) after a step, which tells what was compiled"
-        )
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    memo = {}
-    for tensor in tensors.values():
-        if id(tensor) not in memo:
-            memo[id(tensor)] = ghostly(tensor, fake_mode)
-    return copy.deepcopy(model, memo)
-
-
-def ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
-    """A fake tensor like this one; one on the meta device becomes one on the CPU."""
-    if not isinstance(x, torch.Tensor) or isinstance(x, compat.FakeTensor):
-        return x
-    if type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return _alias(x)
-    device = "cpu" if x.is_meta else x.device
-    with fake_mode, torch.no_grad():
-        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    if isinstance(x, torch.nn.Parameter):
-        return torch.nn.Parameter(fake, requires_grad=x.requires_grad)
-    return fake.requires_grad_(x.requires_grad)
-
-
-def _alias(x: torch.Tensor) -> torch.Tensor:
-    """Another object with the same memory, for a class that says with attributes what its numbers mean, as quantised
-    weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
-    if compat.is_traceable_wrapper_subclass(x):
-        return x
-    alias = compat.same_memory(x)
-    alias.__dict__.update(x.__dict__)
-    return alias
-
-
-def copy_graph(graph: Graph) -> Graph:
-    copied = Graph()
-    output = copied.graph_copy(graph, {})
-    (old,) = (n for n in graph.nodes if n.op == "output")
-    copied.output(output).meta.update(old.meta)
-    return copied

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from peft_fx import compat, compiling
 from peft_fx.compat import pytree
 from peft_fx.options import Options
 from peft_fx.reports import GradientError
+from peft_fx.tracing import call_compiled
 
 
 def gradient_errors(
@@ -46,9 +46,7 @@ def _gradients(
 
     with compat.forgetting(), left_as_it_was(model), torch.enable_grad():
         torch.manual_seed(0)
-        # in code of its own, so that the model's own code gets no compiled version of this
-        call = FunctionType(_call.__code__.replace(), globals())
-        output = torch.compile(call, backend=lowered)(model, args, kwargs)
+        output = call_compiled(model, tuple(args), kwargs, lowered)
         found = torch.autograd.grad(_loss(output), list(trained.values()), allow_unused=True)
     return dict(zip(trained, found, strict=True))
 
@@ -77,10 +75,6 @@ def named_loss(output: Any) -> torch.Tensor | None:
     """A model's output's own loss, as transformers' models have one."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, torch.Tensor) else None
-
-
-def _call(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return model(*args, **kwargs)
 
 
 def _loss(output: Any) -> torch.Tensor:

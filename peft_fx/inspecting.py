@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from pathlib import Path
 from typing import Any
 
 import peft_fx
 from peft_fx import configs
-from peft_fx.options import PREFIX, parse
 from peft_fx.reports import Report
 from peft_fx.terminal import Problem, check_writable, progress, silence_others
 
@@ -47,12 +45,7 @@ def add_command(commands: Any) -> None:
     configs.add_arguments(explain)
     tokens = "of each sequence (default: %(default)s)"
     explain.add_argument("--tokens", type=configs.positive, default=2048, metavar="T", help=tokens)
-    machine = (
-        "whose speeds the price reckons with: h100, a100, cpu, … or a calibration's file (default: this machine's)"
-    )
-    explain.add_argument("--machine", help=machine)
-    option = "of the backend, as often as need be: form=weight, numerics=strict, keep=int8, …"
-    explain.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
+    configs.add_backend_arguments(explain, "whose speeds the price reckons with")
     loss = "return the loss without its logits, as peft_fx.loss_only does"
     explain.add_argument("--loss-only", action="store_true", help=loss)
     explain.add_argument("--html", type=Path, metavar="FILE", help="the report as a page of its own")
@@ -63,7 +56,7 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Explains and writes what was asked for; returns the exit status."""
-    options = options_of(args)
+    options = configs.options_of(args)
     files = {check_writable(p): text for p, text in ((args.html, Report.to_html), (args.json, Report.to_json)) if p}
     silence_others()
     with progress(f"{args.config}, {args.batch} × {args.tokens} tokens") as say:
@@ -80,26 +73,6 @@ def run(args: argparse.Namespace) -> int:
         path.write_text(text(report), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
     return 1 if report.failures else 0
-
-
-def options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """--option and --machine as torch.compile takes them; a Problem where the backend would not."""
-    options = {}
-    for given in args.option:
-        key, equals, text = given.partition("=")
-        if not equals:
-            raise Problem(f"--option {given}: it must be KEY=VALUE, as in --option form=weight")
-        try:
-            options[PREFIX + key.removeprefix(PREFIX)] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            options[PREFIX + key.removeprefix(PREFIX)] = text
-    if args.machine:
-        options[f"{PREFIX}machine"] = args.machine
-    try:
-        parse(options)
-    except ValueError as error:
-        raise Problem(str(error)) from error
-    return options
 
 
 def _print_diff(report: Report, name: str) -> None:

@@ -10,7 +10,6 @@ import peft_fx
 from peft_fx import configs
 from peft_fx.estimates import Estimate, unit_of
 from peft_fx.estimating import OPTIMIZERS, VARIANTS
-from peft_fx.inspecting import options_of
 from peft_fx.terminal import Problem, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\
@@ -47,13 +46,10 @@ def add_command(commands: Any) -> None:
     configs.add_arguments(command)
     seq = "tokens of a sequence: one number, or FIRST:LAST, each twice the one before (default: %(default)s)"
     command.add_argument("--seq", type=lengths, default="2048", metavar="T", help=seq)
-    machine = "whose speeds are reckoned with: h100, a100, cpu, … or a calibration's file (default: this machine's)"
-    command.add_argument("--machine", help=machine)
+    configs.add_backend_arguments(command, "whose speeds are reckoned with")
     names = f"of {', '.join(VARIANTS)} (default: all)"
     command.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=names)
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
-    option = "of the backend, as often as need be: form=weight, numerics=strict, …"
-    command.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
     command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
     command.add_argument("--json", type=Path, metavar="FILE", help="the estimate as JSON")
     command.add_argument("--png", type=Path, metavar="FILE", help="a figure of it; needs matplotlib")
@@ -74,7 +70,7 @@ def lengths(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> int:
     """Estimates and writes what was asked for; returns the exit status."""
-    options = options_of(args)
+    options = configs.options_of(args)
     for path in filter(None, (args.json, args.png)):
         check_writable(path)
     if args.png:

@@ -14,10 +14,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, compiling
-from peft_fx.explaining import copy_graph
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.flow import Role
+from peft_fx.tracing import copy_graph
 
 
 @dataclass

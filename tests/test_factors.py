@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from peft_fx import compiling
-from peft_fx.explaining import copy_graph
 from peft_fx.passes import factors
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import PRODUCTS, aten
+from peft_fx.tracing import copy_graph
 from tests import joint
 from tests.spellings import K, N, frozen, trained
 

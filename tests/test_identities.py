@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from peft_fx.explaining import copy_graph
 from peft_fx.passes.identities import without_one_hot_sums
 from peft_fx.passes.nodes import PRODUCTS, aten
+from peft_fx.tracing import copy_graph
 from tests import joint, losses
 from tests.losses import LOSSES, Head, V
 from tests.spellings import K, N, frozen, trained
