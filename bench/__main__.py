@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import commands, compiling, coverage, report, study, suites, sweep
+from bench import commands, compiling, coverage, estimating, report, study, suites, sweep
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -21,6 +21,7 @@ examples:
   python -m bench study rounding                               nearest or dithered, by learning rate: 15 minutes
   python -m bench study keep                                   LoRA-FA, VeLoRA and quantised keeps in training
   python -m bench sweep                                        the forms of one layer, measured and predicted
+  python -m bench estimate                                     what estimate says of the models that were measured
   python -m bench compile --layers 8 80                        seconds of the passes, by depth
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     suites.add_command(found)
     compiling.add_command(found)
     coverage.add_command(found)
+    estimating.add_command(found)
     study.add_command(found)
     sweep.add_command(found)
     report.add_command(found)

@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import CAST, aten, expr, numel, prims
+from peft_fx.passes.nodes import CAST, aten, expr, numel, prims, tensor_arg, value
 
 LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
     "library",
@@ -53,13 +53,16 @@ POINTWISES = {
     aten.index.Tensor,
     aten.lift_fresh_copy.default,
     aten.scalar_tensor.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
     prims.iota.default,
     prims.inductor_lookup_seed.default,
     prims.inductor_random.default,
 }
 REDUCTIONS = {"sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var", "var_mean", "argmax", "argmin"}
 HEAVY = {"exp", "expm1", "log", "log1p", "log2", "sigmoid", "tanh"}  # never computed twice
-SCATTERS = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce", "index_add", "slice_scatter"}
+SCATTERS = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce", "index_add"}
+INTO = {"mm", "bmm", "addmm", "baddbmm"}  # write into memory that they are given; other libraries' allocate their own
 READS = 4  # values that a pointwise one may read and still be computed again by each reader
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
@@ -288,7 +291,7 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
     now -= sum(size(b) for b in given if b not in end and b not in stays)
     for i, kernel in enumerate(kernels):
         now += change[i]
-        top = now + kernel.inside
+        top = now + kernel.inside + (_scratch(fused, kernel, machine) if machine and kernel.library else 0)
         walked.peak = max(walked.peak, top)
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
@@ -340,6 +343,8 @@ class _Plan:
         for i, kernel in enumerate(self.fused.kernels):
             for node in kernel.nodes:
                 over = not kernel.library or _name(node) in SCATTERS
+                if not over and _name(node) not in INTO:
+                    continue
                 for b in self.fused.buffers(node):
                     if b in passing:
                         continue
@@ -374,7 +379,7 @@ def _seconds(fused: Fused, kernel: _Kernel, machine: Machine) -> float:
     """Of a product by the machine's model, of attention by its FLOPs, of all else by the bytes read and written."""
     node = kernel.nodes[0]
     reads = {r for n in kernel.nodes for r in fused.reads[n]}
-    if _name(node) in ("mm", "bmm", "addmm", "baddbmm"):
+    if _name(node) in INTO:
         a, b = [v for i in node.all_input_nodes for v in _tensors(i)][-2:]
         m, k, n = (fused.hint(expr(s)) for s in (a.shape[-2], a.shape[-1], b.shape[-1]))
         batch = fused.hint(expr(a.shape[0])) if a.ndim > 2 else 1
@@ -387,12 +392,54 @@ def _seconds(fused: Fused, kernel: _Kernel, machine: Machine) -> float:
 
 def _attention(fused: Fused, node: Node, machine: Machine) -> float:
     """Two products of T×T×d a head in forward, five in backward, half of each where it is causal."""
-    backward = "backward" in _name(node)
-    q, k = (node.args[1], node.args[2]) if backward else (node.args[0], node.args[1])
-    assert isinstance(q, Node)
-    assert isinstance(k, Node)
-    batch, heads, tokens, width = (fused.hint(expr(n)) for n in q.meta["val"].shape)
-    others = fused.hint(expr(k.meta["val"].shape[-2]))
-    flops = 2 * batch * heads * tokens * others * width * (5 if backward else 2)
+    sizes = _Attention.of(fused, node)
+    flops = 2 * sizes.batch * sizes.heads * sizes.tokens * sizes.others * sizes.width * (5 if sizes.backward else 2)
     causal = 2 if any(a is True for a in (*node.args, *node.kwargs.values())) else 1
-    return float(flops / causal / machine.speed(q.meta["val"].dtype).peak + machine.launch)
+    return float(flops / causal / machine.speed(sizes.dtype).peak + machine.launch)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """A fused kernel of attention: q [batch, heads, tokens, width], k and v [batch, …, others, width]."""
+
+    backward: bool
+    batch: int
+    heads: int
+    tokens: int
+    width: int
+    others: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, fused: Fused, node: Node) -> _Attention:
+        backward = "backward" in _name(node)
+        q, k = (value(tensor_arg(node, i + backward)) for i in range(2))
+        batch, heads, tokens, width = (fused.hint(expr(n)) for n in q.shape)
+        return cls(backward, batch, heads, tokens, width, fused.hint(expr(k.shape[-2])), q.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- scratch
+
+
+def _scratch(fused: Fused, kernel: _Kernel, machine: Machine) -> int:
+    """Bytes that a library's kernel allocates while it runs, and lets go of: of attention, as PyTorch has it."""
+    (node,) = kernel.nodes
+    if ATTENTION not in _name(node):
+        return 0
+    scratch = _scratch_of_threads if machine.is_cpu else _scratch_of_gradients
+    return scratch(_Attention.of(fused, node))
+
+
+def _scratch_of_threads(a: _Attention) -> int:
+    """On a CPU each thread holds blocks of the scores: one in forward with a result's beside it, two in backward; in
+    float32, and once more in the values' own dtype where that is narrower."""
+    rows = min(a.tokens, next(block for least, block in ((768, 256), (192, 64), (0, 32)) if a.tokens >= least))
+    block = rows * min(a.others, 512)
+    inside, narrow = 4 * block, a.dtype.itemsize * block if a.dtype.itemsize < 4 else 0
+    each = 2 * (inside + narrow) if a.backward else inside + narrow + 4 * rows * (a.width + 2)
+    return int(each * torch.get_num_threads())
+
+
+def _scratch_of_gradients(a: _Attention) -> int:
+    """On a GPU backward sums the gradient of q in float32, and keeps a number for each of its rows."""
+    return 4 * a.batch * a.heads * a.tokens * (a.width + 1) if a.backward else 0

@@ -50,6 +50,10 @@ class Machine:
     tf32: float = 0.0
     mixed: bool = True
 
+    @property
+    def is_cpu(self) -> bool:
+        return not self.mixed  # every GPU has such products, and no CPU
+
     def speed(self, dtype: torch.dtype) -> Speed:
         """A dtype that is not listed is as slow as the slowest."""
         known: dict[torch.dtype, Speed] = dict(self.speeds)
