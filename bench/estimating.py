@@ -24,7 +24,7 @@ from peft_fx.passes.machine import MACHINES
 ESTIMATE = """\
 Takes the kept bytes and the peak of a step that bench/results/cpu.json, loss.json and gpu.json have, each of every
 setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
-measured; the models are on the meta device. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
+measured. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
 """
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
 SUITES = ("gpu", "cpu", "loss")
@@ -86,11 +86,10 @@ def _samples(row: dict[str, Any]) -> Iterator[tuple[Setup, str, dict[str, Any]]]
 
 def _estimated(asked: Any) -> dict[str, dict[str, int]]:
     setup, names = replace(Setup(**asked["setup"]), device="cpu"), asked["variants"]
-    batch = {name: tensor.to("meta") for name, tensor in make_batch(setup).items()}
     base = make_base(setup)
     model = base if all(name in FLOORS for name in names) else with_adapters(base, setup)
     with precision(setup):
-        found = peft_fx.estimate(model.to("meta"), machine=asked["machine"], variants=names, **batch)
+        found = peft_fx.estimate(model, machine=asked["machine"], variants=names, **make_batch(setup))
     return {row.name: {"kept": row.kept_bytes, "peak": _on_top(row)} for row in found.rows}
 
 

@@ -4,18 +4,19 @@ A pointwise value inside a fused kernel never exists. One rule says which values
 
     made       the results of products, attention, scatters, and whatever else is a library's; of reductions; pointwise
                values that one of those reads as a whole, or that leave the graph
-    made too   a pointwise value with several readers in different kernels, where to compute it again for each would be
-               dear: it has an exp, log, sigmoid or tanh in it, or reads more than four values
+    made too   a pointwise value with several readers, where to compute it again for each would be dear: it has an exp,
+               log, sigmoid or tanh in it, or reads more than four values; unless one kernel has them all
     not made   every other pointwise value: each reader computes it from what it reads
 
-Kernels are groups of values made that share an input or read each other, with no library's kernel between them. They
-run in the graph's order, each after what it reads. A kernel writes over an input that it alone reads, for the last
-time. Memory of the same size and dtype that is free later on is kept for the next to need it, as long as what Inductor
-reckons as its peak is not exceeded: so a step's peak is above what its values need.
+Kernels are groups of values made that run over the same space and share an input or read each other, with no other
+kernel between them. They run in the graph's order, each after what it reads. A kernel writes over an input that it
+alone reads, for the last time. Memory of the same size and dtype that is free later on is kept for the next to need it,
+as long as what Inductor reckons as its peak is not exceeded: so a step's peak is above what its values need.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -64,6 +65,7 @@ HEAVY = {"exp", "expm1", "log", "log1p", "log2", "sigmoid", "tanh"}  # never com
 SCATTERS = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter_reduce", "index_add"}
 INTO = {"mm", "bmm", "addmm", "baddbmm"}  # write into memory that they are given; other libraries' allocate their own
 READS = 4  # values that a pointwise one may read and still be computed again by each reader
+MOST = 64  # nodes of a kernel
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
 
@@ -101,8 +103,8 @@ class Fused:
 
     def __post_init__(self) -> None:
         self.kinds = {n: _kind(n) for n in self.graph.nodes}
-        self.stage, self.late = _stages(self)
         self._make()
+        self.before = {n: [m for r in self.reads[n] if (m := _maker(r, self)) in self.made] for n in self.made}
         self.kernels = _ordered(self, _grouped(self))
 
     def _make(self) -> None:
@@ -126,8 +128,7 @@ class Fused:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
             return True
-        dear = heavy or len(self.reads[node]) > READS
-        return len(readers) > 1 and dear and len({self.late[r] for r in readers}) > 1
+        return len(readers) > 1 and (heavy or len(self.reads[node]) > READS)
 
     def readers(self, node: Node) -> list[Node]:
         """What reads a value, itself or through views."""
@@ -185,42 +186,61 @@ def _is_view(target: Any) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
-def _stages(fused: Fused) -> tuple[dict[Node, int], dict[Node, int]]:
-    """How many library kernels come before each node, at least and at most: values of one stage can be fused."""
-    early: dict[Node, int] = {}
-    for node in fused.graph.nodes:
-        before = max((early[i] for i in node.all_input_nodes), default=0)
-        early[node] = before + (fused.kinds[node] == LIBRARY)
-    late: dict[Node, int] = {}
-    for node in reversed(fused.graph.nodes):
-        ends = [early[r] - 1 if fused.kinds[r] == LIBRARY else late[r] for r in node.users if r.op != "output"]
-        free = fused.kinds[node] in (POINTWISE, REDUCTION, VIEW) and len(ends) == len(node.users) and ends
-        late[node] = max(early[node], min(ends)) if free else early[node]
-    return early, late
-
-
 def _grouped(fused: Fused) -> dict[Node, list[Node]]:
-    """The nodes of each kernel, by any of them."""
-    owner = {n: n for n in fused.made}
+    """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
+    another, what it writes itself."""
+    groups = {n: [n] for n in fused.made}
+    for one, other in _sharing(fused):
+        a, b = groups[one], groups[other]
+        if (
+            a is not b
+            and len(a) + len(b) <= MOST
+            and not (_between(fused, groups, a, b) or _between(fused, groups, b, a))
+        ):
+            a += b
+            groups |= dict.fromkeys(b, a)
+    return groups
 
-    def root(n: Node) -> Node:
-        while owner[n] is not n:
-            owner[n] = n = owner[owner[n]]
-        return n
 
-    first: dict[Any, Node] = {}
+def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
+    """Pairs of nodes that run over the same space and read the same, or one the other; by the bytes that they share."""
+    readers: dict[tuple[Any, Node], list[Node]] = defaultdict(list)
     for node in fused.made:
-        if fused.kinds[node] == LIBRARY:
-            continue
-        read = [i for i in node.all_input_nodes if _tensors(i)] if fused.kinds[node] == REDUCTION else [node]
-        space = max((fused.size(i) // _tensors(i)[0].dtype.itemsize for i in read), default=0)
-        for buffer in (*fused.reads[node], node):
-            other = first.setdefault((fused.stage[node], space, buffer), node)
-            owner[root(node)] = root(other)
-    groups: dict[Node, list[Node]] = defaultdict(list)
-    for node in fused.made:
-        groups[root(node)].append(node)
-    return {n: group for group in groups.values() for n in group}
+        if fused.kinds[node] != LIBRARY:
+            for buffer in (node, *fused.reads[node]):
+                readers[_space(fused, node), buffer].append(node)
+    shared: dict[tuple[Node, Node], int] = defaultdict(int)
+    for (_, buffer), among in readers.items():
+        for pair in itertools.combinations(among, 2):
+            shared[pair] += fused.size(buffer)
+    alike = {pair: fused.kinds[pair[0]] == fused.kinds[pair[1]] for pair in shared}
+    return sorted(shared, key=lambda pair: (alike[pair], shared[pair]), reverse=True)
+
+
+def _space(fused: Fused, node: Node) -> Any:
+    """What a kernel's loops run over. A sum over rows that lie apart in memory goes the other way through them."""
+    if fused.kinds[node] != REDUCTION:
+        return fused.size(node) // _tensors(node)[0].dtype.itemsize
+    source = tensor_arg(node, 0)
+    (given,) = _tensors(source)
+    dims = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else None
+    inner = dims is None or sorted(d % given.ndim for d in dims) == list(range(given.ndim - len(dims), given.ndim))
+    numel = fused.size(source) // given.dtype.itemsize
+    return numel if inner else (numel, *(fused.hint(expr(n)) for n in given.shape))
+
+
+def _between(fused: Fused, groups: dict[Node, list[Node]], first: list[Node], last: list[Node]) -> bool:
+    """Whether a way leads from one kernel to another by way of a third."""
+    todo = [r for n in last for r in fused.before[n] if groups[r] is not first and groups[r] is not last]
+    seen = {id(groups[r]) for r in todo}
+    while todo:
+        for r in (r for n in groups[todo.pop()] for r in fused.before[n]):
+            if groups[r] is first:
+                return True
+            if id(groups[r]) not in seen:
+                seen.add(id(groups[r]))
+                todo.append(r)
+    return False
 
 
 def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[_Kernel]:
@@ -238,8 +258,8 @@ def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[_Kernel]:
             elif id(group) not in begun:
                 begun.add(id(group))
                 todo.append((group, True))
-                read = {_maker(r, fused) for n in group for r in fused.reads[n]}
-                todo += [(groups[r], False) for r in sorted(read, key=position.__getitem__)[::-1] if r in groups]
+                read = {r for n in group for r in fused.before[n]}
+                todo += [(groups[r], False) for r in sorted(read, key=position.__getitem__)[::-1]]
     return kernels
 
 
