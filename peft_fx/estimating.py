@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from peft_fx import compat, machines
+from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_of
 from peft_fx.components import partitioned
@@ -73,11 +73,11 @@ def _full(model: nn.Module) -> nn.Module:
 
 
 def _checkpointed(model: nn.Module) -> nn.Module:
-    """Each layer keeps its input alone, and is computed again in backward."""
+    """Each layer keeps its input alone, and is computed again in backward; without checkpointing's graph break."""
     if not hasattr(model, "gradient_checkpointing_enable"):
         raise LeftOut("the model has no gradient_checkpointing_enable()")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return preparing.prepare(model)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ def prepare(model: Model) -> Model:
     - VB-LoRA's check of its logits and Poly's of its tasks are assertions in the graph; on a GPU they fail as those do,
       for the whole process.
 
+    The hook by which gradient checkpointing has the embeddings' output require a gradient is left out too, where no
+    checkpoint is reentrant: only those need it.
+
     VeLoRA's init_type "batch_average_once" compiles twice, for its first step and for the others.
 
     Writes one line of level INFO to the logger "peft_fx". Raises TypeError for what is not a torch.nn.Module.
@@ -63,6 +66,9 @@ def prepare(model: Model) -> Model:
         else:
             counts[f"{type(owner).__module__}.{type(owner).__qualname__}"] += 1
             owner.__class__ = _subclass(row.cured, type(owner))
+    for _, module, key in _requiring_hooks(model):
+        module._forward_hooks[key] = EagerHook(module._forward_hooks[key])
+        counts["hook of gradient checkpointing"] += 1
     said = [f"cured {n} × {kind}" for kind, n in counts.items()] + left
     log.info("prepare: %s", "; ".join(said) or "nothing to cure")
     return model
@@ -74,6 +80,8 @@ def restore(model: Model) -> Model:
     for _, _, owner in _owners(model, "restore"):
         if isinstance(owner, Cured):
             owner.__class__ = owner._original
+    for _, module, key, hook in _eager_hooks(model):
+        module._forward_hooks[key] = hook.hook
     with_all_outputs(model)
     return model
 
@@ -85,12 +93,13 @@ def cures(model: nn.Module) -> list[Cure]:
         if isinstance(owner, Cured):
             row = next(r for r in TABLE if r.cured in type(owner).__bases__ and r.matches(owner._original))
             found[Cure(name, row.broke, row.done)] = None  # once for a layer with several adapters
-    return list(found)
+    return [*found, *(Cure(name, *EagerHook.broke_and_done) for name, *_ in _eager_hooks(model))]
 
 
 def curable(model: nn.Module) -> list[str]:
     """The names of the modules that `prepare` would cure."""
-    return list(dict.fromkeys(name for name, _, row in _matches(model, "prepare") if row.cured is not None))
+    broken = [name for name, _, row in _matches(model, "prepare") if row.cured is not None]
+    return list(dict.fromkeys([*broken, *(name for name, *_ in _requiring_hooks(model))]))
 
 
 def _matches(model: nn.Module, caller: str) -> Iterator[tuple[str, Any, Row]]:
@@ -112,6 +121,44 @@ def _owners(model: nn.Module, caller: str) -> Iterator[tuple[str, nn.Module, Any
         yield name, module, module
         for variant in getattr(module, "lora_variant", {}).values():
             yield name, module, variant
+
+
+# --------------------------------------------------------------------------------------------------------------- hooks
+
+
+class EagerHook:
+    """A forward hook that is not traced."""
+
+    names = ("make_inputs_require_grads", "make_inputs_require_grad")  # transformers' and PEFT's
+    broke_and_done = (
+        "output.requires_grad_(), the hook of gradient checkpointing",
+        "no hook: a checkpoint that is not reentrant needs none",
+    )
+
+    def __init__(self, hook: Callable[..., Any]):
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return None if torch.compiler.is_compiling() else self.hook(module, args, output)
+
+
+def _requiring_hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Hooks that make the embeddings' output require a gradient, where no checkpoint needs that. A reentrant one does:
+    a graph break inside of it would leave its layers without gradients."""
+    checkpoints = [f for m in model.modules() if (f := getattr(m, "_gradient_checkpointing_func", None)) is not None]
+    if any(getattr(f, "keywords", {}).get("use_reentrant") is not False for f in checkpoints):
+        return
+    for name, module in model.named_modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in EagerHook.names:
+                yield name, module, key
+
+
+def _eager_hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, EagerHook]]:
+    for name, module in model.named_modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, EagerHook):
+                yield name, module, key, hook
 
 
 # ---------------------------------------------------------------------------------------------------------- subclasses

@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
@@ -26,6 +27,7 @@ import peft_fx
 from peft_fx.preparing import TABLE, curable
 from tests import joint
 from tests.oracle import weight_form
+from tests.peft_models import adapt, llama_config
 
 
 class Block(nn.Module):
@@ -414,3 +416,48 @@ def test_the_backend_sees_through() -> None:
     f = weight_form(model)
     f(batch()).sum().backward()
     assert [(s.forward, s.input_grad) for s in peft_fx.explain(f).sites] == [("weight", "weight")] * 2
+
+
+# ------------------------------------------------------------------------------------------------- checkpointing's hook
+
+
+def checkpointed(reentrant: bool) -> Any:
+    model = adapt(tf.LlamaForCausalLM(llama_config(32, 48, 2)))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return model
+
+
+def gradients(model: Any, f: Any) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    ids = torch.arange(16)[None] % 32
+    f(input_ids=ids, labels=ids).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_checkpoints_are_one_graph() -> None:
+    """The hook on the embeddings breaks it; without it, what is trained has the same gradients."""
+    model = checkpointed(reentrant=False)
+    want, counter = gradients(model, model), CompileCounterWithBackend("aot_eager")
+    assert curable(model) == [cure.name for cure in peft_fx.cures(peft_fx.prepare(model))] != []
+    got = gradients(model, torch.compile(model, backend=counter))
+    assert counter.frame_count == 1
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_in_eager_mode_the_hook_acts() -> None:
+    model = peft_fx.prepare(checkpointed(reentrant=False))
+    embeddings = model.get_input_embeddings()
+    assert embeddings(torch.arange(4)).requires_grad
+    peft_fx.restore(model)
+    assert peft_fx.cures(model) == []
+    assert embeddings(torch.arange(4)).requires_grad
+    model.get_base_model().disable_input_require_grads()
+    assert not embeddings(torch.arange(4)).requires_grad
+
+
+def test_reentrant_checkpoints_need_the_hook() -> None:
+    model = checkpointed(reentrant=True)
+    assert curable(model) == []
+    assert peft_fx.cures(peft_fx.prepare(model)) == []
