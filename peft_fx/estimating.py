@@ -25,6 +25,7 @@ from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly
 
 OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
 DEPTHS = (2, 3)  # of a deep model, traced; a further layer costs what the last one did
+PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep
 
 
@@ -303,7 +304,12 @@ def _traced(
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         split = Split(gm, roles_of(gm, example_inputs, names), named, machine)
-        patches = {"joint_custom_pre_pass": split.joint, "custom_partitioner_fn": split, "fx_graph_cache": False}
+        patches = {
+            "joint_custom_pre_pass": split.joint,
+            "custom_partitioner_fn": split,
+            "fx_graph_cache": False,
+            **dict.fromkeys(PATTERNS, False),  # each variant has its own
+        }
         with compat.functorch_config.patch(enable_autograd_cache=False):
             called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
         parts.append(split.parts)
@@ -364,26 +370,26 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __init__(self, gm: GraphModule, roles: Any, named: Mapping[str, Options | None], machine: Machine):
         self.gm, self.roles, self.named, self.machine = gm, roles, named, machine
         self.joint, self.parts = Joint(), dict[str, Part]()
+        self.patterns = {name: getattr(compat.inductor_config, name) for name in PATTERNS}
 
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
         for name, options in self.named.items():
             try:
-                self.parts[name] = self._part(gm, joint_inputs, options, kwargs)
+                self.parts[name], split = self._part(gm, joint_inputs, options, kwargs)
             except PassError:  # then the backend leaves the graph to Inductor
-                self.parts[name] = self._part(gm, joint_inputs, None, kwargs)
-        split: tuple[GraphModule, GraphModule] = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+                self.parts[name], split = self._part(gm, joint_inputs, None, kwargs)
         return split
 
     def _part(
         self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, kwargs: dict[str, Any]
-    ) -> Part:
+    ) -> tuple[Part, tuple[GraphModule, GraphModule]]:
         assert self.joint.graph is not None
         joint = GraphModule(gm, copy_graph(self.joint.graph))
         ours = None if options is None else AdapterPass(Record(self.gm, [], self.roles, options, True))
         after = None if ours is None else Untag(ours)
-        with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after):
+        with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
             joint = compat.joint_graph_passes(joint) or joint
         forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs)
         hint = compat.hint_for(compat.V.fake_mode)
@@ -392,7 +398,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
         there = walk(first, [], outputs(forward.graph), self.machine)
         back = walk(second, made, outputs(backward.graph), self.machine)
-        return Part(components, there.peak, back.peak, back.late, there.seconds + back.seconds)
+        part = Part(components, there.peak, back.peak, back.late, there.seconds + back.seconds)
+        return part, (forward, backward)
 
     def uuid(self) -> Any:
         return None
