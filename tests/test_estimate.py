@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx.estimates import Estimate, Row
 from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.passes.machine import MACHINES
 from peft_fx.sizing import lengths
 from tests.peft_models import adapt, llama_config
 
@@ -19,10 +21,12 @@ T, K, N = 64, 32, 48
 
 def peak_of(f: Any, *inputs: torch.Tensor) -> int:
     """Bytes at the highest point of a function's graph beside its inputs, the result among them."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    graph = make_fx(f, tracing_mode="fake")(*inputs).graph
+    graph = traced(f, *inputs)
     return walk(Fused(graph, int), [], outputs(graph)).peak
+
+
+def traced(f: Any, *inputs: torch.Tensor) -> Any:
+    return make_fx(f, tracing_mode="fake")(*inputs).graph
 
 
 def test_a_pointwise_chain_is_one_buffer() -> None:
@@ -44,6 +48,46 @@ def test_a_kernel_writes_over_what_it_reads_last() -> None:
 def test_two_products_are_alive_together() -> None:
     x, w = torch.randn(T, K), torch.randn(K, N)
     assert peak_of(lambda x, w: x @ w + (x + 1) @ w, x, w) == 4 * (2 * T * N + T * K)
+
+
+def kernels_of(f: Any, *inputs: torch.Tensor) -> list[int]:
+    """How many values each kernel of a function's graph makes."""
+    return [len(kernel.nodes) for kernel in Fused(traced(f, *inputs), int).kernels]
+
+
+def test_what_shares_an_input_is_one_kernel() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert kernels_of(lambda x, w: (x.sin() @ w, x.cos()), x, w) == [2, 1]
+
+
+def test_no_kernel_waits_for_itself() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, K)
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = x.sin()
+        return h @ w + h
+
+    assert kernels_of(f, x, w) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("dim", "there"), [(1, 0), (0, 4 * T * K)])
+def test_a_sum_over_rows_reads_what_is_in_memory(dim: int, there: int) -> None:
+    """A sum over features runs in the kernel of what it sums."""
+    x = torch.randn(T, K)
+    sums = 4 * (T, K)[1 - dim]
+
+    def f(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dear = x.exp()
+        return dear.sum(dim), dear.sin()
+
+    assert peak_of(f, x) == 4 * T * K + there + sums
+
+
+def test_attention_has_blocks_of_scores_for_each_thread() -> None:
+    q = torch.randn(1, 2, 32, 16)
+    graph = traced(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True), q)
+    without, within = (walk(Fused(graph, int), [], outputs(graph), m).peak for m in (None, MACHINES["cpu"]))
+    assert within - without == torch.get_num_threads() * 4 * (32 * 32 + 32 * (16 + 2))
 
 
 # -------------------------------------------------------------------------------------------------------- models
