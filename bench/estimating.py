@@ -22,12 +22,12 @@ from peft_fx.estimating import VARIANTS
 from peft_fx.passes.machine import MACHINES
 
 ESTIMATE = """\
-Takes the kept bytes and the peak of a step that bench/results/cpu.json, loss.json and gpu.json have, each of every
+Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every
 setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
 measured. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
 """
 PAGE = ROOT.parent / "docs" / "benchmarks.md"
-SUITES = ("gpu", "cpu", "loss")
+SUITES = ("gpu", "cpu", "methods", "loss")
 
 
 def add_command(commands: Any) -> None:

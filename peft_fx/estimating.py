@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_of
-from peft_fx.components import partitioned
+from peft_fx.components import ADAPTERS, partitioned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.options import PREFIX, Options, parse
@@ -84,10 +84,11 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class Variant:
     """One way to train: `prepare` makes its model of a copy of the one given; `options` are ours beside those given,
-    None for Inductor alone."""
+    None for Inductor alone; `trains` is the component of what only gradients of parameters read."""
 
     prepare: Callable[[nn.Module], nn.Module] = _as_it_is
     options: Mapping[str, Any] | None = None
+    trains: str = ADAPTERS
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -98,7 +99,7 @@ VARIANTS: Mapping[str, Variant] = {
     "inductor-ckpt": Variant(_checkpointed),
     "peft_fx-ckpt": Variant(_checkpointed, {}),
     "peft_fx-ckpt-loss": Variant(lambda model: loss_only(_checkpointed(model)), {}),
-    "full": Variant(_full),
+    "full": Variant(_full, trains="trained weights"),
     "frozen": Variant(_frozen),
 }
 
@@ -266,7 +267,8 @@ def _rows(
     updated = gradients + 2 * largest  # an update is computed a parameter at a time
     rows = []
     for name, step in steps.items():
-        components = {k: round(n) for k, n in step.components.items() if round(n)}
+        told = {ADAPTERS: VARIANTS[name].trains}
+        components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
         kept = sum(components.values())
         peak = max(*map(round, step.peaks), updated)
         seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
