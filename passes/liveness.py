@@ -66,16 +66,18 @@ SCATTERS = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatter
 INTO = {"mm", "bmm", "addmm", "baddbmm"}  # write into memory that they are given; other libraries' allocate their own
 READS = 4  # values that a pointwise one may read and still be computed again by each reader
 MOST = 64  # nodes of a kernel
+FAR = 64  # nodes between two
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
 
 @dataclass
 class Walk:
     """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
-    leaves; and seconds of its kernels."""
+    leaves; what Inductor reckons as its peak, up to which memory waits to be used again; and seconds of its kernels."""
 
     peak: int = 0
     late: int = 0
+    most: int = 0
     seconds: float = 0.0
 
 
@@ -188,18 +190,23 @@ def _is_view(target: Any) -> bool:
 
 def _grouped(fused: Fused) -> dict[Node, list[Node]]:
     """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
-    another, what it writes itself."""
+    another, what it writes itself. What only shares an input, and is far away, stays apart."""
     groups = {n: [n] for n in fused.made}
+    order = {n: i for i, n in enumerate(fused.made)}
     for one, other in _sharing(fused):
         a, b = groups[one], groups[other]
-        if (
-            a is not b
-            and len(a) + len(b) <= MOST
-            and not (_between(fused, groups, a, b) or _between(fused, groups, b, a))
-        ):
+        places = [order[n] for n in (*a, *b)]
+        far = max(places) - min(places) > FAR and not (_reads(fused, a, b) or _reads(fused, b, a))
+        if a is b or far or len(a) + len(b) > MOST:
+            continue
+        if not (_between(fused, groups, a, b) or _between(fused, groups, b, a)):
             a += b
             groups |= dict.fromkeys(b, a)
     return groups
+
+
+def _reads(fused: Fused, group: list[Node], other: list[Node]) -> bool:
+    return any(r in other for n in group for r in fused.before[n])
 
 
 def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
@@ -214,7 +221,9 @@ def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
         for pair in itertools.combinations(among, 2):
             shared[pair] += fused.size(buffer)
     alike = {pair: fused.kinds[pair[0]] == fused.kinds[pair[1]] for pair in shared}
-    return sorted(shared, key=lambda pair: (alike[pair], shared[pair]), reverse=True)
+    order = {n: i for i, n in enumerate(fused.made)}
+    near = {(a, b): -abs(order[a] - order[b]) for a, b in shared}
+    return sorted(shared, key=lambda pair: (alike[pair], shared[pair], near[pair]), reverse=True)
 
 
 def _space(fused: Fused, node: Node) -> Any:
@@ -304,7 +313,7 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
     for b in start:
         change[start[b]] += 0 if b in taken or b in passing else size(b)
     now = sum(map(size, given))
-    walked = Walk(peak=now)
+    walked = Walk(peak=now, most=now)
     freed: dict[int, int] = defaultdict(int)
     for b in mortal:
         freed[end[b]] += 0 if b in reused or b in passing else size(b)
@@ -313,6 +322,7 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
         now += change[i]
         top = now + kernel.inside + (_scratch(fused, kernel, machine) if machine and kernel.library else 0)
         walked.peak = max(walked.peak, top)
+        walked.most = max(walked.most, planned.most + top - now)
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
         walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
@@ -326,6 +336,7 @@ class _Plan:
 
     fused: Fused
     alive: list[int]
+    most: int
 
     @classmethod
     def of(
@@ -340,7 +351,7 @@ class _Plan:
         for step in change:
             now += step
             alive.append(now)
-        return cls(fused, alive)
+        return cls(fused, alive, max(alive))
 
     def reuse(
         self,
@@ -352,7 +363,7 @@ class _Plan:
         passing: set[Node],
     ) -> tuple[set[Node], set[Node]]:
         """The buffers whose memory another takes over, at once or later, and those that do so."""
-        most, alive = max(self.alive, default=0), self.alive
+        most, alive = self.most, self.alive
         reused: set[Node] = set()
         taken: set[Node] = set()
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)

@@ -18,7 +18,7 @@ from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
 from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
@@ -223,10 +223,11 @@ def _cut(model: nn.Module, depth: int) -> nn.Module:
 @dataclass
 class Step:
     """What the graphs of a step take: bytes kept, by component; bytes at the highest point of forward, of backward and
-    of backward's second half; seconds."""
+    of backward's second half, and what each of them is below, however deep the model; seconds."""
 
     components: dict[str, float] = field(default_factory=dict)
     peaks: tuple[float, ...] = (0.0, 0.0, 0.0)
+    bounds: tuple[float, ...] = (0.0, 0.0, 0.0)
     seconds: float = 0.0
 
     def extended(self, deeper: Step, layers: int) -> Step:
@@ -237,8 +238,16 @@ class Step:
 
         names = dict.fromkeys((*self.components, *deeper.components))
         components = {k: more(self.components.get(k, 0), deeper.components.get(k, 0)) for k in names}
-        peaks = tuple(more(a, b) for a, b in zip(self.peaks, deeper.peaks, strict=True))
-        return Step(components, peaks, more(self.seconds, deeper.seconds))
+        peaks, bounds = (
+            tuple(more(a, b) for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in ((self.peaks, deeper.peaks), (self.bounds, deeper.bounds))
+        )
+        return Step(components, peaks, bounds, more(self.seconds, deeper.seconds))
+
+    @property
+    def peak(self) -> int:
+        """Memory that waits to be used again grows with each layer, but no further than Inductor lets it."""
+        return round(max(min(pair) for pair in zip(self.peaks, self.bounds, strict=True)))
 
 
 def _rows(
@@ -270,7 +279,7 @@ def _rows(
         told = {ADAPTERS: VARIANTS[name].trains}
         components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
         kept = sum(components.values())
-        peak = max(*map(round, step.peaks), updated)
+        peak = max(step.peak, updated)
         seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
         transient = peak - gradients - kept
         rows.append(Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components))
@@ -326,13 +335,11 @@ def _traced(
 
 @dataclass(frozen=True)
 class Part:
-    """One graph of a step: bytes kept, by component, the highest points of its two halves, and seconds."""
+    """One graph of a step: bytes kept, by component, and its two halves."""
 
     components: dict[str, int]
-    forward: int
-    backward: int
-    late: int
-    seconds: float
+    forward: Walk
+    backward: Walk
 
     @property
     def kept(self) -> int:
@@ -342,15 +349,15 @@ class Part:
 def _step(parts: Sequence[Part]) -> Step:
     """Forward through all graphs, each on top of what those before it keep; then backward."""
     step, before = Step(), 0
-    peaks = [0, 0, 0]
     for part in parts:
-        found = (part.forward, part.backward, part.late)
-        peaks = [max(peak, before + now) for peak, now in zip(peaks, found, strict=True)]
+        peaks = (part.forward.peak, part.backward.peak, part.backward.late)
+        bounds = (part.forward.most, part.backward.most, part.backward.most)
+        step.peaks = tuple(max(a, before + b) for a, b in zip(step.peaks, peaks, strict=True))
+        step.bounds = tuple(max(a, before + b) for a, b in zip(step.bounds, bounds, strict=True))
         before += part.kept
-        step.seconds += part.seconds
+        step.seconds += part.forward.seconds + part.backward.seconds
         for k, n in part.components.items():
             step.components[k] = step.components.get(k, 0) + n
-    step.peaks = tuple(peaks)
     return step
 
 
@@ -400,8 +407,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
         there = walk(first, [], outputs(forward.graph), self.machine)
         back = walk(second, made, outputs(backward.graph), self.machine)
-        part = Part(components, there.peak, back.peak, back.late, there.seconds + back.seconds)
-        return part, (forward, backward)
+        return Part(components, there, back), (forward, backward)
 
     def uuid(self) -> Any:
         return None
