@@ -4,8 +4,8 @@ The gradient of a vector behind a layer, `dl = Σ_t dy·(u·W)`, and of a matrix
 that the frozen model does not keep, and that takes the layer's own product to compute again. Both are sums over tokens
 of something linear in u times something linear in dy, so they depend on `G = uᵀ·dy` alone (see `affine.py`):
 `dl = Σ_k W·G`, `Wᵀ·(uᵀ·dz)`. G costs what u·W costs, is no larger than W, and several gradients of a layer share it:
-where a vector has made it, `dA = G·Bᵀ` and `dB = Aᵀ·G` read no token any more. u is the narrowest value on the way:
-where the product is `z·B` with z = x·A of rank r, G = zᵀ·dy has r rows.
+where a vector has made it, and it is not rounded to less than they are, `dA = G·Bᵀ` and `dB = Aᵀ·G` read no token any
+more. u is the narrowest value on the way: where the product is `z·B` with z = x·A of rank r, G = zᵀ·dy has r rows.
 """
 
 from __future__ import annotations
@@ -126,11 +126,21 @@ def _shared(met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[S
             continue
         if (rows.of[read].source, rows.of[other].source) != (rows.of[source].source, rows.of[origin].source):
             continue
+        if finer(_held_in(one.u, one.dy), value(node).dtype) != _held_in(one.u, one.dy):
+            continue  # G rounds what the gradient does not: where u and dy are bf16, and a product of theirs is
         if _leads_to(source, read, rows) and _is_linear(node, origin, other, rows):
             K, N = (int(shape(n)[-1]) for n in (source, origin))
             cheaper = hint(numel(shape(source))) // K * (K + N) >= K * N
             return Contraction(node, read, other, one.u, one.dy, source, origin) if cheaper else None
     return None
+
+
+def _held_in(u: Node, dy: Node) -> torch.dtype:
+    """The dtype of G: that of the finer one; fp32 where a device has products of half-precision matrices in fp32, and
+    of fp16, as the sum may leave its range where the gradient that is made of it does not."""
+    dtype = finer(value(_uncast(u)).dtype, value(dy).dtype)
+    mixed = dtype == torch.float16 or (dtype == torch.bfloat16 and value(u).device.type in MIXED)
+    return torch.float32 if mixed else dtype
 
 
 def _is_linear(node: Node, origin: Node, other: Node, rows: Rows) -> bool:
@@ -327,12 +337,12 @@ class _Gradient:
         return self.build.cast(self.made[key], self.dtype)
 
     def _over_tokens(self, u: Node, dy: Node) -> Node:
-        """In fp32 of fp16: the sum may leave its range where the gradient that is made of it does not."""
-        if value(u).dtype != torch.float16:
+        held = _held_in(self.found.u, self.found.dy)
+        if value(u).dtype == held:
             return self.build.call(aten.mm.default, u, dy)
         if value(u).device.type in MIXED:
-            return self.build.call(aten.mm.dtype, u, dy, torch.float32)
-        return self.build.call(aten.mm.default, *(self.build.cast(n, torch.float32) for n in (u, dy)))
+            return self.build.call(aten.mm.dtype, u, dy, held)
+        return self.build.call(aten.mm.default, *(self.build.cast(n, held) for n in (u, dy)))
 
     def _first(self) -> Node:
         """Σ_t dy [1,M]: what a constant beside u·W meets."""
