@@ -117,7 +117,7 @@ def with_tables(text: str, stored: dict[str, dict[str, Any]]) -> str:
         content = next((stored[suite] for suite in suites if suite in stored), None)
         body = make(content["rows"]) if content else ""
         if content and body:
-            text = page_with(text, name, f"{body}\n\n{provenance(content['runs'][-1])}")
+            text = page_with(text, name, "\n\n".join([body, *(provenance(run) for run in content["runs"])]))
     return text
 
 

@@ -45,6 +45,7 @@ def add_command(commands: Any) -> None:
     suite.add_argument("suite", choices=("cpu", "methods", "loss", "gpu"))
     suite.add_argument("--toy", action="store_true", help="gpu at toy size, to see that it runs")
     suite.add_argument("--fresh", action="store_true", help="measure everything again")
+    suite.add_argument("--method", nargs="+", choices=METHODS, metavar="NAME", help="of the suite, these methods alone")
     suite.add_argument("--list", action="store_true", help="say what would be measured, and measure nothing")
     suite.add_argument("--minutes", type=float, default=0, metavar="M", help="start nothing new after so long")
     suite.add_argument("--device", choices=("cpu", "cuda"), help="for gpu (default: cuda where there is one)")
@@ -60,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
         print("There is no GPU here. --toy runs the same suite at toy size.")
         return 2
     suites = {"cpu": cpu, "methods": methods, "loss": lambda: loss(device), "gpu": lambda: gpu(device, args.toy)}
-    requests = unique(suites[args.suite]())
+    suite = unique(suites[args.suite]())
+    requests = [r for r in suite if not args.method or r["setup"]["method"] in args.method]
     if args.list:
         print("\n".join(describe(request) for request in requests))
         return 0
     results = results_of(args, args.suite + ("-toy" if args.toy and args.suite == "gpu" else ""))
-    results.keep_only(requests)
+    results.keep_only(suite)
     print_rows(measure_all(requests, results, again=args.fresh, minutes=args.minutes))
     return 0
 

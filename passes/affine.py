@@ -562,12 +562,13 @@ class Rows:
                 yield user
 
     def between(self, ends: Iterable[Node], source: Node) -> set[Node]:
-        """The nodes on the way from a source to the ends."""
+        """The nodes on the way from a source to the ends; none that comes before it."""
         found: set[Node] = set()
         todo = list(ends)
+        start = self._position.get(source, -1)
         while todo:
             node = todo.pop()
-            if node is not source and node not in found:
+            if node is not source and node not in found and self._position.get(node, start) >= start:
                 found.add(node)
                 todo += self.operands(node)
         return found

@@ -61,6 +61,10 @@ class Replay:
         tokens = [a for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)]
         self.lead = tokens[0].index if tokens else -1
 
+    def sizes(self, node: Node) -> list[int]:
+        """Those of a value, with so many rows in the place of the tokens."""
+        return self._sizes(self.rows.of[node].dims, self.count)
+
     def matrix(self, node: Node) -> tuple[Node, Node | None]:
         """A value's rows as a matrix, and its constant as `[1, N]`."""
         found = self.value(node)

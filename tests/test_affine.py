@@ -196,3 +196,48 @@ def test_adapter_grad_is_as_asked_for(module: type[torch.nn.Module], chosen: str
     assert [s.adapter_grad for s in outcome.sites] == [reported]
     assert len(moments) == (reported == "dense")
     assert joint.equal(captured.run(graph), captured.run(captured.graph))
+
+
+class MagnitudeBehind(torch.nn.Module):
+    """A layer with low-rank factors, and a vector behind their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.A, self.B = frozen(K, N), trained(K, 2), trained(2, N)
+        self.g = torch.nn.Parameter(torch.ones(N))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.W + 2 * (x @ self.A) @ self.B) * self.g
+
+
+def over_tokens(graph: Graph, T: int) -> list[Node]:
+    """The products that read a value as long as the batch."""
+    products = [n for n in graph.nodes if n.target in PRODUCTS]
+    return [n for n in products if any(T in a.meta["val"].shape for a in n.all_input_nodes)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_product_over_tokens_serves_all_gradients_of_a_layer(dtype: torch.dtype) -> None:
+    """The vector's gradient makes xᵀ·dy, and those of A and B read it: with y and dx three products over all tokens."""
+    captured = joint.capture(MagnitudeBehind().to(dtype), torch.ones(640, K, dtype=dtype, requires_grad=True))
+    graph, _ = captured.rewritten(form="weight")
+    assert len(over_tokens(graph, 640)) == 3
+    assert joint.equal(captured.run(graph), captured.run(captured.graph))
+
+
+def test_gradients_of_few_tokens_are_low_rank() -> None:
+    """Where tokens are fewer than K·N/(K + N), what reads all of them is cheaper than what reads xᵀ·dy."""
+    for T, products in ((37, 7), (40, 3)):
+        torch._dynamo.reset()
+        captured = joint.capture(MagnitudeBehind().double(), torch.ones(T, K, dtype=torch.float64, requires_grad=True))
+        graph, _ = captured.rewritten(form="weight")
+        assert len(over_tokens(graph, T)) == products
+        assert joint.equal(captured.run(graph), captured.run(captured.graph))
+
+
+def test_a_rounded_moment_is_not_shared() -> None:
+    """On a CPU xᵀ·dy of bf16 is bf16: the float32 gradients of A and B are no function of that."""
+    captured = joint.capture(BehindNorm(), torch.randn(640, K, dtype=torch.bfloat16, requires_grad=True))
+    graph, outcome = captured.rewritten(form="weight")
+    assert {s.adapter_grad for s in outcome.sites} == {"dense"}
+    assert len(over_tokens(graph, 640)) > 3
