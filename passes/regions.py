@@ -311,17 +311,11 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
     real = {d for d in dtypes if not d.is_complex}
     if not real <= MANTISSA.keys():
         return Refusal(name, "dtype", f"products in {' and '.join(sorted(map(str, dtypes)))}")
-    own = value(region.base).dtype
-    finest = max(real, key=lambda d: MANTISSA[d], default=own)
-    if (
-        finest != own
-        and coarser(finest, own) == own
-        and not all(is_rounded(end, own, analysis.flow.side_of(end)) for end in region.ends)
-    ):
-        plain, fine = (str(d).removeprefix("torch.") for d in (own, finest))
-        return Refusal(
-            name, "dtype", f"the adapter's products are {fine}, W·x is {plain}, and their sum is not rounded"
-        )
+    base, side = value(region.base).dtype, analysis.flow.side_of(region.base)
+    unrounded = [end for end in region.ends if not is_rounded(end, base, side)]
+    if unrounded:
+        held, own = (str(d).removeprefix("torch.") for d in (value(unrounded[0]).dtype, base))
+        return Refusal(name, "dtype", f"the adapter's result is {held}, W·x is {own}, and nothing rounds it")
     if analysis.strict and len(real) > 1:
         return Refusal(name, "dtype", "strict numerics, and the products are written in different dtypes")
     return None
