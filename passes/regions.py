@@ -150,10 +150,9 @@ def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
         return
     by_source: dict[Node, list[Node]] = defaultdict(list)
     for end in _addends(node, rows):
-        if shape(end) == shape(node) and rows.of[end].source is not end:
+        if shape(end) == shape(node) and rows.of[end].source is not end and _has_one_reader(end):
             by_source[rows.of[end].source].append(end)
-    # an addend that is met twice is no two addends
-    yield from (tuple(ends) for ends in by_source.values() if len(set(ends)) == len(ends) > 1)
+    yield from (tuple(ends) for ends in by_source.values() if len(ends) > 1)
 
 
 def _addends(node: Node, rows: Rows) -> Iterator[Node]:
@@ -163,14 +162,15 @@ def _addends(node: Node, rows: Rows) -> Iterator[Node]:
     for operand in node.args[:2]:
         if not (is_tensor(operand) and operand in rows.of):
             continue
-        if rows.of[operand].source is operand and _is_a_sums_own(operand):
+        if rows.of[operand].source is operand and operand.target is aten.add.Tensor and _has_one_reader(operand):
             yield from _addends(operand, rows)
         else:
             yield operand
 
 
-def _is_a_sums_own(node: Node) -> bool:
-    return node.target is aten.add.Tensor and len(node.users) == 1 and not is_read_twice(node)
+def _has_one_reader(node: Node) -> bool:
+    """Whether nobody but the sum reads an addend, and that once: what is merged with others is there no more."""
+    return len(node.users) == 1 and not is_read_twice(node)
 
 
 def _is_arithmetic(node: Node, rows: Rows) -> bool:
@@ -311,17 +311,11 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
     real = {d for d in dtypes if not d.is_complex}
     if not real <= MANTISSA.keys():
         return Refusal(name, "dtype", f"products in {' and '.join(sorted(map(str, dtypes)))}")
-    own = value(region.base).dtype
-    finest = max(real, key=lambda d: MANTISSA[d], default=own)
-    if (
-        finest != own
-        and coarser(finest, own) == own
-        and not all(is_rounded(end, own, analysis.flow.side_of(end)) for end in region.ends)
-    ):
-        plain, fine = (str(d).removeprefix("torch.") for d in (own, finest))
-        return Refusal(
-            name, "dtype", f"the adapter's products are {fine}, W·x is {plain}, and their sum is not rounded"
-        )
+    base, side = value(region.base).dtype, analysis.flow.side_of(region.base)
+    unrounded = [end for end in region.ends if not is_rounded(end, base, side)]
+    if unrounded:
+        held, own = (str(d).removeprefix("torch.") for d in (value(unrounded[0]).dtype, base))
+        return Refusal(name, "dtype", f"the adapter's result is {held}, W·x is {own}, and nothing rounds it")
     if analysis.strict and len(real) > 1:
         return Refusal(name, "dtype", "strict numerics, and the products are written in different dtypes")
     return None

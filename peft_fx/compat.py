@@ -158,9 +158,14 @@ def default_store() -> Any:
 
 
 def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The whole parameters that FSDP2 runs a model's code on, by the names of the shards that the model has itself."""
+    """What FSDP runs a model's code on: FSDP2's whole parameters, by the names of the shards that the model has itself;
+    of FSDP1 the flat parameters, which views are handed out of."""
     paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
     for sharded in filter(_is_sharded_itself, paths):
+        if not hasattr(sharded, "_get_fsdp_state"):
+            if sharded._handle is not None:
+                yield paths[sharded] + "_flat_param", sharded._handle.flat_param
+            continue
         state: Any = sharded._get_fsdp_state()
         # several groups in one module since 2.13
         groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
@@ -171,13 +176,13 @@ def gathered(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether FSDP2 has parameters of a model."""
+    """Whether FSDP has parameters of a model."""
     return any(map(_is_sharded_itself, model.modules()))
 
 
 def _is_sharded_itself(module: torch.nn.Module) -> bool:
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a heavy import, which sharding has made
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
 @contextlib.contextmanager

@@ -102,9 +102,9 @@ def backend(
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
     record = Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen)
-    for tensor in example_inputs:
-        if isinstance(tensor, torch.nn.Parameter):
-            _records.setdefault(tensor, []).append(record)
+    given = [t if isinstance(t, torch.nn.Parameter) else getattr(t, "_base", None) for t in example_inputs]
+    for parameter in {id(p): p for p in given if isinstance(p, torch.nn.Parameter)}.values():
+        _records.setdefault(parameter, []).append(record)
     try:
         return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record)
     except PassError as error:

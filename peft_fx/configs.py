@@ -124,6 +124,11 @@ def batch_of(model: Any, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]
         )
     ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if inner.config.is_encoder_decoder and getattr(inner.config, "decoder_start_token_id", None) is None:
+        raise Problem(
+            "This model's decoder reads its labels behind a first token, which the configuration does not name. Add a "
+            'line to it, such as "decoder_start_token_id": 0 for T5.'
+        )
     if hasattr(inner, "num_labels") and "Classification" in type(inner).__name__:
         per_token = "Token" in type(inner).__name__
         return {"input_ids": ids, "labels": ids if per_token else ids[:, 0]}

@@ -4,6 +4,7 @@ anything."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -277,8 +278,16 @@ def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Rep
             of_calls = {k: n * max(1, len(record.calls)) for k, n in components.items()}
             _add(report.kept_bytes, {label: sum(of_calls.values())})
             _add(report.components.setdefault(label, {}), of_calls)
-        report.nodes.update(idle.nodes if idle else {})
+        report.nodes.update(_nodes_told(idle, record.outcomes) if idle else {})
     return report
+
+
+def _nodes_told(idle: Idle, told: list[Outcome]) -> dict[str, dict[str, Lines]]:
+    """The text of each adapter by the names that it is told of: a graph that runs for several layers has those of the
+    first."""
+    pairs = zip(itertools.cycle(idle.record.outcomes), told, strict=False)
+    names = ((_names_told(own), _names_told(outcome)) for own, outcome in pairs)
+    return {new: idle.nodes[old] for both in names for old, new in zip(*both, strict=True) if old in idle.nodes}
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:

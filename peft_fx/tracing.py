@@ -33,7 +33,7 @@ def ghost_of(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
         return model
     if compat.is_sharded(model):
         raise TypeError(
-            "explain() cannot trace a model whose parameters FSDP2 has sharded: ask before fully_shard, or "
+            "explain() cannot trace a model whose parameters FSDP has sharded: ask before fully_shard, or "
             "explain(model) after a step, which tells what was compiled"
         )
     tensors = {

@@ -111,15 +111,23 @@ def test_a_model_of_pixels_is_turned_away(tmp_path: Path) -> None:
         configs.batch_of(configs.adapted_model(tmp_path), 64)
 
 
+def test_a_decoder_without_a_first_token_is_turned_away(tmp_path: Path) -> None:
+    """With the line that its configuration lacks."""
+    tf.T5Config(**T5).save_pretrained(tmp_path)
+    with pytest.raises(Problem, match='"decoder_start_token_id": 0'):
+        configs.batch_of(configs.adapted_model(tmp_path), 64)
+
+
 # ---------------------------------------------------------------------------------------------- a model from its config
 
+T5 = {"num_layers": 1, "d_model": 64, "d_ff": 96, "num_heads": 2, "vocab_size": 128}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaConfig(**SMALL, num_hidden_layers=1, architectures=["LlamaForCausalLM"]),
     "gpt2": lambda: tf.GPT2Config(n_layer=1, n_embd=64, n_head=2),  # names no architecture
     "roberta": lambda: tf.RobertaConfig(
         **SMALL, num_hidden_layers=1, architectures=["RobertaForSequenceClassification"]
     ),
-    "t5": lambda: tf.T5Config(num_layers=1, d_model=64, d_ff=96, num_heads=2, vocab_size=128),
+    "t5": lambda: tf.T5Config(**T5, decoder_start_token_id=0),
 }
 LAYERS = {"llama": (7, 4), "gpt2": (4, 2), "roberta": (8, 4), "t5": (16, 12)}  # all linear ones, attention's
 LABELS = {"roberta": (2,)}

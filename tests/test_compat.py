@@ -13,8 +13,11 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import peft_fx
 from peft_fx import compat
 from peft_fx.compiling import readable
+from tests import spellings
+from tests.oracle import weight_form
 
 
 @pytest.mark.parametrize("name", compat.__all__)
@@ -86,6 +89,25 @@ def test_a_sharded_model_is_known(tmp_path: pathlib.Path) -> None:
         assert compat.is_sharded(module)
         module(torch.zeros(1, 2))
         assert [(name, p.shape) for name, p in compat.gathered(module)] == [("0.weight", (2, 2)), ("0.bias", (2,))]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_the_first_fsdp_is_told_of(tmp_path: pathlib.Path) -> None:
+    """It hands a model's code views of one flat parameter: what was compiled on these is the model's."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fsdp = torch.distributed.fsdp.FullyShardedDataParallel
+        module = fsdp(spellings.Lora(spellings.scale_right), use_orig_params=True, device_id=torch.device("cpu"))
+        assert compat.is_sharded(module)
+        assert [name for name, _ in compat.gathered(module)] == ["_flat_param"]
+        x = torch.randn(8, 96)
+        with pytest.raises(TypeError, match="FSDP has sharded"):
+            peft_fx.explain(module, x)
+        f = weight_form(module)
+        f(x).sum().backward()
+        for asked in (f, module):
+            assert [(s.name, s.forward) for s in peft_fx.explain(asked).sites] == [("W", "weight")]
     finally:
         torch.distributed.destroy_process_group()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,7 +29,7 @@ from peft_fx.passes import (
     transfer,
 )
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
-from peft_fx.passes.nodes import aten, numel, shape
+from peft_fx.passes.nodes import aten, is_rounded, numel, shape
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
@@ -475,6 +475,84 @@ def test_an_affine_mutant_turns_the_oracle_red(name: str) -> None:
     affine_captured()  # by the rules as they are
     with AFFINE_MUTANTS[name]():
         assert not affine_holds(), f"the mutant {name} lives"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# adapters finer than their base
+
+
+class Finer(nn.Module):
+    """A base in bf16, adapters in fp32 of numbers that W' has no bits for, and a reader that rounds beside one that
+    does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("V", "W"):
+            setattr(self, name, nn.Parameter(torch.randn(K, K, dtype=torch.bfloat16), requires_grad=False))
+        for name, sizes in {"A": (K, 3), "B": (3, K), "scale": (K,)}.items():
+            setattr(self, name, nn.Parameter(torch.randn(*sizes)))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = x @ self.W + x.float() @ self.A @ self.B * 256
+        return y, y.to(x.dtype), (x @ self.V) * (self.scale * 257)
+
+
+@cache
+def finer_captured() -> joint.Joint:
+    return joint.capture(Finer(), torch.randn(40, K, dtype=torch.bfloat16))
+
+
+def finer_holds() -> bool:
+    """The integer oracle."""
+    case = finer_captured()
+    graph, _ = case.rewritten(form="weight")
+    return joint.equal(case.run(case.graph), case.run(graph))
+
+
+FINER_MUTANTS: dict[str, Mutation] = {}
+
+
+def finer_mutant(make: Mutation) -> Mutation:
+    FINER_MUTANTS[make.__name__] = make
+    return make
+
+
+@contextmanager
+def _is_rounded(rule: Callable[..., bool], *modules: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "is_rounded", rule))
+        yield
+
+
+@finer_mutant
+def everything_taken_for_rounded() -> Any:
+    return _is_rounded(lambda *asked: True, sites, regions)
+
+
+@finer_mutant
+def every_region_taken_for_rounded() -> Any:
+    return _is_rounded(lambda *asked: True, regions)
+
+
+@finer_mutant
+def one_reader_that_rounds_taken_for_all() -> Any:
+    def rule(node: Node, dtype: torch.dtype, among: Any) -> bool:
+        return any(is_rounded(n, dtype, among) for n in (node, *node.users) if n.op != "output")
+
+    return _is_rounded(rule, sites, regions)
+
+
+def test_the_rule_of_finer_adapters_as_it_is_holds() -> None:
+    assert [r.code for r in finer_captured().rewritten()[1].refusals] == ["dtype", "dtype"]
+    assert finer_holds()
+
+
+@pytest.mark.parametrize("name", FINER_MUTANTS)
+def test_a_mutant_of_the_rule_of_finer_adapters_breaks_it(name: str) -> None:
+    finer_captured()
+    with FINER_MUTANTS[name]():
+        assert not finer_holds(), f"the mutant {name} lives"
 
 
 # ----------------------------------------------------------------------------------------------------------------

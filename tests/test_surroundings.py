@@ -142,6 +142,7 @@ def test_around_a_block(name: str) -> None:
     if is_traced:
         traced = peft_fx.explain(net, *inputs, options=WEIGHT)
         assert sorted(traced.sites, key=str) == sorted(report.sites, key=str)
+        assert traced.nodes.keys() == every_layer().keys()
 
 
 def test_a_region_without_gradients() -> None:

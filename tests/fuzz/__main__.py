@@ -1,18 +1,22 @@
-"""python -m tests.fuzz --cases 5000 [--seed S] [--mutant NAME] [--list-mutants]"""
+"""python -m tests.fuzz --cases 5000 [--seed S] [--jobs N] [--mutant NAME] [--list-mutants]"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
+import multiprocessing
 import sys
 import time
 import warnings
 from collections import Counter
+from functools import partial
 from random import Random
+from typing import Any
 
 import torch
 
+from tests.fuzz.oracles import Verdict
 from tests.fuzz.search import Found, search, shrunk, stored
 from tests.test_mutants import AFFINE_MUTANTS, MUTANTS
 
@@ -30,11 +34,22 @@ ALL = {name: make for name, make in (MUTANTS | AFFINE_MUTANTS).items() if name n
 LEAST = {"rewritten": 0.6, "refused": 0.2}
 
 
+def searched(seed: int, i: int) -> Verdict | Found:
+    """Case i of a seed, the same in whichever process."""
+    return search(Random(f"{seed}:{i}"))
+
+
+def _forked(jobs: int) -> Any:
+    """A pool of processes that are as this one is now, a mutant included."""
+    return multiprocessing.get_context("fork").Pool(jobs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Random models against oracles.")
     parser.add_argument("--cases", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="case i of a seed is the same at every run")
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the cases (default: 1)")
     parser.add_argument("--mutant", choices=ALL, metavar="NAME", help="break a rule on purpose: a failure is expected")
     parser.add_argument("--list-mutants", action="store_true")
     parser.add_argument("--keep-going", action="store_true", help="on after a failure")
@@ -46,9 +61,12 @@ def main() -> int:
     logging.disable(logging.ERROR)  # programs that eager refuses
     warnings.filterwarnings("ignore")
     start, counts = time.time(), Counter()
-    with ALL[asked.mutant]() if asked.mutant else contextlib.nullcontext():
-        for i in range(asked.first, asked.first + asked.cases):
-            found = search(Random(f"{asked.seed}:{i}"))
+    numbers = range(asked.first, asked.first + asked.cases)
+    with contextlib.ExitStack() as stack:
+        if asked.mutant:
+            stack.enter_context(ALL[asked.mutant]())
+        each = map if asked.jobs == 1 else stack.enter_context(_forked(asked.jobs)).imap
+        for i, found in zip(numbers, each(partial(searched, asked.seed), numbers), strict=True):
             if isinstance(found, Found):
                 counts["failed"] += 1
                 print(f"case {i} of seed {asked.seed}: {found.message}", flush=True)

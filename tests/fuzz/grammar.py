@@ -377,6 +377,23 @@ def cast_adapter(d: Draft, v: str) -> Step:
     return d.step(f"{y} = peft_casts({given})", reads=(v,), makes=y)
 
 
+def finer(d: Draft, v: str) -> Step | None:
+    """An adapter finer than its base; what comes of the two is rounded, or not."""
+    if d.kind != "mixed":
+        return None
+    *lead, K = d.shape(v)
+    N, x = d.rng.choice(DIMS), d.cast(v, BF16)
+    if d.chance(0.7):
+        W, A, B, s = d.lora(K, N, BF16, adapter=F32)
+        text = f"{x} @ {W} + {x}.float() @ {A} @ {B} * {s}"
+    else:
+        W, p = d.param("W", (K, N), BF16, 0.1), d.param("p", (N,), F32, 0.9)
+        text = f"({x} @ {W}) * {p}"
+    made = d.rng.choice([F32, F32, BF16])
+    y = d.new((*lead, N), made)
+    return d.step(f"{y} = ({text}).to(torch.{made})", reads=(v,), makes=y)
+
+
 def dora(d: Draft, v: str) -> Step | None:
     """DoRA, its norm without a gradient."""
     if d.kind != "real":
@@ -562,6 +579,7 @@ ADAPTERS: tuple[tuple[int, Production], ...] = (
     (2, siblings),
     (4, rowwise),
     (2, cast_adapter),
+    (2, finer),
     (2, dora),
     (1, embedded),
     (1, convolved),

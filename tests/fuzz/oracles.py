@@ -99,6 +99,8 @@ def judge(case: Case) -> Verdict:
             _all_equal(draw.before, results)
     if draws[0].truth is not None:
         _no_worse(draws, after)
+    if not any(role.trainable for role in traced.roles.values()) and any(s.method == "affine" for s in outcome.sites):
+        raise Failure("what is row-wise is told of as an adapter, and nothing is trained")
     weight = any("weight" in (s.forward, s.input_grad) for s in outcome.sites)
     kept_as_it_was = case.options["keep"] == "inductor" or case.options["numerics"] == "strict"
     if not weight and not outcome.factored and (kept_as_it_was or not (outcome.sites or outcome.refusals)):
