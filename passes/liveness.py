@@ -83,7 +83,7 @@ class Walk:
 
 @dataclass
 class _Kernel:
-    """Nodes computed together; `reads` are the buffers that each of them reads."""
+    """Nodes computed together; `inside` are bytes that a graph called by it has alive beyond what it returns."""
 
     nodes: list[Node]
     library: bool = False
@@ -232,8 +232,9 @@ def _space(fused: Fused, node: Node) -> Any:
         return fused.size(node) // _tensors(node)[0].dtype.itemsize
     source = tensor_arg(node, 0)
     (given,) = _tensors(source)
-    dims = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else None
-    inner = dims is None or sorted(d % given.ndim for d in dims) == list(range(given.ndim - len(dims), given.ndim))
+    named: Any = node.args[1] if len(node.args) > 1 else None
+    dims = [d % given.ndim for d in ([named] if isinstance(named, int) else named or range(given.ndim))]
+    inner = sorted(dims) == list(range(given.ndim - len(dims), given.ndim))
     numel = fused.size(source) // given.dtype.itemsize
     return numel if inner else (numel, *(fused.hint(expr(n)) for n in given.shape))
 
