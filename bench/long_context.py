@@ -24,7 +24,7 @@ source, is kept.
 """
 PAGE = ROOT.parent / "docs" / "long-context.md"
 MODELS = ROOT.parent / "examples" / "configs"
-LENGTHS = (2048, 16384, 131072)
+LENGTHS = (131072, 2048)
 VARIANTS = ("inductor", "peft_fx", "peft_fx-loss", "inductor-ckpt", "peft_fx-ckpt-loss", "full", "frozen")
 MEMORY = 80e9  # of the GPU that the longest sequence is asked for
 
