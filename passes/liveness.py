@@ -73,11 +73,12 @@ ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 @dataclass
 class Walk:
     """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
-    leaves; what Inductor reckons as its peak, up to which memory waits to be used again; and seconds of its kernels."""
+    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels."""
 
     peak: int = 0
     late: int = 0
-    most: int = 0
+    planned: int = 0
+    planned_late: int = 0
     seconds: float = 0.0
 
 
@@ -308,13 +309,14 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
             readers[read, i] += 1
     mortal = [b for b in (*given, *start) if b in end and b not in stays]
     passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
-    planned = _Plan.of(fused, start, end, given, stays)
-    reused, taken = planned.reuse(start, end, readers, set(given), stays, passing)
+    plan = _Plan.of(fused, start, end, given, stays)
+    reckoned = list(plan.alive)
+    reused, taken = plan.reuse(start, end, readers, set(given), stays, passing)
     change = [0] * (len(kernels) + 1)
     for b in start:
         change[start[b]] += 0 if b in taken or b in passing else size(b)
     now = sum(map(size, given))
-    walked = Walk(peak=now, most=now)
+    walked = Walk(peak=now, planned=now)
     freed: dict[int, int] = defaultdict(int)
     for b in mortal:
         freed[end[b]] += 0 if b in reused or b in passing else size(b)
@@ -323,9 +325,10 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
         now += change[i]
         top = now + kernel.inside + (_scratch(fused, kernel, machine) if machine and kernel.library else 0)
         walked.peak = max(walked.peak, top)
-        walked.most = max(walked.most, planned.most + top - now)
+        walked.planned = max(walked.planned, reckoned[i] + top - now)
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
+            walked.planned_late = max(walked.planned_late, reckoned[i] + top - now)
         walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
         now -= freed[i]
     return walked
@@ -337,7 +340,6 @@ class _Plan:
 
     fused: Fused
     alive: list[int]
-    most: int
 
     @classmethod
     def of(
@@ -352,7 +354,7 @@ class _Plan:
         for step in change:
             now += step
             alive.append(now)
-        return cls(fused, alive, max(alive))
+        return cls(fused, alive)
 
     def reuse(
         self,
@@ -364,7 +366,7 @@ class _Plan:
         passing: set[Node],
     ) -> tuple[set[Node], set[Node]]:
         """The buffers whose memory another takes over, at once or later, and those that do so."""
-        most, alive = self.most, self.alive
+        most, alive = max(self.alive, default=0), self.alive
         reused: set[Node] = set()
         taken: set[Node] = set()
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)

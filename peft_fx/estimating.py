@@ -223,31 +223,28 @@ def _cut(model: nn.Module, depth: int) -> nn.Module:
 @dataclass
 class Step:
     """What the graphs of a step take: bytes kept, by component; bytes at the highest point of forward, of backward and
-    of backward's second half, and what each of them is below, however deep the model; seconds."""
+    of backward's second half, and the same without memory that waits to be used again; seconds."""
 
     components: dict[str, float] = field(default_factory=dict)
     peaks: tuple[float, ...] = (0.0, 0.0, 0.0)
-    bounds: tuple[float, ...] = (0.0, 0.0, 0.0)
+    planned: tuple[float, ...] = (0.0, 0.0, 0.0)
     seconds: float = 0.0
 
     def extended(self, deeper: Step, layers: int) -> Step:
-        """So many layers more, each of which costs what the last one of `deeper` does."""
+        """So many layers more, each of which costs what the last one of `deeper` does. Memory that waits in one layer
+        to be used by the next is there once, however many there are."""
 
         def more(a: float, b: float) -> float:
             return a + (b - a) * layers
 
         names = dict.fromkeys((*self.components, *deeper.components))
         components = {k: more(self.components.get(k, 0), deeper.components.get(k, 0)) for k in names}
-        peaks, bounds = (
-            tuple(more(a, b) for a, b in zip(mine, theirs, strict=True))
-            for mine, theirs in ((self.peaks, deeper.peaks), (self.bounds, deeper.bounds))
+        planned = tuple(map(more, self.planned, deeper.planned))
+        grown = [b - a for a, b in zip(self.planned, deeper.planned, strict=True)]
+        peaks = tuple(
+            b + min(b - a, most) * (layers - 1) for a, b, most in zip(self.peaks, deeper.peaks, grown, strict=True)
         )
-        return Step(components, peaks, bounds, more(self.seconds, deeper.seconds))
-
-    @property
-    def peak(self) -> int:
-        """Memory that waits to be used again grows with each layer, but no further than Inductor lets it."""
-        return round(max(min(pair) for pair in zip(self.peaks, self.bounds, strict=True)))
+        return Step(components, peaks, planned, more(self.seconds, deeper.seconds))
 
 
 def _rows(
@@ -279,7 +276,7 @@ def _rows(
         told = {ADAPTERS: VARIANTS[name].trains}
         components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
         kept = sum(components.values())
-        peak = max(step.peak, updated)
+        peak = max(*map(round, step.peaks), updated)
         seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
         transient = peak - gradients - kept
         rows.append(Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components))
@@ -351,9 +348,9 @@ def _step(parts: Sequence[Part]) -> Step:
     step, before = Step(), 0
     for part in parts:
         peaks = (part.forward.peak, part.backward.peak, part.backward.late)
-        bounds = (part.forward.most, part.backward.most, part.backward.most)
+        planned = (part.forward.planned, part.backward.planned, part.backward.planned_late)
         step.peaks = tuple(max(a, before + b) for a, b in zip(step.peaks, peaks, strict=True))
-        step.bounds = tuple(max(a, before + b) for a, b in zip(step.bounds, bounds, strict=True))
+        step.planned = tuple(max(a, before + b) for a, b in zip(step.planned, planned, strict=True))
         before += part.kept
         step.seconds += part.forward.seconds + part.backward.seconds
         for k, n in part.components.items():
