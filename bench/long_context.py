@@ -99,6 +99,8 @@ def _fits(rows: Sequence[dict[str, Any]], style: str) -> str:
     lines = []
     for model, targets in dict.fromkeys((row["model"], row["targets"]) for row in sorted(rows, key=_order)):
         found = [_estimate(row) for row in rows if (row["model"], row["targets"]) == (model, targets)]
+        if len(found) < len(LENGTHS):
+            continue
         whole = Estimate([r for e in found for r in e.rows], found[0].machine)
         longest = whole.largest(MEMORY)
         lines.append((model, targets, *(str(longest[v]) for v in VARIANTS), str(whole.crossover() or "none")))
