@@ -222,15 +222,35 @@ def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
     for node, gradient in zip(reversed(inputs), reversed(returned), strict=False):  # one for each input, at the end
         if node in flow.roles and flow.roles[node].trainable and returned.count(gradient) == 1:
             others.discard(gradient)
+    after = _after_sums(graph, flow)
     found: set[Node] = set()
     ends: set[Node] = set()  # on the way from such a product to the output
     for node in reversed(graph.nodes):
         if node not in flow.backward or node in others:
             continue
-        if _sums_over_tokens(node, flow):  # one may be the start of another, as the two halves of a product are
+        if node not in after and _sums_over_tokens(
+            node, flow
+        ):  # one may be the start of another, as the two halves of a product are
             found |= {node} if all(u is output or u in ends or u in found for u in node.users) else set()
         elif all(u is output or u in ends for u in node.users):
             ends.add(node)
+    return found
+
+
+def _after_sums(graph: Graph, flow: Flow) -> set[Node]:
+    """What is computed of sums over tokens and weights alone: no token is left that it could sum over again."""
+    sums: set[Node] = set()
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if node not in flow.backward or node.op != "call_function":
+            continue
+        inputs = [n for n in node.all_input_nodes if is_tensor(n)]
+        if any(n in sums for n in inputs) and all(n in sums or flow.is_weight(n) for n in inputs):
+            found.add(node)
+            sums.add(node)
+        elif _sums_over_tokens(node, flow):
+            multiplied = node.target is aten.mul.Tensor
+            sums |= {u for u in node.users if u.target is aten.sum.dim_IntList} if multiplied else {node}
     return found
 
 

@@ -175,6 +175,18 @@ class Scaled(torch.nn.Module):
         return (x @ self.W) * self.l
 
 
+class ScaledInGroups(torch.nn.Module):
+    """Two features have one scale: its gradient is a sum of what was summed over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.l = frozen(K, N), torch.nn.Parameter(torch.ones(N // 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.l.unsqueeze(1).expand(-1, 2).reshape(-1)
+        return (x @ self.W) * (scale * scale)
+
+
 @pytest.mark.parametrize(
     ("module", "chosen", "reported"),
     [
@@ -184,6 +196,7 @@ class Scaled(torch.nn.Module):
         (Scaled, "auto", "dense"),
         (Scaled, "low_rank", "low_rank"),
         (Scaled, "dense", "dense"),
+        (ScaledInGroups, "auto", "dense"),
     ],
 )
 def test_adapter_grad_is_as_asked_for(module: type[torch.nn.Module], chosen: str, reported: str) -> None:
