@@ -4,8 +4,9 @@ A pointwise value inside a fused kernel never exists. One rule says which values
 
     made       the results of products, attention, scatters, and whatever else is a library's; of reductions; pointwise
                values that one of those reads as a whole, or that leave the graph
-    made too   a pointwise value with several readers, where to compute it again for each would be dear: it has an exp,
-               log, sigmoid or tanh in it, or reads more than four values; unless one kernel has them all
+    made too   a pointwise value with several readers, or one that it is spread out for, where to compute it again for
+               each would be dear: it has an exp, log, sigmoid or tanh in it, or reads more than four values; unless one
+               kernel has them all
     not made   every other pointwise value: each reader computes it from what it reads
 
 Kernels are groups of values made that run over the same space and share an input or read each other, with no other
@@ -131,7 +132,11 @@ class Fused:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
             return True
-        return len(readers) > 1 and (heavy or len(self.reads[node]) > READS)
+        wider = any(self._numel(user) > self._numel(node) for user in node.users)  # it would be computed for each
+        return (len(readers) > 1 or wider) and (heavy or len(self.reads[node]) > READS)
+
+    def _numel(self, node: Node) -> int:
+        return max((self.hint(numel([expr(n) for n in v.shape])) for v in _tensors(node)), default=0)
 
     def readers(self, node: Node) -> list[Node]:
         """What reads a value, itself or through views."""
@@ -174,13 +179,21 @@ def _kind(node: Node) -> str:
     if target is operator.getitem:
         source = node.args[0]
         return VIEW if isinstance(source, Node) and _is_view(source.target) else ITEM
-    if _is_view(target):
+    if _is_view(target) or _is_the_same(node):
         return VIEW
     if _name(node) in REDUCTIONS:
         return REDUCTION
     if target in POINTWISES or torch.Tag.pointwise in getattr(target, "tags", ()):
         return POINTWISE
     return LIBRARY
+
+
+def _is_the_same(node: Node) -> bool:
+    """Whether a cast or a copy has its operand's dtype and layout: Inductor drops it."""
+    if node.target not in (CAST, aten.clone.default) or not isinstance(node.args[0], Node):
+        return False
+    new, old = value(node), value(node.args[0])
+    return bool(new.dtype == old.dtype and new.stride() == old.stride())
 
 
 def _is_view(target: Any) -> bool:
@@ -296,8 +309,17 @@ def outputs(graph: Graph) -> list[Node]:
 # ------------------------------------------------------------------------------------------------------------- walk
 
 
-def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Machine | None = None) -> Walk:
-    """What is alive from kernel to kernel: `given` inputs are let go of after their last use, `kept` values stay."""
+def walk(
+    fused: Fused,
+    given: Iterable[Node],
+    kept: Iterable[Node],
+    machine: Machine | None = None,
+    lent: Iterable[Node] = (),
+) -> Walk:
+    """What is alive from kernel to kernel: `given` inputs are let go of after their last use, `kept` values stay.
+
+    No kernel writes over those inputs that are `lent`: what the caller has too.
+    """
     given, kernels, size = list(given), fused.kernels, fused.size
     stays = frozenset().union(*(fused.leaves[n] for n in kept))
     start = {b: i for i, k in enumerate(kernels) for n in k.nodes for b in fused.buffers(n)}
@@ -311,7 +333,7 @@ def walk(fused: Fused, given: Iterable[Node], kept: Iterable[Node], machine: Mac
     passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
     plan = _Plan.of(fused, start, end, given, stays)
     reckoned = list(plan.alive)
-    reused, taken = plan.reuse(start, end, readers, set(given), stays, passing)
+    reused, taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
     change = [0] * (len(kernels) + 1)
     for b in start:
         change[start[b]] += 0 if b in taken or b in passing else size(b)
@@ -363,16 +385,16 @@ class _Plan:
         readers: dict[tuple[Node, int], int],
         given: set[Node],
         stays: frozenset[Node],
-        passing: set[Node],
+        apart: set[Node],
     ) -> tuple[set[Node], set[Node]]:
-        """The buffers whose memory another takes over, at once or later, and those that do so."""
+        """The buffers whose memory another takes over, at once or later, and those that do so; none `apart` does."""
         most, alive = max(self.alive, default=0), self.alive
         reused: set[Node] = set()
         taken: set[Node] = set()
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
         dying: dict[int, list[Node]] = defaultdict(list)
         for b, at in end.items():
-            if b not in stays and b not in passing and (b in given or b in start):
+            if b not in stays and b not in apart and (b in given or b in start):
                 dying[at].append(b)
         for i, kernel in enumerate(self.fused.kernels):
             for node in kernel.nodes:
@@ -380,7 +402,7 @@ class _Plan:
                 if not over and _name(node) not in INTO:
                     continue
                 for b in self.fused.buffers(node):
-                    if b in passing:
+                    if b in apart:
                         continue
                     free = [r for r in dying[i] if over and r in self.fused.reads[node] and r not in reused]
                     last = next((r for r in free if readers[r, i] == 1 and _same(r) == _same(b)), None)
@@ -414,7 +436,7 @@ def _seconds(fused: Fused, kernel: _Kernel, machine: Machine) -> float:
     node = kernel.nodes[0]
     reads = {r for n in kernel.nodes for r in fused.reads[n]}
     if _name(node) in INTO:
-        a, b = [v for i in node.all_input_nodes for v in _tensors(i)][-2:]
+        a, b = [value(i) for i in node.args if isinstance(i, Node)][-2:]
         m, k, n = (fused.hint(expr(s)) for s in (a.shape[-2], a.shape[-1], b.shape[-1]))
         batch = fused.hint(expr(a.shape[0])) if a.ndim > 2 else 1
         return machine.product(m, k, n, a.dtype, batch)

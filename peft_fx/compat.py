@@ -38,11 +38,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+# both passes go on to the graphs that a graph calls
+from torch._inductor.compile_fx import _recursive_joint_graph_passes as joint_graph_passes
+from torch._inductor.compile_fx import _recursive_post_grad_passes as post_grad_passes
 from torch._inductor.compile_fx import compile_fx
 
 # a pass with a key in Inductor's caches
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
 # the fake mode that a joint pass runs under
 from torch._inductor.virtualized import V
@@ -99,6 +101,7 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "min_cut_rematerialization_partition",
+    "post_grad_passes",
     "pytree",
     "same_memory",
     "sizes_that_depend_on_values",

@@ -98,6 +98,13 @@ def saved_bytes(forward: GraphModule, outputs: int) -> dict[str, int]:
     return dict(saved.values())
 
 
+def returned(forward: GraphModule, outputs: int) -> set[str]:
+    """The names of the values that a forward graph hands to its caller too, or a view of them."""
+    (output,) = forward.graph.find_nodes(op="output")
+    theirs = {_storage(n) for n in output.args[0][:outputs] if isinstance(n, Node)}
+    return {n.name for n in output.args[0][outputs:] if isinstance(n, Node) and _storage(n) in theirs}
+
+
 def _storage(node: Node) -> Any:
     val = node.meta.get("val")
     return val.untyped_storage()._cdata if isinstance(val, torch.Tensor) else node

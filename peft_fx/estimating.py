@@ -13,11 +13,12 @@ from torch.fx import Graph, GraphModule
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_of
-from peft_fx.components import ADAPTERS, partitioned
+from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
+from peft_fx.passes.flow import is_tangent
 from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
@@ -396,15 +397,25 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         ours = None if options is None else AdapterPass(Record(self.gm, [], self.roles, options, True))
         after = None if ours is None else Untag(ours)
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
-            joint = compat.joint_graph_passes(joint) or joint
-        forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs)
+            joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
+            forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs)
+            if self._is_traced_for_its_machine(joint_inputs):
+                compat.post_grad_passes(forward, is_inference=False)
+                compat.post_grad_passes(backward, is_inference=False)
         hint = compat.hint_for(compat.V.fake_mode)
         first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
         given = {n.name for n in forward.graph.find_nodes(op="placeholder")}
         made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
+        theirs = returned(forward, kwargs["num_fwd_outputs"])
+        lent = [n for n in made if is_tangent(n) or n.name in theirs]
         there = walk(first, [], outputs(forward.graph), self.machine)
-        back = walk(second, made, outputs(backward.graph), self.machine)
+        back = walk(second, made, outputs(backward.graph), self.machine, lent)
         return Part(components, there, back), (forward, backward)
+
+    def _is_traced_for_its_machine(self, inputs: Sequence[object]) -> bool:
+        """Whether what Inductor does with a product and a sum on the inputs' device is what it does on the machine."""
+        devices = {n.device.type for n in inputs if isinstance(n, torch.Tensor)}
+        return self.machine.is_cpu == (devices <= {"cpu"})
 
     def uuid(self) -> Any:
         return None
