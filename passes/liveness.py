@@ -68,6 +68,7 @@ INTO = {"mm", "bmm", "addmm", "baddbmm"}  # write into memory that they are give
 READS = 4  # values that a pointwise one may read and still be computed again by each reader
 MOST = 64  # nodes of a kernel
 FAR = 64  # nodes between two
+ROUNDS = 10  # of fusion: what was in the way is in a kernel by then
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
 
@@ -104,6 +105,7 @@ class Fused:
     reads: dict[Node, list[Node]] = field(default_factory=dict)
     made: dict[Node, None] = field(default_factory=dict)
     kernels: list[_Kernel] = field(default_factory=list)
+    _spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kinds = {n: _kind(n) for n in self.graph.nodes}
@@ -159,6 +161,24 @@ class Fused:
         """Bytes of what a node makes."""
         return sum(self.hint(numel([expr(n) for n in v.shape])) * v.dtype.itemsize for v in _tensors(node))
 
+    def space(self, node: Node) -> tuple[int, ...]:
+        """What a kernel's loops run over: of a sum over rows all, and the rows. One over rows that lie apart in memory
+        goes the other way through them, and alone."""
+        if node not in self._spaces:
+            self._spaces[node] = self._space(node)
+        return self._spaces[node]
+
+    def _space(self, node: Node) -> tuple[int, ...]:
+        own = self._numel(node)
+        if self.kinds[node] != REDUCTION:
+            return (own,)
+        source = tensor_arg(node, 0)
+        (given,) = _tensors(source)
+        named: Any = node.args[1] if len(node.args) > 1 else None
+        dims = [d % given.ndim for d in ([named] if isinstance(named, int) else named or range(given.ndim))]
+        inner = sorted(dims) == list(range(given.ndim - len(dims), given.ndim))
+        return (self._numel(source), own) if inner else (-1, *(self.hint(expr(n)) for n in given.shape))
+
 
 def _tensors(node: Node) -> list[torch.Tensor]:
     val = node.meta.get("val")
@@ -207,16 +227,29 @@ def _grouped(fused: Fused) -> dict[Node, list[Node]]:
     another, what it writes itself. What only shares an input, and is far away, stays apart."""
     groups = {n: [n] for n in fused.made}
     order = {n: i for i, n in enumerate(fused.made)}
-    for one, other in _sharing(fused):
-        a, b = groups[one], groups[other]
-        places = [order[n] for n in (*a, *b)]
-        far = max(places) - min(places) > FAR and not (_reads(fused, a, b) or _reads(fused, b, a))
-        if a is b or far or len(a) + len(b) > MOST:
-            continue
-        if not (_between(fused, groups, a, b) or _between(fused, groups, b, a)):
-            a += b
-            groups |= dict.fromkeys(b, a)
+    sharing = _sharing(fused)
+    for _ in range(ROUNDS):
+        apart = [pair for pair in sharing if not _join(fused, groups, order, *pair)]
+        if len(apart) == len(sharing):
+            break
+        sharing = apart
     return groups
+
+
+def _join(fused: Fused, groups: dict[Node, list[Node]], order: dict[Node, int], one: Node, other: Node) -> bool:
+    """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
+    a, b = groups[one], groups[other]
+    if a is b:
+        return True
+    places = [order[n] for n in (*a, *b)]
+    far = max(places) - min(places) > FAR and not (_reads(fused, a, b) or _reads(fused, b, a))
+    if far or len(a) + len(b) > MOST or not _in_one_loop(fused, (*a, *b)):
+        return False
+    if _between(fused, groups, a, b) or _between(fused, groups, b, a):
+        return False
+    a += b
+    groups |= dict.fromkeys(b, a)
+    return True
 
 
 def _reads(fused: Fused, group: list[Node], other: list[Node]) -> bool:
@@ -224,33 +257,29 @@ def _reads(fused: Fused, group: list[Node], other: list[Node]) -> bool:
 
 
 def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
-    """Pairs of nodes that run over the same space and read the same, or one the other; by the bytes that they share."""
-    readers: dict[tuple[Any, Node], list[Node]] = defaultdict(list)
+    """Pairs of nodes that run in one loop and read the same, or one the other; by the bytes that they share."""
+    readers: dict[Node, list[Node]] = defaultdict(list)
     for node in fused.made:
         if fused.kinds[node] != LIBRARY:
             for buffer in (node, *fused.reads[node]):
-                readers[_space(fused, node), buffer].append(node)
+                readers[buffer].append(node)
     shared: dict[tuple[Node, Node], int] = defaultdict(int)
-    for (_, buffer), among in readers.items():
+    for buffer, among in readers.items():
         for pair in itertools.combinations(among, 2):
-            shared[pair] += fused.size(buffer)
+            if _in_one_loop(fused, pair):
+                shared[pair] += fused.size(buffer)
     alike = {pair: fused.kinds[pair[0]] == fused.kinds[pair[1]] for pair in shared}
     order = {n: i for i, n in enumerate(fused.made)}
     near = {(a, b): -abs(order[a] - order[b]) for a, b in shared}
     return sorted(shared, key=lambda pair: (alike[pair], shared[pair], near[pair]), reverse=True)
 
 
-def _space(fused: Fused, node: Node) -> Any:
-    """What a kernel's loops run over. A sum over rows that lie apart in memory goes the other way through them."""
-    if fused.kinds[node] != REDUCTION:
-        return fused.size(node) // _tensors(node)[0].dtype.itemsize
-    source = tensor_arg(node, 0)
-    (given,) = _tensors(source)
-    named: Any = node.args[1] if len(node.args) > 1 else None
-    dims = [d % given.ndim for d in ([named] if isinstance(named, int) else named or range(given.ndim))]
-    inner = sorted(dims) == list(range(given.ndim - len(dims), given.ndim))
-    numel = fused.size(source) // given.dtype.itemsize
-    return numel if inner else (numel, *(fused.hint(expr(n)) for n in given.shape))
+def _in_one_loop(fused: Fused, nodes: Iterable[Node]) -> bool:
+    """Whether nodes run over the same space, or over the rows of the one that all sums among them run over."""
+    nodes = list(nodes)
+    sums = {fused.space(n) for n in nodes if fused.kinds[n] == REDUCTION}
+    others = {fused.space(n) for n in nodes if fused.kinds[n] != REDUCTION}
+    return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
 
 
 def _between(fused: Fused, groups: dict[Node, list[Node]], first: list[Node], last: list[Node]) -> bool:

@@ -38,6 +38,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+
 # both passes go on to the graphs that a graph calls
 from torch._inductor.compile_fx import _recursive_joint_graph_passes as joint_graph_passes
 from torch._inductor.compile_fx import _recursive_post_grad_passes as post_grad_passes
