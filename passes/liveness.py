@@ -154,7 +154,7 @@ class Fused:
     def buffers(self, node: Node) -> list[Node]:
         """What a node makes: itself, or each item of several results."""
         if isinstance(node.meta.get("val"), (tuple, list)):
-            return [u for u in node.users if self.kinds[u] == ITEM]
+            return [b for u in node.users if self.kinds[u] == ITEM for b in self.buffers(u)]
         return [node]
 
     def size(self, node: Node) -> int:
@@ -317,7 +317,9 @@ def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[_Kernel]:
 
 
 def _maker(buffer: Node, fused: Fused) -> Node:
-    return buffer.all_input_nodes[0] if fused.kinds[buffer] == ITEM else buffer
+    while fused.kinds[buffer] == ITEM:
+        (buffer,) = buffer.all_input_nodes
+    return buffer
 
 
 def _inside(fused: Fused, node: Node) -> int:

@@ -71,6 +71,9 @@ class Builder:
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         return node if value(node).dtype == dtype else self.call(CAST, node, dtype)
 
+    def add(self, a: Node, b: Node) -> Node:
+        return self.call(aten.add.Tensor, a, b)
+
     def reshape(self, node: Node, sizes: Iterable[Any]) -> Node:
         """A value with other sizes, straight from what was reshaped before: equal values are then seen to be equal."""
         sizes = list(sizes)

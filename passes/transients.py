@@ -205,15 +205,12 @@ def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
             width += 2 * shape(other)[dim]
         both = build.call(aten.cat.default, halves, dim)
         results = exact_products(build, *((plain, both) if last.first else (both, plain)))
+        whole = functools.reduce(build.add, [build.cast(r, torch.float32) for r in results])
         for member in members:
             build.like = member.node
             start, r = starts[member.part], shape(member.node)[dim != member.turned]
-            parts = [
-                build.cast(build.call(aten.slice.Tensor, result, dim, at, at + r), value(member.node).dtype)
-                for result in results
-                for at in (start, start + r)
-            ]
-            new = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), parts)
+            parts = [build.call(aten.slice.Tensor, whole, dim, at, at + r) for at in (start, start + r)]
+            new = build.cast(build.add(*parts), value(member.node).dtype)
             if member.vector is not None and member.outside:
                 new = build.call(aten.mul.Tensor, new, _vector(build, member, new))
             if member.scale.number != 1:
