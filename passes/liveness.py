@@ -69,6 +69,7 @@ READS = 4  # values that a pointwise one may read and still be computed again by
 MOST = 64  # nodes of a kernel
 FAR = 64  # nodes between two
 ROUNDS = 10  # of fusion: what was in the way is in a kernel by then
+PACKED = 128 << 10  # bytes, as measured: from 64 to 190 KB, whatever the size of large matrices
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
 
@@ -509,8 +510,11 @@ class _Attention:
 
 
 def _scratch(fused: Fused, kernel: _Kernel, machine: Machine) -> int:
-    """Bytes that a library's kernel allocates while it runs, and lets go of: of attention, as PyTorch has it."""
+    """Bytes that a library's kernel allocates while it runs, and lets go of: of attention, as PyTorch has it; of a
+    product of half-precision matrices on a CPU, the blocks of both that oneDNN packs for each thread."""
     (node,) = kernel.nodes
+    if _name(node) in INTO and machine.is_cpu and value(node).dtype.itemsize == 2:
+        return PACKED * torch.get_num_threads()
     if ATTENTION not in _name(node):
         return 0
     scratch = _scratch_of_threads if machine.is_cpu else _scratch_of_gradients

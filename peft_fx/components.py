@@ -37,13 +37,17 @@ ORDER = (*COMPONENTS, ADAPTERS, OTHER)
 
 
 def partitioned(
-    joint: GraphModule, joint_inputs: Sequence[object], roles: dict[int, Role], kwargs: Mapping[str, Any]
+    joint: GraphModule,
+    joint_inputs: Sequence[object],
+    roles: dict[int, Role],
+    kwargs: Mapping[str, Any],
+    handed_on: Set[str] = frozenset(),
 ) -> tuple[GraphModule, GraphModule, dict[str, int]]:
     """Forward, backward, and the bytes by component that the one keeps for the other; `kwargs` are the partitioner's,
-    `roles` those of the graph's inputs."""
+    `roles` those of the graph's inputs. Those `handed_on` by an earlier graph are nothing that is there anyway."""
     gradients = {n.name for n in parameter_gradients(joint.graph, Flow(joint.graph, roles_in(joint.graph, roles)))}
     forward, backward = compat.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-    saved = saved_bytes(forward, kwargs["num_fwd_outputs"])
+    saved = saved_bytes(forward, kwargs["num_fwd_outputs"], handed_on)
     return forward, backward, by_component(saved, joint.graph, backward, gradients)
 
 
@@ -85,10 +89,11 @@ def _component(reader: Node) -> str:
     return OTHER
 
 
-def saved_bytes(forward: GraphModule, outputs: int) -> dict[str, int]:
-    """Bytes of the storages that a forward graph hands to backward and that it made itself, by the value's name."""
+def saved_bytes(forward: GraphModule, outputs: int, handed_on: Set[str] = frozenset()) -> dict[str, int]:
+    """Bytes of the storages that a forward graph hands to backward and that it, or an earlier graph, made, by the
+    value's name."""
     nodes = {n.op: n for n in forward.graph.nodes}
-    given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder"}
+    given = {_storage(n) for n in forward.graph.nodes if n.op == "placeholder" and n.name not in handed_on}
     saved: dict[Any, tuple[str, int]] = {}
     for node in nodes["output"].args[0][outputs:]:
         val = node.meta.get("val") if isinstance(node, Node) else None

@@ -12,13 +12,13 @@ from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
-from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_of
+from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.flow import is_tangent
+from peft_fx.passes.flow import Role, is_tangent
 from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
@@ -312,7 +312,7 @@ def _traced(
     parts: list[dict[str, Part]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        split = Split(gm, roles_of(gm, example_inputs, names), named, machine)
+        split = Split(gm, roles_of(gm, example_inputs, names), named, machine, _handed_on(example_inputs))
         patches = {
             "joint_custom_pre_pass": split.joint,
             "custom_partitioner_fn": split,
@@ -329,6 +329,12 @@ def _traced(
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
     return {name: _step([p[name] for p in parts if name in p]) for name in named}
+
+
+def _handed_on(inputs: Iterable[Any]) -> dict[int, Role]:
+    """The inputs of a graph that an earlier one of the step has made, by their places."""
+    tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
+    return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
 
 
 @dataclass(frozen=True)
@@ -374,8 +380,15 @@ class Joint(compat.CustomGraphPass):  # type: ignore[misc]
 class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     """Partitions the joint graph as each variant would, and walks what comes out."""
 
-    def __init__(self, gm: GraphModule, roles: Any, named: Mapping[str, Options | None], machine: Machine):
-        self.gm, self.roles, self.named, self.machine = gm, roles, named, machine
+    def __init__(
+        self,
+        gm: GraphModule,
+        roles: Any,
+        named: Mapping[str, Options | None],
+        machine: Machine,
+        handed_on: dict[int, Role],
+    ):
+        self.gm, self.roles, self.named, self.machine, self.handed_on = gm, roles, named, machine, handed_on
         self.joint, self.parts = Joint(), dict[str, Part]()
         self.patterns = {name: getattr(compat.inductor_config, name) for name in PATTERNS}
 
@@ -398,17 +411,19 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         after = None if ours is None else Untag(ours)
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
-            forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs)
+            handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
+            forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
             if self._is_traced_for_its_machine(joint_inputs):
                 compat.post_grad_passes(forward, is_inference=False)
                 compat.post_grad_passes(backward, is_inference=False)
         hint = compat.hint_for(compat.V.fake_mode)
         first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
-        given = {n.name for n in forward.graph.find_nodes(op="placeholder")}
+        inputs = forward.graph.find_nodes(op="placeholder")
+        given = {n.name for n in inputs} - handed_on
         made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
-        theirs = returned(forward, kwargs["num_fwd_outputs"])
+        theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on
         lent = [n for n in made if is_tangent(n) or n.name in theirs]
-        there = walk(first, [], outputs(forward.graph), self.machine)
+        there = walk(first, [n for n in inputs if n.name in handed_on], outputs(forward.graph), self.machine)
         back = walk(second, made, outputs(backward.graph), self.machine, lent)
         return Part(components, there, back), (forward, backward)
 
