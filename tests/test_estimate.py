@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx.estimates import Estimate, Row
-from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.passes.liveness import PACKED, Fused, outputs, walk
 from peft_fx.passes.machine import MACHINES
 from peft_fx.sizing import lengths
 from tests.peft_models import adapt, llama_config
@@ -90,6 +90,43 @@ def test_attention_has_blocks_of_scores_for_each_thread() -> None:
     assert within - without == torch.get_num_threads() * 4 * (32 * 32 + 32 * (16 + 2))
 
 
+def test_what_the_caller_has_too_is_not_written_over() -> None:
+    graph = traced(lambda dy: dy.sin(), torch.randn(T, K))
+    (dy,) = graph.find_nodes(op="placeholder")
+    assert walk(Fused(graph, int), [dy], outputs(graph)).peak == 4 * T * K
+    assert walk(Fused(graph, int), [dy], outputs(graph), lent=[dy]).peak == 2 * 4 * T * K
+
+
+def test_a_cast_to_the_same_dtype_is_nothing() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert peak_of(lambda x, w: torch.ops.prims.convert_element_type(x, torch.float32) @ w, x, w) == 4 * T * N
+
+
+def test_a_row_has_its_numbers_in_the_loop_over_it() -> None:
+    """A softmax: one kernel, and no row's logarithm computed once for each of its features."""
+    x, w = torch.randn(T, K), torch.randn(K, K)
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        rows = x.sum(1, keepdim=True).log()
+        return (x - rows) @ w
+
+    graph = Fused(traced(f, x, w), int)
+    assert [len(kernel.nodes) for kernel in graph.kernels] == [3, 1]
+    assert [str(node) for node in graph.made][:2] == ["sum_1", "log"]
+
+
+def test_rows_that_are_summed_again_are_another_loop() -> None:
+    x = torch.randn(T, K)
+    assert kernels_of(lambda x: x.sum(1).exp().sum(), x) == [1, 1]
+
+
+def test_products_of_half_precision_pack_blocks() -> None:
+    x = torch.randn(T, T, dtype=torch.bfloat16)
+    graph = traced(lambda x: x @ x, x)
+    without, within = (walk(Fused(graph, int), [], outputs(graph), m).peak for m in (None, MACHINES["cpu"]))
+    assert within - without == torch.get_num_threads() * PACKED
+
+
 # -------------------------------------------------------------------------------------------------------- models
 
 
@@ -115,6 +152,22 @@ def test_parts_add_up(found: tuple[Any, Estimate]) -> None:
         parts = ("weight_bytes", "adapter_grad_bytes", "optimizer_bytes", "kept_bytes", "transient_bytes")
         assert row["peak_bytes"] == sum(row[p] for p in parts)
         assert row["kept_bytes"] == sum(row["components"].values())
+
+
+class Broken(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(K, N, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        torch._dynamo.graph_break()
+        return y.sin().sum()
+
+
+def test_what_an_earlier_graph_hands_on_is_kept() -> None:
+    (row,) = peft_fx.estimate(Broken(), torch.randn(T, K), machine="cpu", variants=["inductor"]).rows
+    assert row.kept_bytes == 4 * T * N
 
 
 def test_more_tokens_need_more(found: tuple[Any, Estimate]) -> None:
