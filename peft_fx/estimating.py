@@ -25,7 +25,7 @@ from peft_fx.passes.policies import POLICIES
 from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
 
 OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
-DEPTHS = (2, 3)  # of a deep model, traced; a further layer costs what the last one did
+DEPTHS = (3, 4)  # of a deep model, traced; a further layer costs what the last one did
 PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep
 
