@@ -514,7 +514,7 @@ def _scratch(fused: Fused, kernel: _Kernel, machine: Machine) -> int:
     product of half-precision matrices on a CPU, the blocks of both that oneDNN packs for each thread."""
     (node,) = kernel.nodes
     if _name(node) in INTO and machine.is_cpu and value(node).dtype.itemsize == 2:
-        return PACKED * torch.get_num_threads()
+        return int(PACKED * torch.get_num_threads())
     if ATTENTION not in _name(node):
         return 0
     scratch = _scratch_of_threads if machine.is_cpu else _scratch_of_gradients

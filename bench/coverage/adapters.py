@@ -46,13 +46,16 @@ class Method:
         return ("scikit-learn",) if self.config == "AdamssConfig" else ()
 
 
+NOISE = 0.05  # makes a delta about as large as the weight
+
+
 @torch.no_grad()
-def disturb(model: nn.Module, seed: int) -> None:
+def disturb(model: nn.Module, seed: int, noise: float = NOISE) -> None:
     """Adds noise to every trained parameter: most methods start as the identity, where errors cannot be seen."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from bench.coverage.adapters import disturb
+from bench.coverage.adapters import NOISE, disturb
 
 Run = dict[str, Tensor | None]
 WIDER = {
@@ -23,6 +23,7 @@ WIDER = {
 }
 ROUNDINGS = 4  # of its dtype that a small tensor may err on top: the ratio of two errors is noise there
 SMALL = 1000
+GATE = 1.25  # up to this, an error is held to be no worse
 
 
 class Double(TorchFunctionMode):
@@ -42,18 +43,22 @@ def _grouped(x: Tensor, W: Tensor, offs: Tensor, **_: Any) -> Tensor:
     return torch.cat([x[a:b] @ w for a, b, w in zip([0, *ends], ends, W, strict=False)])
 
 
-def gate(model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, Any], draws: int) -> dict[str, Any]:
+def gate(
+    model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, Any], draws: int, noise: float = NOISE
+) -> dict[str, Any]:
     """{"ratio": the worst over the output and every gradient, "tensor": its name}, errors pooled over several draws of
-    the trained parameters and the inputs; {"ratio": None} where the model itself draws random numbers.
+    the trained parameters and the inputs; {"ratio": None} where the model itself draws random numbers. The model comes
+    with NOISE on its trained parameters, of which `noise` stays.
 
     Raises AssertionError where a gradient is lost, or where one is not finite that is in eager mode.
     """
     if draws_random_numbers(model, inputs):
         return {"ratio": None}
+    disturb(model, 0, noise - NOISE)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.is_floating_point()}
     squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
     for seed in range(draws):
-        draw(model, start, seed)
+        draw(model, start, seed, noise)
         given = shuffled(inputs, seed)
         exact = reference(model, given, seed)
         for name, *found in _together(exact, step(model, model, given, seed), step(compiled, model, given, seed)):
@@ -65,7 +70,7 @@ def gate(model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, An
 
 
 @torch.no_grad()
-def draw(model: nn.Module, start: Mapping[str, Tensor], seed: int) -> None:
+def draw(model: nn.Module, start: Mapping[str, Tensor], seed: int, noise: float = NOISE) -> None:
     """Other parameters of the same distribution: noise on the trained ones, the frozen ones' elements reordered."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -74,7 +79,7 @@ def draw(model: nn.Module, start: Mapping[str, Tensor], seed: int) -> None:
             parameter.copy_(start[name].flatten()[order].view_as(parameter))
         elif name in start:
             parameter.copy_(start[name])
-    disturb(model, seed)
+    disturb(model, seed, noise)
 
 
 def _squares(exact: Tensor, eager: Tensor, got: Tensor) -> Tensor:

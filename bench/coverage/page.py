@@ -7,13 +7,13 @@ from typing import Any
 
 from bench.coverage.adapters import LEFT_OUT, Method
 from bench.coverage.architectures import Architecture
+from bench.coverage.numerics import GATE
 from bench.coverage.packages import Module
-from bench.coverage.rows import TABLES, Entry
+from bench.coverage.rows import LESS, TABLES, Entry
 from bench.report import provenance
 from bench.tables import table
 
 Row = Mapping[str, Any]
-GATE = 1.25
 TITLES = {
     "peft": "PEFT's configurations, each on a block of two layers",
     "architectures": "LoRA on all layers of tiny models, 512 tokens or more",
@@ -33,9 +33,10 @@ Made by `python -m bench coverage`; `tests/test_coverage.py` holds the counts to
 - *refused*: adapters without a weight form, by the code of the reason.
 - *error*: against float64, as a multiple of the same model's error in eager mode, the worst of the output and of
   every gradient, pooled over several draws of parameters and inputs. Up to {gate} is held to be no worse. *random*:
-  the model draws random numbers, so that two runs cannot be compared. What exceeds it where a delta is as large as W
-  and sums features before it multiplies them (MiSS, WaveFT) is the product x·W' itself, of K terms where the adapter's
-  own has a few; the rounding of W' is a sixth of it.
+  the model draws random numbers, so that two runs cannot be compared. The trained parameters have noise on them that
+  makes deltas about as large as W, and the rounding errors of one product are those of a larger matrix, where the
+  adapter's own sums, of a few terms, have hardly any. Where that is more than {gate}: in brackets, with {less} of the
+  noise.
 - *kept*: bytes that forward leaves for backward, after and before the rewrite.
 """
 
@@ -43,7 +44,7 @@ Made by `python -m bench coverage`; `tests/test_coverage.py` holds the counts to
 def text(runs: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
     """The whole page."""
     by_table = {name: {r["name"]: r for r in rows if r["table"] == name} for name in TABLES}
-    parts = [INTRODUCTION.format(summary=_summary(by_table), gate=GATE)]
+    parts = [INTRODUCTION.format(summary=_summary(by_table), gate=GATE, less=LESS)]
     parts += [f"{provenance(dict(run))}\n" for run in runs]
     for name, found in by_table.items():
         if found:
@@ -107,7 +108,7 @@ def _line(name: str, entry: Entry, row: Row, timed: bool) -> list[str]:
         _weight(entry, row),
         f"{row['input_grad']}" if row["forward"] else "",
         ", ".join(f"{n} {code}" for code, n in row["refusals"].items()),
-        _gate(row.get("gate", {})),
+        _gate(row.get("gate", {}), row.get("gate of less", {})),
         f"{kept['after'] / 1e3:.0f} / {kept['before'] / 1e3:.0f}" if kept.get("before") else "",
         str(row["graphs"]),
     ]
@@ -127,13 +128,17 @@ def _weight(entry: Entry, row: Row) -> str:
     return "; ".join(part for part in (told, inside, already) if part)
 
 
-def _gate(gate: Row) -> str:
+def _gate(gate: Row, less: Row) -> str:
     if "error" in gate:
         return "fails"
     if "ratio" not in gate:
         return ""
     ratio = gate["ratio"]
-    return "random" if ratio is None else f"**{ratio:.2f}**" if ratio > GATE else f"{ratio:.2f}"
+    if ratio is None:
+        return "random"
+    if ratio <= GATE:
+        return f"{ratio:.2f}"
+    return f"**{ratio:.2f}** ({_gate(less, {})})" if less else f"**{ratio:.2f}**"
 
 
 def _time(seconds: Row) -> str:
