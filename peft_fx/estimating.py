@@ -25,7 +25,7 @@ from peft_fx.passes.policies import POLICIES
 from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
 
 OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
-DEPTHS = (3, 4)  # of a deep model, traced; a further layer costs what the last one did
+DEPTH = 2  # layers of a deep model that are traced, and one more: a further layer costs what that one did
 PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep
 
@@ -261,8 +261,10 @@ def _rows(
     whole = _prepared(model, prepare, new_fake_mode())
     stacks = _stacks(whole)
     if stacks:
-        first, second = (_traced(model, inputs, prepare, named, machine, depth) for depth in DEPTHS)
-        layers = len(stacks[0]) - DEPTHS[0]
+        # with checkpoints, memory that waits for the next layer is all there once there are three
+        depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in whole.modules())
+        first, second = (_traced(model, inputs, prepare, named, machine, n) for n in (depth, depth + 1))
+        layers = len(stacks[0]) - depth
         steps = {name: first[name].extended(second[name], layers) for name in named}
     else:
         steps = _traced(model, inputs, prepare, named, machine)
