@@ -10,13 +10,15 @@ A pointwise value inside a fused kernel never exists. One rule says which values
     not made   every other pointwise value: each reader computes it from what it reads
 
 Kernels are groups of values made that run over the same space and share an input or read each other, with no other
-kernel between them. They run in the graph's order, each after what it reads. A kernel writes over an input that it
-alone reads, for the last time. Memory of the same size and dtype that is free later on is kept for the next to need it,
-as long as what Inductor reckons as its peak is not exceeded: so a step's peak is above what its values need.
+kernel between them. They run in the graph's order, each after what it reads, or in another that has a lower peak. A
+kernel writes over an input that it alone reads, for the last time. Memory of the same size and dtype that is free later
+on is kept for the next to need it, as long as what Inductor reckons as its peak is not exceeded: so a step's peak is
+above what its values need.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import operator
 from collections import defaultdict
@@ -352,14 +354,13 @@ def walk(
 
     No kernel writes over those inputs that are `lent`: what the caller has too.
     """
-    given, kernels, size = list(given), fused.kernels, fused.size
+    given, size = list(given), fused.size
     stays = frozenset().union(*(fused.leaves[n] for n in kept))
-    start = {b: i for i, k in enumerate(kernels) for n in k.nodes for b in fused.buffers(n)}
-    end = dict(start)
+    kernels = fused.kernels = _reordered(fused, given, stays)
+    start, end = _lives(fused, kernels)
     readers: dict[tuple[Node, int], int] = defaultdict(int)
     for i, kernel in enumerate(kernels):
         for read in (r for n in kernel.nodes for r in fused.reads[n]):
-            end[read] = i
             readers[read, i] += 1
     mortal = [b for b in (*given, *start) if b in end and b not in stays]
     passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
@@ -386,6 +387,13 @@ def walk(
         walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
         now -= freed[i]
     return walked
+
+
+def _lives(fused: Fused, kernels: Sequence[_Kernel]) -> tuple[dict[Node, int], dict[Node, int]]:
+    """The kernel that makes each buffer, and the last one that reads it."""
+    start = {b: i for i, k in enumerate(kernels) for n in k.nodes for b in fused.buffers(n)}
+    end = start | {r: i for i, k in enumerate(kernels) for n in k.nodes for r in fused.reads[n]}
+    return start, end
 
 
 @dataclass
@@ -453,6 +461,114 @@ class _Plan:
                 if b not in reused and b not in given:
                     idle[_same(b)].append((b, i))
         return reused, taken
+
+
+# ------------------------------------------------------------------------------------------------------------ order
+
+
+def _reordered(fused: Fused, given: Sequence[Node], stays: frozenset[Node]) -> list[_Kernel]:
+    """The kernels in that order, of those that Inductor tries, of which it reckons the lowest peak; the graph's own is
+    the first."""
+
+    def peak(order: list[_Kernel]) -> int:
+        return max(_Plan.of(fused, *_lives(fused, order), given, stays).alive)
+
+    around = _Around(fused, given, stays)
+    return min((fused.kernels, around.by_memory(), around.by_age(), around.by_size()), key=peak)
+
+
+class _Around:
+    """What each kernel, by its place in the graph's order, makes and waits for; the three other orders."""
+
+    def __init__(self, fused: Fused, given: Sequence[Node], stays: frozenset[Node]):
+        self.kernels, self.stays = fused.kernels, stays
+        start, _ = _lives(fused, fused.kernels)
+        known = {*start, *given}
+        self.size = {b: fused.size(b) for b in known}
+        self.given = sum(self.size[b] for b in given)
+        self.makes = [[b for n in k.nodes for b in fused.buffers(n)] for k in fused.kernels]
+        self.reads = [
+            [r for r in dict.fromkeys(r for n in k.nodes for r in fused.reads[n]) if r in known and start.get(r) != i]
+            for i, k in enumerate(fused.kernels)
+        ]
+        self.before = [{start[r] for r in reads if r in start} for reads in self.reads]
+        self.after: list[list[int]] = [[] for _ in fused.kernels]
+        self.readers: dict[Node, list[int]] = {b: [] for b in known}
+        for i, reads in enumerate(self.reads):
+            for j in self.before[i]:
+                self.after[j].append(i)
+            for r in reads:
+                self.readers[r].append(i)
+        self.takes = [sum(self.size[b] for b in made) for made in self.makes]
+
+    def by_memory(self) -> list[_Kernel]:
+        """Of those that can run the one that leaves least alive, as long as what it makes is below the highest point.
+
+        "Buffer memory optimization for video codec application modeled in Simulink", DAC 2006.
+        """
+        left = {b: len(readers) + (b in self.stays) for b, readers in self.readers.items()}
+        frees = [
+            sum(self.size[b] for b in self.reads[i] if left[b] == 1) + sum(self.size[b] for b in made if not left[b])
+            for i, made in enumerate(self.makes)
+        ]
+        waits = [len(before) for before in self.before]
+        ready = {i for i, n in enumerate(waits) if n == 0}
+        alive = self.given
+        most = max(alive, sum(self.size[b] for b in self.stays if b in self.size))
+        order = []
+        while ready:
+            gap = most - alive
+
+            def rank(i: int, gap: int = gap) -> tuple[int, int, int]:
+                return self.takes[i] if self.takes[i] > gap else 0, self.takes[i] - frees[i], i
+
+            chosen = min(ready, key=rank)
+            ready.remove(chosen)
+            order.append(self.kernels[chosen])
+            alive += self.takes[chosen]
+            most = max(most, alive)
+            alive -= frees[chosen]
+            for i in self.after[chosen]:
+                waits[i] -= 1
+                if waits[i] == 0:
+                    ready.add(i)
+            for b in self.reads[chosen]:
+                left[b] -= 1
+                if left[b] == 1:
+                    for i in self.readers[b]:
+                        frees[i] += self.size[b]
+        return order
+
+    def by_age(self) -> list[_Kernel]:
+        """Of those that can run the one whose last value to wait for has been there longest."""
+        waits = [len(before) for before in self.before]
+        ready: list[tuple[list[int], int]] = [([], i) for i, n in enumerate(waits) if n == 0]
+        heapq.heapify(ready)
+        place: dict[int, int] = {}
+        while ready:
+            _, chosen = heapq.heappop(ready)
+            place[chosen] = len(place)
+            for i in self.after[chosen]:
+                waits[i] -= 1
+                if waits[i] == 0:
+                    heapq.heappush(ready, (sorted(place[j] for j in self.before[i]), i))
+        return [self.kernels[i] for i in place]
+
+    def by_size(self) -> list[_Kernel]:
+        """Those that read and write least first, each after what it waits for."""
+        moved = [n + sum(self.size[r] for r in reads) for n, reads in zip(self.takes, self.reads, strict=True)]
+        found: dict[int, None] = {}
+        todo = [(i, False) for i in sorted(range(len(moved)), key=lambda i: (moved[i], i))[::-1]]
+        seen: set[int] = set()
+        while todo:
+            i, ready = todo.pop()
+            if ready:
+                found[i] = None
+            elif i not in seen:
+                seen.add(i)
+                todo.append((i, True))
+                todo += [(j, False) for j in sorted(self.before[i], key=lambda j: (moved[j], j))[::-1]]
+        return [self.kernels[i] for i in found]
 
 
 def _same(buffer: Node) -> Any:

@@ -50,6 +50,16 @@ def test_two_products_are_alive_together() -> None:
     assert peak_of(lambda x, w: x @ w + (x + 1) @ w, x, w) == 4 * (2 * T * N + T * K)
 
 
+def test_the_order_is_the_one_of_the_lowest_peak() -> None:
+    x, w = torch.randn(T, K), torch.randn(K, N)
+
+    def f(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = [x @ w, (2 * x) @ w, (3 * x) @ w]
+        return tuple(y.sum() for y in made)
+
+    assert peak_of(f, x, w) == 4 * (T * K + T * N + 2)  # one product at a time, its operand, and the sums there are
+
+
 def kernels_of(f: Any, *inputs: torch.Tensor) -> list[int]:
     """How many values each kernel of a function's graph makes."""
     return [len(kernel.nodes) for kernel in Fused(traced(f, *inputs), int).kernels]
