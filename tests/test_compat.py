@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx import compat
@@ -33,6 +34,8 @@ def test_arguments_are_accepted() -> None:
         compat.FakeTensorMode: {"allow_non_fake_inputs", "shape_env"},
         compat.min_cut_rematerialization_partition: {"num_fwd_outputs"},
         compat.TracingContext: {"fake_mode"},
+        compat.joint_graph_passes: {"skip_invoke_subgraph"},
+        compat.post_grad_passes: {"is_inference"},
     }
     for f, names in wanted.items():
         assert names <= set(inspect.signature(f).parameters), f
@@ -116,6 +119,16 @@ def test_a_pass_is_a_pass_with_a_key() -> None:
     """What Inductor's caches ask for, so that ours are not turned away."""
     assert {"__call__", "uuid"} <= compat.CustomGraphPass.__abstractmethods__
     assert {"__call__", "uuid"} <= compat.CustomPartitionerFn.__abstractmethods__
+
+
+def test_after_the_split_inductor_adds_to_a_product() -> None:
+    """What estimate() has it do: a sum with a product's result becomes one call of a library, on a CPU."""
+    a = torch.randn(4, 4)
+    graph = make_fx(lambda a, b: a.sin() + a @ b, tracing_mode="fake")(a, a)
+    x, _ = graph.graph.find_nodes(op="placeholder")
+    with compat.V.set_fake_mode(x.meta["val"].fake_mode):
+        compat.post_grad_passes(graph, is_inference=False)
+    assert [str(n.target) for n in graph.graph.nodes if "mm" in str(n.target)] == ["aten.addmm.default"]
 
 
 def test_every_mode_is_listed() -> None:
