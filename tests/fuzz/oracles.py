@@ -125,7 +125,8 @@ def _report(outcome: Outcome) -> Any:
 
 
 def holds_compiled(case: Case) -> None:
-    """Through torch.compile and the backend: outputs and gradients of an exact program equal eager's."""
+    """Through torch.compile and the backend: outputs and gradients of an exact program equal eager's, or AOTAutograd's
+    where those are others: it has zeros for an input that is changed in place and then read by nothing."""
     torch._dynamo.reset()
     module, inputs = case.module(), integers(case.inputs(), seed=2)
     options = {f"peft_fx.{k}": v for k, v in case.options.items()}
@@ -141,8 +142,13 @@ def holds_compiled(case: Case) -> None:
     got = run(seeded(weight_form(module, **options)), module, inputs)
     try:
         assert_bit_equal(got, want)
-    except AssertionError as error:
-        raise Failure(f"compiled, {error}") from error
+    except AssertionError:
+        torch._dynamo.reset()
+        want = run(seeded(torch.compile(module, backend="aot_eager")), module, inputs)
+        try:
+            assert_bit_equal(got, want)
+        except AssertionError as error:
+            raise Failure(f"compiled, {error}") from error
 
 
 def splits(case: Case) -> None:
