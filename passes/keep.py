@@ -59,6 +59,7 @@ class Keep:
         self.kept: set[Node] = set()
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
+        self.once = of_inputs_changed(graph)
         self.gradients = parameter_gradients(graph, flow) | reading
         frozen = {n for g in flow.backward - self.gradients if g.op != "output" for n in g.all_input_nodes}
         self.kept_known = False  # until then of two that are as large the earlier one is taken for kept
@@ -126,7 +127,7 @@ class Keep:
             return True
         if node.target is aten.clone.default and node.all_input_nodes[0].op == "placeholder":
             return True  # AOTAutograd's copy of an input that is changed in place: later it is another value
-        return not (self._is_pointwise(node) or self._is_narrow_product(node))
+        return node in self.once or not (self._is_pointwise(node) or self._is_narrow_product(node))
 
     def _is_pointwise(self, node: Node) -> bool:
         if is_random(node):
@@ -205,6 +206,20 @@ class Keep:
         for node in marked:
             node.meta["recompute"] = REBUILD
         return len(marked)
+
+
+def of_inputs_changed(graph: Graph) -> set[Node]:
+    """What is computed of an input that the graph changes in place: in backward that has another value already."""
+    changed = {n.args[0] for n in graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    found: set[Node] = set()
+    todo = [n for n in changed if isinstance(n, Node) and n.op == "placeholder"]
+    while todo:
+        for user in todo.pop().users:
+            if user.target in LAYOUTS:
+                todo.append(user)
+            elif user.op == "call_function" and user.target is not aten.copy_.default:
+                found.add(user)
+    return found
 
 
 def products(node: Node) -> list[Product]:

@@ -22,7 +22,6 @@ from typing import Any
 
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, is_tangent
@@ -41,9 +40,8 @@ from peft_fx.passes.nodes import (
     value_numbers,
 )
 from peft_fx.passes.policies import Policy
-from peft_fx.passes.rewrite import REBUILD, Builder, erase_unused
+from peft_fx.passes.rewrite import REBUILD, SAVE, Builder, erase_unused
 
-SAVE = CheckpointPolicy.MUST_SAVE
 EXACT, REBUILT = "exact", "rebuilt"
 FREE = "rebuilt from what backward keeps in any case"
 ALIKE = LAYOUTS | {CAST}

@@ -26,7 +26,7 @@ from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Group
 from peft_fx.passes.transfer import Product, addends
 
-REBUILD = CheckpointPolicy.MUST_RECOMPUTE
+REBUILD, SAVE = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE
 COPIED = (
     "stack_trace",
     "nn_module_stack",
