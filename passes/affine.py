@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +52,7 @@ class Token:
     part: int = 0
 
 
+Columns = tuple[int, int]  # the first one, and the one behind the last
 Atom = Token | int  # a token dimension, or the size of a part of the features
 Dims = tuple[tuple[Atom, ...], ...]  # for each dimension of a value, what it is made of, row by row
 
@@ -62,7 +63,7 @@ class Row:
 
     `products` are the matrix products by a weight, `frozen` the untrained weights among their operands; `precision`
     is the coarsest dtype on the way from the source to here, and `read` those in which a product read the source.
-    `diagonal` is whether each feature is still the source's own, scaled.
+    `diagonal` are the source's features, [start, end), that a row holds one by one, scaled; None where it does not.
     """
 
     source: Node
@@ -72,7 +73,7 @@ class Row:
     products: frozenset[Node] = frozenset()
     precision: torch.dtype = torch.float32
     read: frozenset[torch.dtype] = frozenset()
-    diagonal: bool = True
+    diagonal: Columns | None = None
 
     @property
     def width(self) -> int:
@@ -88,7 +89,7 @@ class Row:
             products=self.products | other.products,
             precision=coarser(self.precision, other.precision),
             read=self.read | other.read,
-            diagonal=self.diagonal and other.diagonal,
+            diagonal=self.diagonal if self.diagonal == other.diagonal else None,
         )
 
 
@@ -96,7 +97,8 @@ def fresh(node: Node) -> Row:
     """A value as a source of its own: its last dimension are features, the others count tokens."""
     *tokens, features = shape(node) or (1,)
     dims = tuple((Token(i, n),) if n != 1 else () for i, n in enumerate(tokens))
-    return Row(node, (*dims, (features,) if features != 1 else ()), precision=value(node).dtype)
+    diagonal = (0, features) if isinstance(features, int) else None
+    return Row(node, (*dims, (features,) if features != 1 else ()), precision=value(node).dtype, diagonal=diagonal)
 
 
 def _size(atom: Atom) -> Size:
@@ -367,6 +369,29 @@ def part_of(node: Node) -> tuple[Any, Node, list[int]] | None:
     return aten.slice.Tensor, whole, [dim, start, start + sizes[i]]  # type: ignore[index]
 
 
+def columns(node: Node) -> tuple[Node, Columns] | None:
+    """The value of whose last dimension a node is a slice, and which columns it is."""
+    op, whole, args = part_of(node) or (node.target, node.args[0] if node.args else None, list(node.args[1:]))
+    found = _columns(whole, args) if op is aten.slice.Tensor and is_tensor(whole) else None
+    return None if found is None else (whole, found)  # type: ignore[return-value]
+
+
+def put_at(node: Node) -> Columns | None:
+    """The columns of the first operand that a slice_scatter puts the second one at."""
+    return _columns(tensor_arg(node, 0), list(node.args[2:]))
+
+
+def _columns(whole: Node, args: Sequence[Any]) -> Columns | None:
+    """Of the arguments `dim, start, end, step` of a slice."""
+    dim, start, end, step = tuple(args) + (0, None, None, 1)[len(args) :]
+    width = shape(whole)[-1]
+    if dim not in (value(whole).ndim - 1, -1) or step != 1 or not isinstance(width, int):
+        return None
+    if not all(n is None or isinstance(n, int) for n in (start, end)):
+        return None
+    return slice(start, end).indices(width)[:2]
+
+
 def _part(node: Node, known: Known) -> Dims | None:
     found = part_of(node)
     dims = known(found[1]) if found else None
@@ -417,8 +442,26 @@ RULES: dict[Any, Rule] = {
 }
 
 
-# what leaves the rows of a diagonal matrix diagonal, as long as the features stay in one piece
+# what leaves each feature by itself, as long as they stay in one piece
 SCALES = COPIES | CASTS | RESHAPES | SQUEEZES | SCALINGS | SUMS
+
+
+def _held(node: Node, held: Sequence[Columns | None], dims: Dims) -> Columns | None:
+    """Which of the source's features an op leaves in a row one by one, of those that its operands hold."""
+    first = held[0]
+    if first is None or not plain(dims):
+        return None
+    if node.target is aten.cat.default:  # as they were side by side before
+        ends = [None if h is None else h[1] for h in held]
+        starts = [None if h is None else h[0] for h in held]
+        apart = len(held) != len(node.args[0]) or starts[1:] != ends[:-1]  # type: ignore[arg-type]
+        return None if apart or ends[-1] is None else (first[0], ends[-1])
+    if any(h != first for h in held):
+        return None
+    if node.target in SCALES:
+        return first
+    found = columns(node)
+    return (first[0] + found[1][0], first[0] + found[1][1]) if found else None
 
 
 class Rows:
@@ -466,7 +509,7 @@ class Rows:
             products=row.products | ({node} if node.target in PRODUCTS else set()),
             precision=coarser(row.precision, dtype) if dtype.is_floating_point else row.precision,
             read=row.read | read,
-            diagonal=row.diagonal and node.target in SCALES and plain(dims),
+            diagonal=_held(node, [known[n].diagonal for n in operands], dims),
         )
 
     def brought(self, node: Node) -> tuple[frozenset[Node], frozenset[Node]]:

@@ -1,4 +1,5 @@
-"""What is known without computing it: products with an identity matrix, sums over rows of which one number is not 0.
+"""What is known without computing it: products with an identity matrix, sums over rows of which one number is not 0,
+values put together from their own parts.
 
 An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA's norm of W + sAB does:
 `(I·A)·B` costs K·K·r, and hides that A·B is the product which W' needs as well.
@@ -6,12 +7,27 @@ An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.nodes import CASTS, COPIES, aten, is_number, is_tensor, prims, shape, tensor_arg, value
+from peft_fx.passes.affine import columns, is_constant, put_at
+from peft_fx.passes.nodes import (
+    CASTS,
+    COPIES,
+    RESHAPES,
+    aten,
+    is_number,
+    is_tensor,
+    numel,
+    prims,
+    shape,
+    tensor_arg,
+    value,
+)
 from peft_fx.passes.rewrite import Builder, erase_unused
 
 
@@ -48,6 +64,114 @@ def without_one_hot_sums(graph: Graph, fake_mode: AbstractContextManager[Any]) -
                 erase_unused(graph, node)
                 break
     return build.added
+
+
+def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
+    """Replaces what is put together from all columns of one value by that value, in place; returns the nodes added.
+
+    Backward of `y[:, :n] += d` takes dy apart, into one value with zeros there and one with zeros elsewhere, and adds
+    them up again.
+    """
+    if not graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        return []
+    build = Builder(graph, fake_mode)
+    pieces: dict[Node, Pieces] = {}
+    first: dict[tuple[Pieces, Any], Node] = {}
+    for node in list(graph.nodes):
+        if not is_tensor(node) or not value(node).ndim or not isinstance(shape(node)[-1], int):
+            continue
+        pieces[node] = _pieces(node, pieces) or (Piece(node, 0, shape(node)[-1]),)
+        key = pieces[node], numel(shape(node))
+        if key not in first or first[key]._erased:
+            first[key] = node
+        same = first[key]
+        if same is not node and node.target in PUT_TOGETHER:
+            build.like = node
+            with graph.inserting_before(node):
+                same = build.reshape(same, build.sizes_of(node))
+                returned = any(u.op == "output" for u in node.users)
+                if returned or not value(same).is_contiguous():
+                    same = build.laid_out(same, value(node).stride())
+            node.replace_all_uses_with(same)
+            pieces.setdefault(same, pieces[node])
+            erase_unused(graph, node)
+    return build.added
+
+
+class Piece(NamedTuple):
+    """Columns [start, end) of a value; zeros where there is none."""
+
+    origin: Node | None
+    start: int
+    end: int
+
+
+Pieces = tuple[Piece, ...]
+PUT_TOGETHER = {aten.slice_scatter.default, aten.add.Tensor, aten.copy.default, aten.cat.default}
+
+
+def _pieces(node: Node, pieces: dict[Node, Pieces]) -> Pieces | None:
+    """What a value's columns are, from the first to the last; None where an op computes them."""
+    if is_constant(node):
+        return (Piece(None, 0, int(shape(node)[-1])),) if node.args[1] == 0 else None
+    read = [n for n in node.all_input_nodes if n in pieces]
+    if len({value(n).dtype for n in (node, *read)}) > 1:
+        return None
+    whole = columns(node)
+    if whole is not None:
+        return _cut(pieces[whole[0]], *whole[1]) if whole[0] in pieces else None
+    if node.target in COPIES | RESHAPES and read and shape(read[0])[-1:] == shape(node)[-1:]:
+        return pieces[read[0]]
+    if node.target is aten.copy.default and shape(node) == shape(tensor_arg(node, 1)):
+        return pieces[tensor_arg(node, 1)]
+    if node.target is aten.cat.default and all(n in pieces for n in node.args[0]):  # type: ignore[union-attr]
+        last = (node.args[1] if len(node.args) > 1 else 0) in (value(node).ndim - 1, -1)
+        return _merged(p for n in node.args[0] for p in pieces[n]) if last else None  # type: ignore[union-attr, index]
+    if node.target is aten.slice_scatter.default and len(read) > 1:
+        place, (into, part) = put_at(node), node.args[:2]
+        before, after = (0, 0) if place is None else (place[0], int(shape(node)[-1]) - place[1])
+        if place is None:
+            return None
+        around = pieces[into]  # type: ignore[index]
+        rest = _cut(around, place[1], place[1] + after)
+        return _merged([*_cut(around, 0, before), *pieces[part], *rest])  # type: ignore[index]
+    if node.target is aten.add.Tensor and not node.kwargs and len(read) == 2 and len({*map(shape, (node, *read))}) == 1:
+        return _added(*(pieces[n] for n in read))
+    return None
+
+
+def _cut(pieces: Pieces, start: int, end: int) -> Pieces:
+    """Some of a value's columns."""
+    found, at = [], 0
+    for origin, first, last in pieces:
+        a, b = max(start, at), min(end, at + last - first)
+        if a < b:
+            found.append(Piece(origin, first + a - at, first + b - at))
+        at += last - first
+    return tuple(found)
+
+
+def _merged(pieces: Iterable[Piece]) -> Pieces:
+    """Pieces side by side, those in one that follow each other in their origin."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and found[-1].origin is piece.origin and piece.origin and found[-1].end == piece.start:
+            found[-1] = found[-1]._replace(end=piece.end)
+        else:
+            found.append(piece)
+    return tuple(found)
+
+
+def _added(a: Pieces, b: Pieces) -> Pieces | None:
+    """The sum of two values, in each column of which one of them is zero."""
+    ends = {sum(p.end - p.start for p in pieces[:i]) for pieces in (a, b) for i in range(len(pieces) + 1)}
+    found = []
+    for start, end in itertools.pairwise(sorted(ends)):
+        (x,), (y,) = _cut(a, start, end), _cut(b, start, end)
+        if x.origin is not None and y.origin is not None:
+            return None
+        found.append(x if y.origin is None else y)
+    return _merged(found)
 
 
 def _of_one_hot(node: Node, dims: Any) -> float | None:

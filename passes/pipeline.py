@@ -19,12 +19,13 @@ from peft_fx.passes.algebra import Size
 from peft_fx.passes.chunked_loss import ChunkedLoss, chunk_loss
 from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
-from peft_fx.passes.identities import without_identities
+from peft_fx.passes.identities import without_detours, without_identities
 from peft_fx.passes.keep import Keep, of_inputs_changed
 from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
 from peft_fx.passes.notation import scale_of, written
+from peft_fx.passes.parts import Wholes
 from peft_fx.passes.policies import POLICIES
 from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
@@ -114,18 +115,19 @@ def run(
     regimes = Regimes(hint, at_least or (lambda size, n: hint(size) >= n))
     before = Contract.of(graph)
     outcome, added = Outcome(), []
-    added += without_identities(graph, fake_mode)
+    added += without_identities(graph, fake_mode) + without_detours(graph, fake_mode)
     flow = Flow(graph, roles)
     factors = factored(graph, flow, fake_mode)
     outcome.factored = bool(factors)
     added += factors
-    unfused = Unfused(graph, Flow(graph, roles) if factors else flow, fake_mode)
+    wholes = Wholes(graph, roles, fake_mode)
+    unfused = Unfused(graph, Flow(graph, roles) if factors or wholes.joined else flow, fake_mode)
     analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
     inputs = layer_inputs(analysis.flow)
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
     known = {r.name for r in refused}  # more is known of a region than of what is left over
-    left = refusals(analysis, {p for region in found if not region.backward for p in region.row.trained})
+    left = refusals(analysis, rows, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
     members = _refused_members(outcome.refusals, roles) | _members(found, analysis.flow)
     ours: set[Node] = set()
@@ -143,7 +145,7 @@ def run(
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode, settings.rounding)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
-    added += rewriter.build.added + unfused.settle()
+    added += rewriter.build.added + unfused.settle() + wholes.settle()
     training = bool(analysis.flow.backward)
     if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
         added += _for_backward(graph, roles, settings, fake_mode, hint, outcome, members, inputs)

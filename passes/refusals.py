@@ -7,6 +7,7 @@ there, and from there to the base's input, say what stands between.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import common_path, shared_path
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, tensor_arg, value
-from peft_fx.passes.sites import Analysis, Refusal, Sum
+from peft_fx.passes.sites import SHARED, Analysis, Refusal, Sum
 from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends
 
 Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
@@ -28,7 +30,7 @@ WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.def
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 
 
-def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusal]:
+def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) -> list[Refusal]:
     """Every refused adapter of a graph once, in graph order; not those of the parameters that have their place."""
     flow = analysis.flow
     factors = {f.name for g in analysis.groups if not g.backward for f in g.adapter_factors}
@@ -37,7 +39,7 @@ def refusals(analysis: Analysis, placed: Set[Node] = frozenset()) -> list[Refusa
     for sum_ in analysis.sums:
         if sum_.root not in flow.backward:
             found += _suspects(analysis, sum_, placed)
-    found += [*_without_base(analysis, placed), *_without_end(analysis, placed)]
+    found += [*_without_base(analysis, placed), *_without_end(analysis, placed), *_of_results(analysis, rows, placed)]
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
@@ -181,6 +183,30 @@ def _without_end(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
         if W is not None and near[W]:
             base = flow.site_name(Matrix(W, 0), [Matrix(A, 0)])
             yield Refusal(base, "different_input", "half of the adapter is in another graph than its base")
+
+
+def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+    """Adapters that are added to part of a layer's result, or to one that is read without them, too."""
+    for node in (n for n in analysis.position if n.target in SUMS and n in analysis.flow.forward):
+        operands = [n for n in node.args[:2] if is_tensor(n) and n in rows.of]
+        for base, added in itertools.permutations(operands, 2):
+            own, adapter = rows.of[base], rows.of[added]
+            if own.source is not adapter.source or own.trained or not own.products or len(own.frozen) != 1:
+                continue
+            if (
+                not adapter.trained
+                or not placed.isdisjoint(adapter.trained)
+                or not rows.is_adapted(own.joined(adapter))
+            ):
+                continue
+            (weight,) = own.frozen
+            whole = max(own.products, key=lambda p: numel(shape(p)))
+            part = numel(shape(base)) != numel(shape(whole))
+            name = analysis.flow.site_name(Matrix(weight, 0), [Matrix(t, 0) for t in adapter.trained])
+            yield Refusal(name, "shape", PART) if part else Refusal(name, "shared", SHARED)
+
+
+PART = "the adapter is added to part of what the layer gives, and all of it is read, or is laid out in another order"
 
 
 def _sources(analysis: Analysis, node: Node) -> list[int]:

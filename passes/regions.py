@@ -217,7 +217,7 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
         return None  # the base product's result is used elsewhere, too
     if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
         return None  # part of an adapter whose base is elsewhere
-    diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal)
+    diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal is not None)
     return Region(ends, row, nodes, diagonal, base, backward)
 
 

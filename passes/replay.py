@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import PLACINGS, Atom, Dims, Rows, Token, fresh, is_constant, is_zero, part_of
+from peft_fx.passes.affine import PLACINGS, Atom, Columns, Dims, Rows, Token, fresh, is_constant, is_zero, part_of
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -32,9 +32,14 @@ from peft_fx.passes.rewrite import Builder
 
 @dataclass(frozen=True)
 class Diagonal:
-    """The rows of a diagonal matrix, not written out; of the identity where `of` is None."""
+    """Columns [start, end) of a diagonal matrix, not written out; of the identity where `of` is None."""
 
+    columns: Columns
     of: Node | None = None
+
+    @property
+    def width(self) -> int:
+        return self.columns[1] - self.columns[0]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Replay:
     values: dict[Node, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.values.setdefault(self.source, Value(Diagonal()))
+        self.values.setdefault(self.source, Value(Diagonal((0, self.count))))
         tokens = [a for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)]
         self.lead = tokens[0].index if tokens else -1
 
@@ -91,7 +96,7 @@ class Replay:
             return self._sum(node)
         operands = self.rows.operands(node)
         whole = [self.values[n] for n in operands]
-        diagonal = self._diagonal(node, whole[0]) if len(whole) == 1 else None
+        diagonal = self._diagonal(node, whole[0]) if len(whole) == 1 else self._side_by_side(node, whole)
         rows = diagonal or self._call(node, {n: self.written(n) for n in operands}, self.count)
         constants = {n: v.constant for n, v in zip(operands, whole, strict=True)}
         return Value(rows, self._constant(node, constants))
@@ -107,16 +112,32 @@ class Replay:
         return self._filled(node, self._sizes(self.rows.of[node].dims, 1))
 
     def _diagonal(self, node: Node, found: Value) -> Diagonal | None:
-        """What leaves a diagonal matrix diagonal: another layout of the same rows, a scale of each feature."""
-        if not isinstance(found.rows, Diagonal) or not self.rows.of[node].diagonal:
+        """What leaves a diagonal matrix one: another layout of the same rows, a scale of each feature, some columns."""
+        held = self.rows.of[node].diagonal
+        if not isinstance(found.rows, Diagonal) or held is None:
             return None
+        of = found.rows.of
+        if held != found.rows.columns:
+            start = found.rows.columns[0]
+            some = of and self.build.call(aten.slice.Tensor, of, 0, held[0] - start, held[1] - start)
+            return Diagonal(held, some)
         if node.target not in SCALINGS:
             return found.rows
         other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
-        return Diagonal(self.build.call(node.target, found.rows.of or self._ones(node), self._vector(other)))
+        scaled = self.build.call(node.target, of or self._ones(node, found.rows.width), self._vector(other))
+        return Diagonal(held, scaled)
 
-    def _ones(self, node: Node) -> Node:
-        return self.build.call(aten.full.default, [self.count], 1, dtype=self._wide(node), device=value(node).device)
+    def _side_by_side(self, node: Node, found: list[Value]) -> Diagonal | None:
+        """Columns of a diagonal matrix in their order again."""
+        held, parts = self.rows.of[node].diagonal, [v.rows for v in found if isinstance(v.rows, Diagonal)]
+        if held is None or node.target is not aten.cat.default or len(parts) < len(found):
+            return None
+        if all(part.of is None for part in parts):
+            return Diagonal(held)
+        return Diagonal(held, self.build.call(aten.cat.default, [p.of or self._ones(node, p.width) for p in parts]))
+
+    def _ones(self, node: Node, count: int) -> Node:
+        return self.build.call(aten.full.default, [count], 1, dtype=self._wide(node), device=value(node).device)
 
     def _vector(self, other: Any) -> Any:
         """A factor of each feature, or one of all."""
@@ -133,9 +154,10 @@ class Replay:
         if len(inside) == 2 or (len(inside) == 1 and a is b):
             ends = [self.values[n].rows for n in (a, b)]  # type: ignore[index]
             rows: Node | Diagonal
-            if self.rows.of[node].diagonal:
-                of = [end.of or self._ones(node) for end in ends]  # type: ignore[union-attr]
-                rows = Diagonal(self.build.call(node.target, *of, **kwargs))
+            held = self.rows.of[node].diagonal
+            if held is not None:
+                of = [end.of or self._ones(node, end.width) for end in ends]  # type: ignore[union-attr]
+                rows = Diagonal(held, self.build.call(node.target, *of, **kwargs))
             else:
                 rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
             return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
@@ -161,12 +183,18 @@ class Replay:
         product = aten.mm.default if value(weight).ndim == 2 else aten.bmm.default
         found = self.values[x]
         rows: Node
-        whole = product is aten.mm.default and shape(weight)[0] == self.count  # it reads all features of a row
-        if isinstance(found.rows, Diagonal) and on_left and whole:
-            d = found.rows.of
+        if (
+            isinstance(found.rows, Diagonal)
+            and on_left
+            and product is aten.mm.default
+            and shape(weight)[0] == found.rows.width  # it reads all features of a row
+        ):
+            d, (start, end) = found.rows.of, found.rows.columns
             rows = weight
             if d is not None:
                 rows = self.build.call(aten.mul.Tensor, weight, self.build.call(aten.unsqueeze.default, d, 1))
+            if (start, end) != (0, self.count):
+                rows = self.build.call(aten.constant_pad_nd.default, rows, [0, 0, start, self.count - end])
         else:
             written = self.written(x)
             rows = self.build.call(product, *((written, weight) if on_left else (weight, written)))
@@ -254,6 +282,8 @@ class Replay:
         )
         column = self.build.call(aten.unsqueeze.default, iota, 1)
         eye = self.build.cast(self.build.call(aten.eq.Tensor, column, iota), self.dtype)
+        if rows.columns != (0, n):
+            eye = self.build.call(aten.slice.Tensor, eye, 1, *rows.columns)
         if rows.of is not None:
             eye = self.build.call(aten.mul.Tensor, eye, rows.of)
         return self.build.reshape(eye, self._sizes(dims, n))

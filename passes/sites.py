@@ -21,6 +21,7 @@ from peft_fx.passes.nodes import coarsest, is_rounded
 from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
 
 WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
+SHARED = "what the layer gives without the adapter is read as well: x·W' would be another product beside x·W"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Refusal:
     """An adapter without a weight form.
 
     `code` is stable: dropout, different_input, nonlinear, input_dependent, mutation, dtype, quantized, subclass,
-    shape, unknown_op, logits_returned. `detail` says what was met.
+    shape, shared, unknown_op, logits_returned. `detail` says what was met.
     """
 
     name: str
@@ -273,6 +274,8 @@ class Analysis:
             changes = self.flow.of(several)
             code = "input_dependent" if changes else "shape"
             return Refusal(name, code, f"{several[0].batch} adapters share one weight: a W' for each would be as many")
+        if not group.backward and self._is_read_besides(group):
+            return Refusal(name, "shared", SHARED)
         end = -1 if group.right else 0
         u = group.shared[end]
         for occ in group.others:
@@ -297,6 +300,18 @@ class Analysis:
         if None in group.ratios:
             return Refusal(name, "unknown_op", "the base product carries a scale that cannot be divided out")
         return None
+
+    def _is_read_besides(self, group: Group) -> bool:
+        """Whether forward reads the base product's result elsewhere than in the sum, or past it."""
+        end, side = group.root, self.flow.forward
+        seen, todo = {end}, [group.product_node]
+        while todo:
+            new = [u for u in todo.pop().users if u not in seen and (u in side or u.op == "output")]
+            if any(u.op == "output" or self.position[u] > self.position[end] for u in new):
+                return True
+            seen.update(new)
+            todo += new
+        return False
 
 
 def _folds_like(occ: Occurrence, weight: Matrix, right: bool, shared: int) -> bool:

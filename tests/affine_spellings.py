@@ -294,6 +294,25 @@ def parts_of_a_split(m, x):
     return torch.cat([q, k * m.l, v + m.c, w], -1)
 
 
+def adapters_of_a_split(m, x):
+    """Queries, keys and values of one product: two of them have an adapter each, of which one comes late."""
+    q, k, v, w = (x @ m.W + m.b).chunk(4, -1)
+    k = k * w
+    return (q + x @ m.A @ m.B) * k + (v + S * (x @ m.C @ m.D))
+
+
+def adapters_of_slices(m, x):
+    """Unequal parts in any order, the columns between them read by nobody."""
+    h = x @ m.W
+    v, q = h[..., N // 2 :], h[..., : N // 4]
+    return q + x @ m.A @ m.B + (v + x @ m.C @ m.D).sum(-1, keepdim=True)
+
+
+def two_adapters_of_a_part(m, x):
+    q, k = (x @ m.W + m.b).split([N // 4, 3 * N // 4], -1)
+    return torch.cat([k, q + x @ m.A @ m.B + x @ m.C @ m.D], -1)
+
+
 def parts_unbound(m, x):
     q, k = (x @ m.W + m.b).unflatten(-1, (2, N // 2)).unbind(-2)
     return torch.stack([q * m.l, k], -2).flatten(-2)
@@ -478,6 +497,9 @@ SPELLINGS: list[Spelling] = [
     Spelling("scattered_parts", Scattered, INPUT),
     spelling(parts_in_place, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 4)}),
     spelling(parts_of_a_split, {"l": (N // 4,), "c": (N // 4,)}),
+    spelling(adapters_of_a_split, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 4)}),
+    spelling(adapters_of_slices, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 2)}),
+    spelling(two_adapters_of_a_part, {"A": (K, R), "B": (R, N // 4), "C": (K, R), "D": (R, N // 4)}),
     spelling(parts_unbound, {"l": (N // 2,)}),
     spelling(split_into_sizes, {"A": (K // 4, R), "C": (3 * K // 4, R), "B": (R, N)}),
     Spelling("index_select", Permuted, INPUT),
@@ -557,6 +579,28 @@ def used_elsewhere(m, x):
     return h * m.l + torch.relu(h)
 
 
+def read_without_its_adapter(m, x):
+    h = x @ m.W + m.b
+    return (h + x @ m.A @ m.B) * torch.relu(h)
+
+
+def returned_without_its_adapter(m, x):
+    h = x @ m.W
+    return h + S * (x @ m.A @ m.B), h
+
+
+def adapter_of_heads(m, x):
+    """The heads of queries and keys come before the tokens."""
+    q, k = (x @ m.W).unflatten(-1, (2, 4, N // 8)).permute(2, 0, 3, 1, 4).unbind(0)
+    q = q + (x @ m.A @ m.B).unflatten(-1, (4, N // 8)).transpose(1, 2)
+    return q @ k.transpose(-1, -2)
+
+
+def adapter_of_a_part_of_a_whole(m, x):
+    h = x @ m.W
+    return h[..., : N // 2] + x @ m.A @ m.B, torch.relu(h)
+
+
 def frozen_vectors(m, x):
     """Only what is not trained scales the layer; what is, comes after a ReLU."""
     return torch.relu((x @ m.W + m.b) * m.f) * m.l
@@ -604,6 +648,10 @@ NEAR_MISSES: list[Case] = [
     miss(dropout_inside, LORA | {"d": (R,)}, code="dropout"),
     miss(relu_inside, {"l": (N,)}),
     miss(used_elsewhere, {"l": (N,)}),
+    miss(read_without_its_adapter, LORA, code="shared"),
+    miss(returned_without_its_adapter, LORA, code="shared"),
+    miss(adapter_of_heads, {"A": (K, R), "B": (R, N // 2)}, code="shape"),
+    miss(adapter_of_a_part_of_a_whole, {"A": (K, R), "B": (R, N // 2)}, code="shape"),
     miss(frozen_vectors, {"l": (N,)}, {"f": (N,)}),
     miss(rotation_of_pairs, {"l": (N,), "c": (N,)}, id="one_token", inputs=x(1, K)),
     Case("trained_norm", lambda: TrainedNorm(nn.LayerNorm), INPUT, sites=0),

@@ -20,6 +20,7 @@ from peft_fx.passes import (
     algebra,
     chunked_loss,
     moments,
+    parts,
     regions,
     replay,
     rewrite,
@@ -275,7 +276,7 @@ def affine_cases() -> list[tuple[str, Case]]:
     def build(spell: Any, trained: Any) -> Callable[[], nn.Module]:
         return lambda: affine_spellings.Layer(spell, trained, {"f": (K,)}, K=K, N=K)
 
-    whole = ("index_select", "qkv", "chained", "x_transposed")
+    whole = ("index_select", "qkv", "chained", "x_transposed", "adapters_of_a_split")
     return [
         *((name, Case(name, build(*spec), x)) for name, spec in spells.items()),
         *((case.id, case) for case in affine_spellings.SPELLINGS if case.id in whole),
@@ -460,6 +461,30 @@ def addend_kept_beside_the_merged_product() -> Any:
 @affine_mutant
 def strides_not_kept() -> Any:
     return patch.object(rewrite.Builder, "laid_out", lambda build, node, strides: node)
+
+
+@affine_mutant
+def columns_of_parts_mixed_up() -> Any:
+    """Each part of a whole result is taken from where another one is."""
+    real = parts._columns
+
+    def columns(node: Node) -> Any:
+        found = real(node)
+        return dict(zip(found, [*found.values()][::-1], strict=True))
+
+    return patch.object(parts, "_columns", columns)
+
+
+@affine_mutant
+def columns_of_a_diagonal_ignored() -> Any:
+    """`I[:, a:b]·M` is put at the first rows."""
+    real = replay.Replay._diagonal
+
+    def diagonal(self: replay.Replay, node: Node, found: replay.Value) -> replay.Diagonal | None:
+        held = real(self, node, found)
+        return held and replace(held, columns=(0, held.width))
+
+    return patch.object(replay.Replay, "_diagonal", diagonal)
 
 
 def test_the_affine_rules_as_they_are_hold() -> None:
