@@ -328,6 +328,39 @@ def rowwise(d: Draft, v: str) -> Step:
     return d.step(f"{y} = {text}", reads=(v,), makes=y)
 
 
+def fused(d: Draft, v: str) -> Step:
+    """Several layers in one product, some with an adapter on their part of its result."""
+    *lead, K = d.shape(v)
+    n, m, (dtype, adapter) = d.rng.choice([2, 3]), d.rng.choice(DIMS), d.base()
+    x, y = d.cast(v, dtype), d.new((*lead, m), dtype)
+    W, bias = d.param("W", (K, n * m), dtype, 0.1), d.chance(0.3)
+    b = f" + {d.param('b', (n * m,), dtype, 0.2)}" if bias else ""
+    z, deltas = f"{x}.to(torch.{adapter})", {}
+    for i in range(n):
+        if not i or d.chance(0.5):
+            A, B = d.param(f"A{i}", (K, 2), adapter, 0.85), d.param(f"B{i}", (2, m), adapter, 0.85)
+            deltas[i] = f"(({z} @ {A}) @ {B} * {d.rng.choice(SCALES)}).to(torch.{dtype})"
+    names = [f"p{i}" for i in range(n)]
+    columns = [f"h[..., {i * m}:{(i + 1) * m}]" for i in range(n)]
+    added = [f"{names[i]} = {names[i]} + {delta}" for i, delta in deltas.items()]
+    sliced = [f"{name} = {column}" for name, column in zip(names, columns, strict=True)]
+    ways = {
+        "split": [f"{', '.join(names)} = h.chunk({n}, -1)", *added],
+        "sliced": [*sliced, *added],
+        "in place": [*(f"{columns[i]} += {delta}" for i, delta in deltas.items()), *sliced],
+        "heads": [f"{', '.join(names)} = h.unflatten(-1, ({n}, {m})).unbind(-2)", *added],
+        "read besides": [*sliced, *added, f"p0 = p0 + h.sum(-1, keepdim=True).expand({(*lead, m)})"],
+    }
+    text = d.rng.choice([" * ", " + ", " - "]).join(names)
+    if d.chance(0.3):
+        text = f"(torch.cat([{', '.join(names)}], -1) * 2)[..., :{m}]"
+    a, c = (d.rng.choice(list(ways)[:3]) for _ in range(2))
+    a = a if d.chance(0.8) else d.rng.choice(list(ways))
+    lines, others = ((f"h = {x} @ {W}{b}", *ways[way], f"{y} = {text}") for way in (a, c))
+    plain = a in list(ways)[:3] and prod(lead) > 2 and m > 2 < K
+    return d.step(*lines, reads=(v,), makes=y, other=others if plain else ())
+
+
 MISSES = (
     "{x} @ {W} + torch.relu({x} @ {A}) @ {B} * {s}",
     "{x} @ {W} + torch.relu(({x} @ {A}) @ {B}) * {s}",
@@ -577,6 +610,7 @@ ADAPTERS: tuple[tuple[int, Production], ...] = (
     (2, biased),
     (2, twice_adapted),
     (2, siblings),
+    (3, fused),
     (4, rowwise),
     (2, cast_adapter),
     (2, finer),
