@@ -587,13 +587,14 @@ class Rows:
         return found
 
     def operands(self, node: Node) -> list[Node]:
-        """The activations that a node's value is computed from; a copy's target lends its shape alone."""
+        """The activations that a node's value is computed from; a copy's target lends its shape alone, and a constant
+        of a dynamic size is none."""
         found = part_of(node)
         if found is not None:
             read: Iterable[Any] = [found[1]]
         else:
             read = node.args[1:2] if node.target is aten.copy.default else node.all_input_nodes
-        return [n for n in read if is_tensor(n) and not self.flow.is_weight(n)]
+        return [n for n in read if is_tensor(n) and not (self.flow.is_weight(n) or is_constant(n) or is_zero(n))]
 
     def users(self, node: Node) -> Iterator[Node]:
         """The nodes that read a value: of a split, its results; not where a copy asks for the shape alone."""

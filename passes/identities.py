@@ -8,18 +8,21 @@ An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.affine import columns, is_constant, put_at
+from peft_fx.passes.affine import SPLITS, columns, is_constant, put_at
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
+    LAYOUTS,
     RESHAPES,
     aten,
+    expr,
     is_number,
     is_tensor,
     numel,
@@ -81,21 +84,33 @@ def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> lis
         if not is_tensor(node) or not value(node).ndim or not isinstance(shape(node)[-1], int):
             continue
         pieces[node] = _pieces(node, pieces) or (Piece(node, 0, shape(node)[-1]),)
-        key = pieces[node], numel(shape(node))
-        if key not in first or first[key]._erased:
-            first[key] = node
-        same = first[key]
-        if same is not node and node.target in PUT_TOGETHER:
+        alike = [(pieces[node], sizes) for sizes in (shape(node), numel(shape(node)))]
+        for key in alike:
+            if key not in first or first[key]._erased:
+                first[key] = node
+        same = next((first[key] for key in alike if first[key] is not node), node)
+        sizes = [n if isinstance(n, int) else -1 for n in shape(node)]
+        if same is not node and node.target in PUT_TOGETHER and (shape(same) == shape(node) or sizes.count(-1) < 2):
             build.like = node
             with graph.inserting_before(node):
-                same = build.reshape(same, build.sizes_of(node))
-                returned = any(u.op == "output" for u in node.users)
-                if returned or not value(same).is_contiguous():
+                same = same if shape(same) == shape(node) else build.reshape(same, sizes)
+                if _is_returned(node) or not _is_contiguous(same):
                     same = build.laid_out(same, value(node).stride())
             node.replace_all_uses_with(same)
             pieces.setdefault(same, pieces[node])
             erase_unused(graph, node)
     return build.added
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether a value, or a view of it, is a result of the graph: its strides are promised."""
+    return any(u.op == "output" or (u.target in VIEWS and _is_returned(u)) for u in node.users)
+
+
+def _is_contiguous(node: Node) -> bool:
+    """Without a guard where sizes are dynamic."""
+    sizes, strides = shape(node), [expr(n) for n in value(node).stride()]
+    return strides == [numel(sizes[i + 1 :]) for i in range(len(sizes))]
 
 
 class Piece(NamedTuple):
@@ -107,6 +122,7 @@ class Piece(NamedTuple):
 
 
 Pieces = tuple[Piece, ...]
+VIEWS = LAYOUTS | SPLITS | {aten.slice.Tensor, aten.select.int, operator.getitem}
 PUT_TOGETHER = {aten.slice_scatter.default, aten.add.Tensor, aten.copy.default, aten.cat.default}
 
 
@@ -128,13 +144,12 @@ def _pieces(node: Node, pieces: dict[Node, Pieces]) -> Pieces | None:
         last = (node.args[1] if len(node.args) > 1 else 0) in (value(node).ndim - 1, -1)
         return _merged(p for n in node.args[0] for p in pieces[n]) if last else None  # type: ignore[union-attr, index]
     if node.target is aten.slice_scatter.default and len(read) > 1:
-        place, (into, part) = put_at(node), node.args[:2]
-        before, after = (0, 0) if place is None else (place[0], int(shape(node)[-1]) - place[1])
+        place, around = put_at(node), pieces[tensor_arg(node, 0)]
         if place is None:
             return None
-        around = pieces[into]  # type: ignore[index]
-        rest = _cut(around, place[1], place[1] + after)
-        return _merged([*_cut(around, 0, before), *pieces[part], *rest])  # type: ignore[index]
+        start, end = place
+        rest = _cut(around, end, int(shape(node)[-1]))
+        return _merged([*_cut(around, 0, start), *pieces[tensor_arg(node, 1)], *rest])
     if node.target is aten.add.Tensor and not node.kwargs and len(read) == 2 and len({*map(shape, (node, *read))}) == 1:
         return _added(*(pieces[n] for n in read))
     return None

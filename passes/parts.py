@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.affine import SPLITS, Columns, Rows, columns, is_zero, put_at
 from peft_fx.passes.flow import Flow, Roles, is_tangent, reachable
-from peft_fx.passes.nodes import aten, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.rewrite import Builder, erase_unused
 
 Pair = tuple[Node, Node]  # what the graph read before, and what it reads in its place
@@ -30,9 +30,11 @@ Pair = tuple[Node, Node]  # what the graph read before, and what it reads in its
 
 @dataclass(frozen=True)
 class Adapted:
-    """A value, the nodes that are columns of it, and of some of them the sum with an adapter's result, and that."""
+    """A layer's result, the nodes that are columns of it, and of some of them the sum with an adapter's result, and
+    that; `source` is the layer's input."""
 
     whole: Node
+    source: Node
     parts: dict[Columns, list[Node]]
     sums: dict[Columns, tuple[Node, Node]]
 
@@ -47,7 +49,6 @@ class Wholes:
         self._totals: list[tuple[Node, list[Pair]]] = []
         self._gradients: list[tuple[Pair, list[Pair]]] = []
         self._seen: set[Node] = set()
-        self._backward = reachable(graph, is_tangent)
         while found := list(self._found()):
             for adapted in found:
                 self._join(adapted)
@@ -74,15 +75,17 @@ class Wholes:
             alone = all(u.target in SPLITS or u in every for u in whole.users if u in flow.forward)
             sums = {c: s for c, ps in parts.items() if (s := _sum_with_adapter(ps, whole, rows)) is not None}
             dtypes = {(value(q).dtype, value(d).dtype) for q, d in sums.values()}
-            if alone and len(dtypes) == 1 and all(a <= b for a, b in zip(ends, starts[1:], strict=False)):
-                yield Adapted(whole, parts, sums)
+            trained = any(rows.of[d].trained for _, d in sums.values())
+            if alone and trained and len(dtypes) == 1 and all(a <= b for a, b in zip(ends, starts[1:], strict=False)):
+                yield Adapted(whole, rows.of[whole].source, parts, sums)
 
     def _join(self, adapted: Adapted) -> None:
         whole, dim = adapted.whole, value(adapted.whole).ndim - 1
         last = max((q for q, _ in adapted.sums.values()), key=self._position.__getitem__)
         with self.graph.inserting_before(last):
             self.build.like = last
-            delta = self._side_by_side({c: d for c, (_, d) in adapted.sums.items()}, whole, last)
+            sizes = self._sizes(whole, adapted.source)
+            delta = self._side_by_side({c: d for c, (_, d) in adapted.sums.items()}, sizes, last)
             total = self._call(last, aten.add.Tensor, whole, delta)
             pairs: list[Pair] = []
             for columns, parts in adapted.parts.items():
@@ -96,7 +99,8 @@ class Wholes:
 
     def _join_gradients(self, columns: list[Columns], sizes: tuple[Any, ...]) -> None:
         """Has what reads the gradient of a part read it as a part of the whole's."""
-        for node in reversed([n for n in self.graph.nodes if n in self._backward and is_tensor(n)]):
+        backward = reachable(self.graph, is_tangent)
+        for node in reversed([n for n in self.graph.nodes if n in backward and is_tensor(n)]):
             given = _put_together(node) if shape(node) == sizes and node not in self._seen else {}
             if not given or not set(given) <= set(columns):
                 continue
@@ -106,7 +110,7 @@ class Wholes:
             with self.graph.inserting_before(node):
                 self.build.like, whole = node, node
                 if node.target is not aten.cat.default:
-                    whole = self._side_by_side(given, node, node)
+                    whole = self._side_by_side(given, self._sizes(node, next(iter(given.values()))), node)
                     node.replace_all_uses_with(whole)
             with self.graph.inserting_after(node):
                 for (start, end), part in given.items():
@@ -118,20 +122,26 @@ class Wholes:
                         pairs.append((part, now))
             self._gradients.append(((node, whole), pairs))
 
-    def _side_by_side(self, given: dict[Columns, Node], like: Node, anchor: Node) -> Node:
-        """A value as wide as another, with these columns, and zeros elsewhere."""
+    def _sizes(self, node: Node, source: Node) -> list[Any]:
+        """A node's sizes, the dynamic ones read from another."""
+        known = dict(zip(shape(source), self.build.sizes_of(source), strict=True))
+        return [known.get(n, n) for n in shape(node)]
+
+    def _side_by_side(self, given: dict[Columns, Node], sizes: list[Any], anchor: Node) -> Node:
+        """A value of these sizes with these columns, and zeros elsewhere."""
+        *lead, width = sizes
         pieces, at = [], 0
-        first = next(iter(given.values()))
+        first = value(next(iter(given.values())))
         ends: list[tuple[Columns, Node | None]] = [*sorted(given.items(), key=lambda item: item[0])]
-        width = int(shape(like)[-1])
         for (start, end), node in (*ends, ((width, width), None)):
             if start > at:
-                sizes = [*self.build.sizes_of(like)[:-1], start - at]
-                kind = {"dtype": value(first).dtype, "device": value(first).device}
-                pieces.append(self._call(anchor, aten.full.default, sizes, 0, **kind))
+                zeros = self._call(
+                    anchor, aten.full.default, [*lead, start - at], 0, dtype=first.dtype, device=first.device
+                )
+                pieces.append(zeros)
             pieces += [node] if node is not None else []
             at = end
-        return self._call(anchor, aten.cat.default, pieces, value(like).ndim - 1)
+        return self._call(anchor, aten.cat.default, pieces, len(lead))
 
     def _call(self, anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.build.call(target, *args, **kwargs)
@@ -191,10 +201,10 @@ class Wholes:
         """A part in memory as the sum was that stood in its place."""
         self.build.like = node
         users = list(now.users)
-        strides = value(node).stride()
+        strides, own = ([expr(n) for n in value(part).stride()] for part in (node, now))
         with self.graph.inserting_after(now):
-            if all(isinstance(n, int) for n in strides):
-                same = self.build.laid_out(now, strides)
+            if all(isinstance(n, int) for n in (*strides, *own)) or strides == own:
+                same = self.build.laid_out(now, value(node).stride())
             else:
                 same = self.build.call(aten.clone.default, now, memory_format=torch.contiguous_format)
         for user in users if same is not now else ():
@@ -217,8 +227,8 @@ def _is_summed(part: Node) -> bool:
 
 
 def _sum_with_adapter(parts: Iterable[Node], whole: Node, rows: Rows) -> tuple[Node, Node] | None:
-    """The one reader of some columns, if that adds an adapter of the whole's layer to them, and the adapter's
-    result."""
+    """The one reader of some columns, if that adds an adapter of the whole's layer to them, and the adapter's result;
+    beside trained adapters, one may be frozen."""
     part, *others = parts
     if others or not _is_summed(part):
         return None
@@ -229,7 +239,8 @@ def _sum_with_adapter(parts: Iterable[Node], whole: Node, rows: Rows) -> tuple[N
         return None
     own, base, added = rows.of[part], rows.of[whole], rows.of[d]
     same = own.source is base.source is added.source and own.dims == added.dims
-    if not same or not base.frozen or not added.trained or not rows.is_adapted(base.joined(added)):
+    own_module = any(rows.in_one_module(p, f) for p in added.trained | added.frozen for f in base.frozen)
+    if not same or not base.frozen or not own_module:
         return None
     layer = max(base.products, key=lambda n: numel(shape(n)))
     return (total, d) if layer not in added.products else None

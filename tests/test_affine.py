@@ -15,7 +15,7 @@ from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.nodes import PRODUCTS
 from tests import joint
 from tests.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
-from tests.oracle import Run, assert_bit_equal, gate, integers, numbers, run, weight_form
+from tests.oracle import WEIGHT, Run, assert_bit_equal, gate, integers, numbers, run, weight_form
 from tests.spellings import Case, K, N, frozen, trained
 
 cases = pytest.mark.parametrize("case", SPELLINGS, ids=lambda case: case.id)
@@ -105,6 +105,20 @@ def test_near_miss_keeps_its_forward(case: Case):
     graph, _ = captured.rewritten(form="weight")
     before, after = (forward_ops(g, compiling.roles_in(g, captured.roles)) for g in (captured.graph, graph))
     assert Counter(str(n.target) for n in after) == Counter(str(n.target) for n in before)
+
+
+@pytest.mark.parametrize("id", ["adapters_of_a_split", "parts_in_place", "merged_parts"])
+def test_parts_of_any_number_of_tokens(id: str) -> None:
+    """One graph, with a dynamic size."""
+    (case,) = (c for c in SPELLINGS if c.id == id)
+    module, _ = case.make(torch.float64)
+    integers(module, 1)
+    f = torch.compile(module, backend=peft_fx.backend, dynamic=True, options=WEIGHT)
+    for T in (17, 30):
+        inputs = integers((torch.zeros(2, T, K, dtype=torch.float64, requires_grad=True),), T)
+        assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    report = peft_fx.explain(f)
+    assert_rewritten(report.sites, report.refusals, case, inputs)
 
 
 def test_gradient_of_a_vector_needs_no_other_product():
