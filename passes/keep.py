@@ -7,9 +7,10 @@ would keep the end of the chain, because a product reads it; a recompute tag mak
 forces, so a node is tagged only where that means keeping less:
 
 * the bytes at the beginning of the chain that are not kept anyway are fewer than those of the node itself;
-* a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum,
-and rebuilding one
-  link would pull in all of them.
+* a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum, and
+  rebuilding one link would pull in all of them.
+
+What is computed of an input that the graph changes in place is never rebuilt: backward finds the new value there.
 """
 
 from __future__ import annotations
