@@ -40,6 +40,7 @@ def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) ->
         if sum_.root not in flow.backward:
             found += _suspects(analysis, sum_, placed)
     found += [*_without_base(analysis, placed), *_without_end(analysis, placed), *_of_results(analysis, rows, placed)]
+    found += _of_changing_factors(analysis, placed)
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
@@ -183,6 +184,30 @@ def _without_end(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
         if W is not None and near[W]:
             base = flow.site_name(Matrix(W, 0), [Matrix(A, 0)])
             yield Refusal(base, "different_input", "half of the adapter is in another graph than its base")
+
+
+def _of_changing_factors(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
+    """Products `u·A'·B`, where A' is made of a trained matrix and of what changes from call to call, perhaps in another
+    graph, as the noise does that a sampler draws there."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
+        B = _narrow_operand(analysis, node)
+        for last in _products(node) if B is not None else []:
+            for inner in _products(_through(last.right if last.left is B else last.left)):
+                A = next((a for n in (inner.left, inner.right) if (a := _trained_part(analysis, n)) is not None), None)
+                if A is not None and B is not None and placed.isdisjoint({*flow.parameters(A), *flow.parameters(B)}):
+                    name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
+                    yield Refusal(name, "input_dependent", "a factor of the adapter changes from call to call")
+
+
+def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
+    """The trained matrix in a factor that is computed from changing values beside it, not multiplied by them."""
+    flow = analysis.flow
+    if flow.is_weight(factor):
+        return None
+    computed = (n for n in _reached(factor, lambda n: () if flow.is_weight(n) else n.all_input_nodes))
+    found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and len(shape(n)) > 1)
+    return next((n for n in found if shape(n)[0] != shape(n)[1] and numel(shape(n)) == numel(shape(factor))), None)
 
 
 def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:

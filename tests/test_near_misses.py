@@ -39,3 +39,22 @@ def test_dtype_boundary_is_crossed_by_default():
     report = peft_fx.explain(f)
     assert [s.forward for s in report.sites] == ["weight"]
     assert report.refusals == []
+
+
+class Noisy(torch.nn.Module):
+    """One half of a layer whose A has noise, drawn where this graph does not reach; as is what the layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.A, self.B = (torch.nn.Parameter(torch.randn(n, m)) for n, m in ((32, 4), (4, 48)))
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        return y + x @ (self.A + noise) @ self.B
+
+
+def test_a_factor_that_changes_from_call_to_call_is_refused():
+    module = Noisy()
+    inputs = torch.randn(2, 17, 48), torch.randn(2, 17, 32, requires_grad=True), torch.randn(32, 4)
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    assert [r.code for r in peft_fx.explain(f).refusals] == ["input_dependent"]
