@@ -194,17 +194,18 @@ def _of_changing_factors(analysis: Analysis, placed: Set[Node]) -> Iterator[Refu
         B = _narrow_operand(analysis, node)
         for last in _products(node) if B is not None else []:
             for inner in _products(_through(last.right if last.left is B else last.left)):
-                A = next((a for n in (inner.left, inner.right) if (a := _trained_part(analysis, n)) is not None), None)
+                operands = (inner.left, inner.right)
+                if any(flow.is_weight(n) for n in operands):
+                    continue
+                A = next((a for n in operands if (a := _trained_part(analysis, n)) is not None), None)
                 if A is not None and B is not None and placed.isdisjoint({*flow.parameters(A), *flow.parameters(B)}):
                     name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
                     yield Refusal(name, "input_dependent", "a factor of the adapter changes from call to call")
 
 
 def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
-    """The trained matrix in a factor that is computed from changing values beside it, not multiplied by them."""
+    """The trained matrix in a factor that is computed from changing values beside it."""
     flow = analysis.flow
-    if flow.is_weight(factor):
-        return None
     computed = (n for n in _reached(factor, lambda n: () if flow.is_weight(n) else n.all_input_nodes))
     found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and len(shape(n)) > 1)
     return next((n for n in found if shape(n)[0] != shape(n)[1] and numel(shape(n)) == numel(shape(factor))), None)

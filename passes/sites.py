@@ -304,7 +304,7 @@ class Analysis:
     def _is_read_besides(self, group: Group) -> bool:
         """Whether forward reads the base product's result elsewhere than in the sum, or past it."""
         end, side = group.root, self.flow.forward
-        seen, todo = {end}, [group.product_node]
+        seen, todo = {end}, [n for n in (group.product_node,) if n is not end]  # not where both are one addmm
         while todo:
             new = [u for u in todo.pop().users if u not in seen and (u in side or u.op == "output")]
             if any(u.op == "output" or self.position[u] > self.position[end] for u in new):
