@@ -20,6 +20,7 @@
     moments.py     gradients of vectors behind a layer, from xᵀ·dy
     transients.py  adapters' gradients without copies of activations
     keep.py        what backward rebuilds instead of keeping
+    snapshots.py   copies of what forward writes, for backward
     verify.py      what must hold of a graph before and after
     pipeline.py    the order of these steps
 

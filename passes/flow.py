@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -40,14 +41,24 @@ def is_tangent(node: Node) -> bool:
     return node.op == "placeholder" and "tangents" in node.name
 
 
-def _needed_by_forward(graph: Graph, backward: set[Node]) -> set[Node]:
-    needed: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output":
-            needed |= {n for n in node.all_input_nodes if n not in backward}
-        elif node in needed:
-            needed |= set(node.all_input_nodes)
-    return needed
+def leading_to(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes, and all that they are computed from."""
+    found: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def returned(graph: Graph) -> tuple[list[Any], dict[Node, Any]]:
+    """What a joint graph returns: forward's results, and by its inputs their gradients, which stand at the end."""
+    inputs = [n for n in graph.find_nodes(op="placeholder") if not is_tangent(n)]
+    every = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    of_forward = len(every) - len(inputs)
+    return every[: max(0, of_forward)], dict(zip(reversed(inputs), reversed(every), strict=False))
 
 
 class Flow:
@@ -61,7 +72,7 @@ class Flow:
     def __init__(self, graph: Graph, roles: Roles):
         self.roles, self.graph = roles, graph
         self.backward = reachable(graph, is_tangent)
-        self.forward = _needed_by_forward(graph, self.backward)
+        self.forward = leading_to(n for n in graph.output_node().all_input_nodes if n not in self.backward)
         self.bits: dict[Node, int] = {}
         self._parameters: dict[Node, list[Node]] = {}
         self.draws, following = 0, 1
@@ -125,11 +136,8 @@ class Flow:
 
     @functools.cached_property
     def differentiated(self) -> frozenset[Node]:
-        """The graph inputs whose gradients a joint graph returns: one output for each input, at the end."""
-        inputs = [n for n in self.graph.find_nodes(op="placeholder") if not is_tangent(n)]
-        returned = self.graph.output_node().args[0]
-        pairs = zip(reversed(inputs), reversed(returned), strict=False)  # type: ignore[call-overload]
-        return frozenset(node for node, gradient in pairs if gradient is not None)
+        """The graph inputs whose gradients a joint graph returns."""
+        return frozenset(node for node, gradient in returned(self.graph)[1].items() if gradient is not None)
 
     @functools.cached_property
     def adapted_modules(self) -> frozenset[str]:

@@ -10,11 +10,13 @@ forces, so a node is tagged only where that means keeping less:
 * a sum of two values of different origin is never rebuilt unless both are kept: the residual stream is such a sum, and
   rebuilding one link would pull in all of them.
 
-What is computed of an input that the graph changes in place is never rebuilt: backward finds the new value there.
+A chain also begins at what is computed of an input that the graph changes in place: backward has its old value only
+where that is kept (see `snapshots.py`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow, is_tangent
+from peft_fx.passes.flow import Flow, returned
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
 from peft_fx.passes.rewrite import REBUILD
 from peft_fx.passes.transfer import Product, addends
@@ -210,7 +212,7 @@ class Keep:
 
 
 def of_inputs_changed(graph: Graph) -> set[Node]:
-    """What is computed of an input that the graph changes in place: in backward that has another value already."""
+    """What is computed of an input that the graph changes in place, and is to be kept for backward."""
     changed = {n.args[0] for n in graph.find_nodes(op="call_function", target=aten.copy_.default)}
     found: set[Node] = set()
     todo = [n for n in changed if isinstance(n, Node) and n.op == "placeholder"]
@@ -231,12 +233,11 @@ def products(node: Node) -> list[Product]:
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
     """The products in which backward sums over tokens for the gradient of a trained parameter alone."""
-    (output,) = graph.find_nodes(op="output")
-    returned = list(output.args[0])
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and not is_tangent(n)]
-    others = set(returned)
-    for node, gradient in zip(reversed(inputs), reversed(returned), strict=False):  # one for each input, at the end
-        if node in flow.roles and flow.roles[node].trainable and returned.count(gradient) == 1:
+    results, gradients = returned(graph)
+    output, times = graph.output_node(), Counter([*results, *gradients.values()])
+    others = set(times)
+    for node, gradient in gradients.items():
+        if node in flow.roles and flow.roles[node].trainable and times[gradient] == 1:
             others.discard(gradient)
     after = _after_sums(graph, flow)
     found: set[Node] = set()

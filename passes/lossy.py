@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow, is_tangent
+from peft_fx.passes.flow import Flow, returned
 from peft_fx.passes.keep import PARTS, SMALL, Keep, products
 from peft_fx.passes.nodes import (
     CAST,
@@ -333,10 +333,8 @@ class _Change:
 
 def _parameters_of(keep: Keep) -> dict[Node, set[Node]]:
     """By product of backward: the parameters that it gives the gradients of."""
-    (output,) = keep.graph.find_nodes(op="output")
-    inputs = [n for n in keep.graph.nodes if n.op == "placeholder" and not is_tangent(n)]
     found: dict[Node, set[Node]] = defaultdict(set)
-    for parameter, result in zip(reversed(inputs), reversed(output.args[0]), strict=False):  # as in keep.py
+    for parameter, result in returned(keep.graph)[1].items():
         role = keep.flow.roles.get(parameter)
         todo = [result] if isinstance(result, Node) and role is not None and role.trainable else []
         seen: set[Node] = set()

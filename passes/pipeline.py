@@ -20,7 +20,7 @@ from peft_fx.passes.chunked_loss import ChunkedLoss, chunk_loss
 from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.identities import without_detours, without_identities
-from peft_fx.passes.keep import Keep, of_inputs_changed
+from peft_fx.passes.keep import Keep
 from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.moments import Moments, from_moments
@@ -31,8 +31,9 @@ from peft_fx.passes.quantised import Unfused
 from peft_fx.passes.refusals import refusals
 from peft_fx.passes.regimes import AtLeast, Regimes
 from peft_fx.passes.regions import Region, regions, rewrite
-from peft_fx.passes.rewrite import SAVE, Rewriter
+from peft_fx.passes.rewrite import Rewriter
 from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
+from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.transients import read_in_place
 from peft_fx.passes.verify import Contract, verify
 
@@ -149,8 +150,6 @@ def run(
     training = bool(analysis.flow.backward)
     if training and settings.keep != "inductor" and (outcome.sites or outcome.refusals or settings.keep_layers):
         added += _for_backward(graph, roles, settings, fake_mode, hint, outcome, members, inputs)
-    for node in of_inputs_changed(graph) if training else ():
-        node.meta["recompute"] = SAVE
     if settings.chunk_loss:
         worth, always = settings.memory_weight, settings.chunk_loss is True
         outcome.losses, unfit, new = chunk_loss(
@@ -158,6 +157,7 @@ def run(
         )
         outcome.refusals += unfit
         added += new
+    added += snapshots(graph, fake_mode)
     verify(graph, before, added, fake_mode)
     outcome.seconds = time.perf_counter() - start
     return outcome

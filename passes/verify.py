@@ -1,5 +1,5 @@
 """What must hold of a graph after the passes: its inputs and outputs, every node's fake value, the order of what has
-effects."""
+effects; and that backward reads nothing that forward has written over."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.nodes import expr, is_random, value
 from peft_fx.passes.rewrite import fake
+from peft_fx.passes.snapshots import stale_reads
 
 
 class VerificationError(AssertionError):
@@ -50,6 +51,7 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
         was, now = (tuple(map(_described, getattr(c, what))) for c in (before, after))
         if was != now:
             raise VerificationError(f"{what} changed from {was} to {now}")
+    no_stale_reads(graph)
     new = set(added)
     answers: dict[Any, Any] = {}
     for node, read in after.reads.items():
@@ -67,6 +69,13 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
             made, said = [d[:1] + d[2:] if isinstance(d, tuple) else d for d in (made, said)]
         if made != said:
             raise VerificationError(f"{node.format_node()} is {made}, and says {said}")
+
+
+def no_stale_reads(graph: Graph) -> None:
+    """Raises VerificationError where backward may find another value in a graph input than forward did."""
+    stale = [node.format_node() or str(node) for node in stale_reads(graph)]
+    if stale:
+        raise VerificationError(f"forward writes over what backward reads: {', '.join(stale)}")
 
 
 def _is_same(read: tuple[Any, Any], before: tuple[Any, Any] | None) -> bool:

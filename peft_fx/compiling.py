@@ -29,6 +29,8 @@ from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.flow import Role
+from peft_fx.passes.snapshots import snapshots
+from peft_fx.passes.verify import no_stale_reads
 from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
 
 log = logging.getLogger("peft_fx")
@@ -228,11 +230,12 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         return hashlib.sha256(decides.encode()).hexdigest()
 
 
-class Untag(compat.CustomGraphPass):  # type: ignore[misc]
-    """After Inductor's joint passes: takes recompute tags off the nodes that had none.
+class Finish(compat.CustomGraphPass):  # type: ignore[misc]
+    """After Inductor's joint passes, which know nothing of what backward will rebuild.
 
-    Where these passes remove a no-op such as `1*x`, they hand all its metadata on to x. With the tag on it, an input
-    of the graph would be missing in backward, and a residual stream would be computed twice.
+    Where they remove a no-op such as `1*x`, they hand all its metadata on to x. With a recompute tag on it, an input of
+    the graph would be missing in backward, and a residual stream would be computed twice: tags come off the nodes that
+    had none. Where they remove a copy of what forward writes, one is made anew.
     """
 
     def __init__(self, ours: AdapterPass, others: Sequence[Any] = ()):
@@ -245,6 +248,11 @@ class Untag(compat.CustomGraphPass):  # type: ignore[misc]
         self.ours.untagged = set()
         for other in self.others:
             other(graph)
+        try:
+            snapshots(graph, compat.V.fake_mode)
+            no_stale_reads(graph)
+        except Exception as error:
+            raise PassError(f"{type(error).__name__}: {error}") from error
 
     def uuid(self) -> Any:
         theirs = _uuids(self.others)
@@ -254,8 +262,8 @@ class Untag(compat.CustomGraphPass):  # type: ignore[misc]
 def patches_for(ours: AdapterPass, inductor: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's options with our passes in them: the user's own run before the first and after the last."""
     patches = dict(inductor)
-    mine: AdapterPass | Untag
-    for key, mine in (("joint_custom_pre_pass", ours), ("joint_custom_post_pass", Untag(ours))):
+    mine: AdapterPass | Finish
+    for key, mine in (("joint_custom_pre_pass", ours), ("joint_custom_post_pass", Finish(ours))):
         theirs = patches.get(key) or getattr(compat.inductor_config, key) or []
         mine.others = theirs if isinstance(theirs, (list, tuple)) else [theirs]
         patches[key] = mine

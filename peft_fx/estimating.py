@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
-from peft_fx.compiling import AdapterPass, PassError, Record, Untag, roles_in, roles_of
+from peft_fx.compiling import AdapterPass, Finish, PassError, Record, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
@@ -410,7 +410,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         assert self.joint.graph is not None
         joint = GraphModule(gm, copy_graph(self.joint.graph))
         ours = None if options is None else AdapterPass(Record(self.gm, [], self.roles, options, True))
-        after = None if ours is None else Untag(ours)
+        after = None if ours is None else Finish(ours)
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}

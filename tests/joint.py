@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._functorch.aot_autograd import aot_function
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat, compiling
 from peft_fx.options import parse
@@ -66,11 +68,20 @@ class Joint:
         return inputs
 
     def call(self, graph: Graph, inputs: list[torch.Tensor], seed: int = 0) -> list[torch.Tensor | None]:
-        """All outputs of a graph, the gradients among them; what it draws is drawn from the seed."""
+        """All outputs of a graph, the gradients among them, and what it leaves in the inputs that it writes; what it
+        draws is drawn from the seed."""
         if graph not in self._modules:
             self._modules[graph] = GraphModule(graph.owning_module or self.module, graph)
         torch.manual_seed(seed)
-        return list(self._modules[graph](*inputs))
+        given = copies(inputs)
+        return [*self._modules[graph](*given), *(given[i] for i in self.written)]
+
+    @functools.cached_property
+    def written(self) -> list[int]:
+        """The inputs that the graph writes in place, by position."""
+        places = {node: i for i, node in enumerate(self.graph.find_nodes(op="placeholder"))}
+        writes = self.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+        return sorted({places[node.args[0]] for node in writes})
 
     def run(self, graph: Graph, seed: int = 0, bound: int = 2) -> list[torch.Tensor | None]:
         return self.call(graph, self.inputs(seed, bound))
@@ -86,10 +97,46 @@ class Joint:
             static_lifetime_input_indices=static,
         )
 
+    def as_lowered(self, graph: Graph) -> Graph:
+        """A rewritten graph after Inductor's own joint passes, and what the backend does behind them."""
+        lowered = GraphModule(self.module, copy_graph(graph))
+        untagged = {n for n in lowered.graph.nodes if "recompute" not in n.meta}
+        finish = compiling.Finish(SimpleNamespace(untagged=untagged))  # type: ignore[arg-type]
+        patches = {"joint_custom_pre_pass": None, "joint_custom_post_pass": finish, "fallback_random": True}
+        with compat.V.set_fake_mode(self.fake_mode), compat.inductor_config.patch(patches):
+            return compat.joint_graph_passes(lowered).graph
+
+    def steps(self, graph: Graph, inputs: list[torch.Tensor], seed: int = 0) -> list[torch.Tensor | None]:
+        """The results of two calls, the second on what the first leaves in the inputs."""
+        first = self.call(graph, inputs, seed)
+        left = dict(zip(self.written, first[len(first) - len(self.written) :], strict=True))
+        return [*first, *self.call(graph, [left.get(i, t) for i, t in enumerate(inputs)], seed)]
+
+    def steps_of(self, halves: tuple[GraphModule, GraphModule], inputs: list[Any], together: bool) -> list[Any]:
+        """The same of forward and backward by themselves; if `together`, both forwards before both backwards."""
+        forward, backward = halves
+        given = dict(zip((n.name for n in self.graph.find_nodes(op="placeholder")), copies(inputs), strict=True))
+        read = [[n.name for n in half.graph.find_nodes(op="placeholder")] for half in halves]
+
+        def ahead() -> tuple[dict[str, Any], list[Any], list[Any]]:
+            made = list(forward(*(given[name] for name in read[0])))
+            kept = zip(forward.graph.output_node().args[0], made, strict=True)
+            left = copies([list(given.values())[i] for i in self.written])
+            return given | {n.name: t for n, t in kept if isinstance(n, Node)}, copies(made[: self.outputs]), left
+
+        results: list[Any] = []
+        for there, made, left in [ahead(), ahead()] if together else (ahead() for _ in range(2)):
+            results += [*made, *backward(*(there[name] for name in read[1])), *left]
+        return results
+
+
+def copies(tensors: list[Any]) -> list[Any]:
+    return [t.clone() if isinstance(t, torch.Tensor) else t for t in tensors]
+
 
 def trace(module: nn.Module, *args: torch.Tensor) -> Joint:
     """As `capture`, by AOTAutograd alone, without Dynamo."""
-    named = dict(module.named_parameters())
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
     found: list[Joint] = []
 
     def call(*flat: torch.Tensor) -> Any:
@@ -109,9 +156,13 @@ def trace(module: nn.Module, *args: torch.Tensor) -> Joint:
         raise _Traced
 
     with contextlib.suppress(_Traced):
-        aot_function(call, inference, partition_fn=partition, decompositions=select_decomp_table())(
-            *named.values(), *args
-        )
+        aot_function(
+            call,
+            inference,
+            partition_fn=partition,
+            decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )(*named.values(), *args)
     (joint,) = found
     return joint
 

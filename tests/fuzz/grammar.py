@@ -31,14 +31,22 @@ BY_RANK: Mapping[int, tuple[Callable, ...]] = {
 
 @dataclass(frozen=True)
 class Leaf:
-    """An input or a parameter."""
+    """An input, a parameter or a buffer."""
 
     shape: Shape
     dtype: str
     trained: bool
+    buffer: bool = False
 
     def made(self) -> str:
         return f"torch.empty({self.shape}, dtype=torch.{self.dtype})"
+
+    def registered(self, name: str) -> str:
+        """The line that gives a module this one."""
+        if not self.buffer:
+            return f"self.{name} = nn.Parameter({self.made()}, requires_grad={self.trained})"
+        layer, _, own = name.partition(".")
+        return f"self.{layer}.register_buffer({own!r}, {self.made()})"
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class Program:
 
 """ * (other != body)
         made = [f"self.{layer} = nn.Module()" for layer in dict.fromkeys(n.partition(".")[0] for n in params)]
-        made += [f"self.{n} = nn.Parameter({p.made()}, requires_grad={p.trained})" for n, p in params.items()]
+        made += [leaf.registered(name) for name, leaf in params.items()]
         built = "\n".join(f"        {line}" for line in made)
         given = ", ".join(f"{leaf.made()}.requires_grad_({leaf.trained})" for leaf in self.inputs.values())
         return f'''"""{note}"""
@@ -182,9 +190,9 @@ class Draft:
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
 
-    def param(self, name: str, shape: Shape, dtype: str, trained: float) -> str:
-        """A new parameter of the current layer, or a frozen one from before; the text that reads it."""
-        leaf = Leaf(tuple(shape), dtype, self.chance(trained))
+    def param(self, name: str, shape: Shape, dtype: str, trained: float, buffer: bool = False) -> str:
+        """A new parameter or buffer of the current layer, or a frozen one from before; the text that reads it."""
+        leaf = Leaf(tuple(shape), dtype, self.chance(trained), buffer)
         same = [n for n, known in self.weights.items() if known == leaf]
         if same and self.chance(0.3):
             return f"self.{self.rng.choice(same)}"
@@ -472,6 +480,63 @@ def convolved(d: Draft, v: str) -> Step | None:
     return d.step(line, reads=(v,), makes=y)
 
 
+# A state's numbers as a copy, so that eager mode may write over it before backward.
+COPIES = ("{n} * 1.0", "{n}.clone()", "{n} + 0", "1.0 * {n}", "{n} * 2", "-{n}", "{n} / 1", "{n}.neg().neg()")
+COPIES += (
+    "{n}.clone().view_as({n})",
+    "{n}.double().to(torch.{dtype})",
+    "torch.ones_like({n}) * {n}",
+    "{n}.detach() * 1",
+)
+COPIES += ("{n}.double().to(torch.{dtype}) * 1.0", "torch.zeros_like({n}) + {n}", "{n}[...] * 1.0", "{n}.mT.clone().mT")
+# Or as it is, where nothing writes over it any more.
+READS = (*COPIES, "{n}", "{n}[...]", "{n}.view_as({n})", "{n}.to(torch.{dtype})", "{n}.detach()")
+WRITES = ("add_(1)", "mul_(2)", "zero_()", "copy_({n} * -2)", "fill_(3)", "neg_()", "sub_({n} * 2)", "mul_(2).add_(1)")
+PARTS = ("{n}[..., :1] = 2", "{n}[..., -1:] += 1", "{n}[0] = 1", "{n}[..., :1].mul_(2)", "{n}.view(-1)[:1].fill_(2)")
+PARTS += (
+    "{n}[torch.tensor([0])] = {n}[:1] * -1",
+    "{n}.index_add_(0, torch.tensor([0]), {n}[:1] * 1)",
+    "{n}[:1].copy_({n}[-1:] * 2)",
+)
+
+
+def stateful(d: Draft, v: str) -> Step:
+    """An adapter of which one part is made of what forward writes: before it is read, between two reads, after them."""
+    *lead, K = d.shape(v)
+    N, (dtype, _) = d.rng.choice(DIMS), d.base()
+    x, (W, A, B, s) = d.cast(v, dtype), d.lora(K, N, dtype)
+    sizes = {"W": (K, N), "A": (K, d.rank), "B": (d.rank, N), "mask": (K, d.rank), "inner": (d.rank,), "outer": (N,)}
+    kind = d.rng.choice([*sizes, "scale", "scale", "counter", "trained", "statistic"])
+    if kind == "trained":
+        n = d.rng.choice([A, B])
+    else:
+        held = "int64" if kind == "counter" else dtype
+        n = d.param("n", (K,) if kind == "statistic" else sizes.get(kind, ()), held, 0.0, buffer=d.chance(0.8))
+    now = [d.chance(0.3), d.chance(0.7), d.chance(0.4)]
+    now[1] |= not any(now)
+
+    def write() -> str:
+        text = d.rng.choice(WRITES) if kind in ("scale", "counter") or d.chance(0.6) else d.rng.choice(PARTS)
+        text = text if text.startswith("{n}") else f"{{n}}.{text}"
+        if kind == "statistic" and d.chance(0.5):
+            text = f"{{n}}.mul_(2).add_({x}.detach().reshape(-1, {K}).sum(0))"
+        return f"with torch.no_grad(): {text}".format(n=n)
+
+    def layer(last: bool) -> str:
+        read = d.rng.choice(READS if last else COPIES).format(n=n, dtype=dtype)
+        read = f"({n} * 1).to(torch.{dtype})" if kind == "counter" else f"({read})"
+        w, a, b = (read if n == p or kind == name else p for p, name in ((W, "W"), (A, "A"), (B, "B")))
+        a = f"({a} * {read})" if kind in ("mask", "inner") else a
+        b = f"({b} * {read})" if kind == "outer" else b
+        z = f"({x} * {read})" if kind == "statistic" else x
+        return f"{z} @ {w} + ({z} @ {a}) @ {b} * {read if kind in ('scale', 'counter') else s}"
+
+    y, again = d.new((*lead, N), dtype), d.chance(0.6)
+    lines = [write()] * now[0] + [f"{y} = {layer(last=not now[1] and not now[2])}"] + [write()] * now[1]
+    lines += [f"{y} = {y} + {layer(last=not now[2])}"] * again + [write()] * now[2]
+    return d.step(*lines, reads=(v,), makes=y)
+
+
 # Everything else.
 
 
@@ -617,6 +682,7 @@ ADAPTERS: tuple[tuple[int, Production], ...] = (
     (2, dora),
     (1, embedded),
     (1, convolved),
+    (5, stateful),
     (8, near_miss),
 )
 OTHER: tuple[tuple[int, Production], ...] = (

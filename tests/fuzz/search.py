@@ -35,12 +35,12 @@ def search(rng: Random) -> Verdict | Found:
 
 
 def examined(drawn: Program, respelled: bool = True, split: bool = True, compiled: bool = True) -> Verdict:
-    """Raises what `judge` raises; the costlier oracles as asked for."""
+    """Raises what `judge` raises; the costlier oracles as asked for, and where forward writes."""
     case = Case.of(drawn.source())
     verdict = judge(case)
     if respelled:
         same_in_other_words(case)
-    if split:
+    if split or case.traced.written:
         splits(case)
     if compiled and drawn.kind == "exact":
         holds_compiled(case)
