@@ -3,7 +3,6 @@ what each keeps."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 
 import peft_fx
 from peft_fx.compat import pytree
+from peft_fx.copying import Casts
 from peft_fx.explaining import explain
 from peft_fx.gradients import left_as_it_was, named_loss
 from peft_fx.measuring import memory_of
 from peft_fx.options import PREFIX, parse
 from peft_fx.reports import Report
+from peft_fx.tracing import telling_of_a_batch
 
 EAGER, INDUCTOR, OURS = "eager", "Inductor", "peft_fx"
 GATE = 1.25  # an error over that of the same model without peft_fx
@@ -94,7 +95,7 @@ def check(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None
         raise TypeError("check() needs a model with parameters to train: none of this one's requires a gradient")
     parse(options)
     theirs = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
-    with left_as_it_was(model):
+    with left_as_it_was(model), telling_of_a_batch("check", model, args, kwargs):
         report = explain(model, *args, options=options, **kwargs)
         draws = _draws(model, args, kwargs)
 
@@ -169,20 +170,15 @@ def _reference(model: nn.Module, args: Any, kwargs: Any, eager: Run) -> tuple[st
     """The same model in float64; in float32 where that fails, as on a device without it; else eager's own numbers."""
     for dtype in (torch.float64, torch.float32):
         try:
-            exact = copy.deepcopy(model).to(dtype)
-            given = pytree.tree_map(lambda x, dtype=dtype: _cast(x, dtype), (args, kwargs))
-            found = _run(exact, exact, *given)
-            if found.loss.dtype == dtype and torch.isfinite(found.loss):
+            casts = Casts(dtype)
+            exact = casts(model).to(dtype)
+            found = _run(exact, exact, *casts((args, kwargs)))
+            same = all((g is None) == (eager.gradients[name] is None) for name, g in found.gradients.items())
+            if found.loss.dtype == dtype and torch.isfinite(found.loss) and same:
                 return str(dtype).removeprefix("torch."), found
         except Exception:  # whatever it is, there is no such reference
             continue
     return "eager mode, for want of a finer reference", eager
-
-
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return x
-    return x.detach().to(dtype).requires_grad_(x.requires_grad)
 
 
 # -------------------------------------------------------------------------------------------------------------- judging

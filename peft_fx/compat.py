@@ -23,8 +23,11 @@ from torch._dynamo import config as dynamo_config
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
 
-# the backends whose `reset` torch._dynamo.reset() calls
-from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
+# the backends whose `reset` torch._dynamo.reset() calls; what torch.compile and torch.compiler.disable make of a module
+from torch._dynamo.eval_frame import DisableContext, OptimizedModule, cached_backends, reset_code
+
+# what is raised where a backend raises
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
@@ -37,7 +40,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options
+from torch._inductor import list_mode_options, list_options
 
 # both passes go on to the graphs that a graph calls
 from torch._inductor.compile_fx import _recursive_joint_graph_passes as joint_graph_passes
@@ -72,8 +75,10 @@ BRANCHES_ON_A_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode
 
 __all__ = [
     "BRANCHES_ON_A_VALUE",
+    "BackendCompilerFailed",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "DisableContext",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -101,6 +106,7 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "joint_graph_passes",
     "list_mode_options",
+    "list_options",
     "min_cut_rematerialization_partition",
     "post_grad_passes",
     "pytree",

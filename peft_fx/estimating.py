@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,15 @@ from peft_fx.passes.flow import Role, is_tangent
 from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
-from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
+from peft_fx.tracing import (
+    Ghosts,
+    answer,
+    call_compiled,
+    copy_graph,
+    new_fake_mode,
+    nothing_changed,
+    telling_of_a_batch,
+)
 
 OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
 DEPTH = 2  # layers of a deep model that are traced, and one more: a further layer costs what that one did
@@ -138,7 +146,7 @@ def estimate(
     plain, _ = unwrapped(model)
     if not isinstance(plain, nn.Module):
         raise TypeError("estimate() needs a module: what it trains are the module's parameters")
-    kwargs = kwargs if args or kwargs else own_inputs(plain)
+    kwargs = kwargs if args or kwargs else own_inputs(plain, "estimate")
     options = dict(options or {}) | ({f"{PREFIX}machine": machine} if machine else {})
     speeds = machines.resolve(parse(options).machine, _device(plain, args, kwargs))
     rows: list[Row] = []
@@ -258,7 +266,7 @@ def _rows(
     T: int,
 ) -> list[Row]:
     """The rows of variants that share one prepared model."""
-    whole = _prepared(model, prepare, new_fake_mode())
+    whole = _prepared(model, prepare, Ghosts(new_fake_mode(), "estimate"))
     stacks = _stacks(whole)
     if stacks:
         # with checkpoints, memory that waits for the next layer is all there once there are three
@@ -290,12 +298,10 @@ def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _prepared(
-    model: Any, prepare: Callable[[nn.Module], nn.Module], fake_mode: compat.FakeTensorMode, depth: int = 0
-) -> Any:
+def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], ghosts: Ghosts, depth: int = 0) -> Any:
     """A copy on fake tensors, as a variant has it."""
-    ghost = ghost_of(model, fake_mode)
-    with fake_mode:
+    ghost = ghosts.of(model)
+    with ghosts.fake_mode:
         return prepare(_cut(ghost, depth) if depth else ghost)
 
 
@@ -307,14 +313,15 @@ def _traced(
     machine: Machine,
     depth: int = 0,
 ) -> dict[str, Step]:
-    fake_mode = new_fake_mode()
-    ghost = _prepared(model, prepare, fake_mode, depth)
+    ghosts = Ghosts(new_fake_mode(), "estimate")
+    ghost = _prepared(model, prepare, ghosts, depth)
     names = {p: name for name, p in ghost.named_parameters()}
-    args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), inputs)
+    args, kwargs = ghosts(inputs)
+    given = {id(copied) for copied in ghosts.known.values()}
     parts: list[dict[str, Part]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        split = Split(gm, roles_of(gm, example_inputs, names), named, machine, _handed_on(example_inputs))
+        split = Split(gm, roles_of(gm, example_inputs, names), named, machine, _handed_on(example_inputs, given))
         patches = {
             "joint_custom_pre_pass": split.joint,
             "custom_partitioner_fn": split,
@@ -326,16 +333,19 @@ def _traced(
         parts.append(split.parts)
         return called
 
-    with compat.forgetting(), nothing_changed(), fake_mode:
-        call_compiled(ghost, args, kwargs, capture, dynamic=False)  # Dynamo remembers that a size has changed
+    told = telling_of_a_batch("estimate", ghost, args, kwargs)
+    with told, compat.forgetting(), nothing_changed(), ghosts.fake_mode:
+        # not dynamic: Dynamo remembers that a size has changed
+        call_compiled(ghost, args, kwargs, capture, "estimate", dynamic=False)
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
     return {name: _step([p[name] for p in parts if name in p]) for name in named}
 
 
-def _handed_on(inputs: Iterable[Any]) -> dict[int, Role]:
-    """The inputs of a graph that an earlier one of the step has made, by their places."""
-    tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
+def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
+    """The inputs of a graph that an earlier one of the step has made, by their places; `given` are the ids of what was
+    there before the step."""
+    tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and id(x) not in given}
     return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
 
 

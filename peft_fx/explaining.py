@@ -13,7 +13,6 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from peft_fx import compat
-from peft_fx.compat import pytree
 from peft_fx.compiling import (
     AdapterPass,
     PassError,
@@ -33,7 +32,15 @@ from peft_fx.passes.pipeline import Outcome
 from peft_fx.preparing import curable
 from peft_fx.regional import renamed
 from peft_fx.reports import Report
-from peft_fx.tracing import answer, call_compiled, copy_graph, ghost_of, ghostly, new_fake_mode, nothing_changed
+from peft_fx.tracing import (
+    Ghosts,
+    answer,
+    call_compiled,
+    copy_graph,
+    new_fake_mode,
+    nothing_changed,
+    telling_of_a_batch,
+)
 
 
 def explain(
@@ -53,7 +60,7 @@ def explain(
     if measure:
         report = explain(model, *args, options=options, **kwargs)
         plain, compiled_options = unwrapped(model)
-        kwargs = kwargs if args or kwargs else own_inputs(plain)
+        kwargs = kwargs if args or kwargs else own_inputs(plain, "explain")
         chosen = parse(options) if options is not None else compiled_options or Options()
         return replace(report, errors=gradient_errors(plain, args, kwargs, chosen))
     plain, compiled_options = unwrapped(model)
@@ -63,9 +70,10 @@ def explain(
         records = [r for r in records if wanted is None or r.options == wanted]
         if records:
             return _report_of(records, plain)
-        kwargs = own_inputs(plain)
+        kwargs = own_inputs(plain, "explain")
     chosen = parse(options) if options is not None else compiled_options or Options()
-    return _trace(plain, args, kwargs, chosen)
+    with telling_of_a_batch("explain", plain, args, kwargs):
+        return _trace(plain, args, kwargs, chosen)
 
 
 def unwrapped(model: Any) -> tuple[Any, Options | None]:
@@ -88,15 +96,17 @@ def _options_in(context: Any) -> Options | None:
         return None
 
 
-def own_inputs(model: Any) -> dict[str, Any]:
-    """A transformers model's own dummy inputs, at a length at which the choice of form matters."""
+def own_inputs(model: Any, caller: str) -> dict[str, Any]:
+    """A transformers model's own dummy inputs, at a length at which the choice of form matters. Raises TypeError, with
+    the call of `caller` to make, where a model has none."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(inner, "config", None)
     reads_ids = getattr(inner, "main_input_name", "") == "input_ids"  # others' dummies do not fit them
     if not hasattr(inner, "dummy_inputs") or config is None or not reads_ids:
+        others = ["a compiled model that already ran"] * (caller == "explain") + ["a transformers model of token ids"]
         raise TypeError(
-            "explain() needs the inputs of a call, as in explain(model, x) or explain(model, input_ids=ids, labels=ids)"
-            "; without them it can tell only of a compiled model that already ran, or of a transformers model"
+            f"{caller}() needs the inputs of a call, as in {caller}(model, x) or {caller}(model, input_ids=ids, "
+            f"labels=ids); without them it can tell only of {' or of '.join(others)}"
         )
     found = {}
     length = min(2048, getattr(config, "max_position_embeddings", 2048))
@@ -205,13 +215,14 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         traced[-1] = record, idle
         return noting_calls(called, record)
 
-    ghost = ghost_of(model, fake_mode)
+    ghosts = Ghosts(fake_mode, "explain")
+    ghost = ghosts.of(model)
     known = _names_in(ghost)
     before = dict(compat.counters["graph_break"])
-    args, kwargs = pytree.tree_map(lambda x: ghostly(x, fake_mode), (args, kwargs))
+    args, kwargs = ghosts((args, kwargs))
     with compat.forgetting(), nothing_changed(), fake_mode:
         try:
-            call_compiled(ghost, args, kwargs, capture)
+            call_compiled(ghost, args, kwargs, capture, "explain")
             stopped = []
         except (*compat.BRANCHES_ON_A_VALUE, AssertionError) as error:
             if isinstance(error, AssertionError) and "data-dependent" not in str(error):

@@ -46,7 +46,7 @@ def _gradients(
 
     with compat.forgetting(), left_as_it_was(model), torch.enable_grad():
         torch.manual_seed(0)
-        output = call_compiled(model, tuple(args), kwargs, lowered)
+        output = call_compiled(model, tuple(args), kwargs, lowered, "explain")
         found = torch.autograd.grad(_loss(output), list(trained.values()), allow_unused=True)
     return dict(zip(trained, found, strict=True))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from peft_fx import machines
-from peft_fx.compat import list_mode_options
+from peft_fx.compat import list_mode_options, list_options
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.pipeline import Settings
 from peft_fx.passes.policies import POLICIES
@@ -80,15 +82,33 @@ class Options:
         return Settings(**ours | {"machine": machine})
 
 
+def _known(key: Any) -> str:
+    """An option by its name: ours, or Inductor's, which torch.compile takes with dashes too."""
+    ours, inductor = [PREFIX + k for k in (*CHOICES, *OTHERS)], _of_inductor()
+    for name in (key, str(key).replace("-", "_")):
+        if name in ours or name in inductor:
+            return str(name)
+    near = {name.removeprefix(PREFIX): name for name in (*inductor, *ours)} | {name: name for name in ours}
+    found = dict.fromkeys(near[k] for k in difflib.get_close_matches(str(key), near, n=3, cutoff=0.75))
+    meant = f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    valid = f"{', '.join(ours)}, and Inductor's without a prefix, such as max_autotune"
+    raise ValueError(f"peft_fx has no option {key!r}; valid ones: {valid}{meant}")
+
+
+@functools.cache
+def _of_inductor() -> frozenset[str]:
+    return frozenset(list_options())
+
+
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
     """Options as `torch.compile` takes them; ValueError for a key or a value that does not exist, naming those that
     do."""
-    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
-    inductor = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    ours: dict[str, Any] = {}
+    inductor: dict[str, Any] = {}
+    for key, chosen in (options or {}).items():
+        known = _known(key)
+        (ours if known.startswith(PREFIX) else inductor)[known.removeprefix(PREFIX)] = chosen
     for key, chosen in ours.items():
-        if key not in CHOICES and key not in OTHERS:
-            valid = ", ".join(f"{PREFIX}{k}" for k in (*CHOICES, *OTHERS))
-            raise ValueError(f"peft_fx has no option {PREFIX + key!r}; valid ones: {valid}")
         if key in OTHERS:
             ours[key] = OTHERS[key](chosen)
         elif key == "machine":

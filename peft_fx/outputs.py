@@ -28,13 +28,22 @@ def loss_only(model: nn.Module) -> nn.Module:
     PEFT and checkpoints see no difference; call it before torch.compile. `restore(model)` undoes it. Raises TypeError
     for what is not a torch.nn.Module, and for what torch.compile returned.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, compat.OptimizedModule):
-        raise TypeError(f"loss_only() needs a torch.nn.Module, not yet compiled, and not {type(model).__name__}")
+    needs_module(model, "loss_only")
     if not isinstance(model, LossOnly):
         cls: Any = type(model)
         model.__class__ = _losing(cls)
         _settle_losses(model)
     return model
+
+
+def needs_module(model: Any, caller: str) -> None:
+    """Raises TypeError for what is no module, and for what torch.compile returned, whose class is not the model's."""
+    if isinstance(model, compat.OptimizedModule):
+        raise TypeError(f"{caller}() takes a torch.nn.Module that is not yet compiled: torch.compile({caller}(model))")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{caller}() takes a torch.nn.Module, such as get_peft_model() gives; got {type(model).__name__}"
+        )
 
 
 def with_all_outputs(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_fx import compat
-from peft_fx.outputs import with_all_outputs
+from peft_fx.outputs import needs_module, with_all_outputs
 
 log = logging.getLogger("peft_fx")
 
@@ -56,7 +56,8 @@ def prepare(model: Model) -> Model:
 
     VeLoRA's init_type "batch_average_once" compiles twice, for its first step and for the others.
 
-    Writes one line of level INFO to the logger "peft_fx". Raises TypeError for what is not a torch.nn.Module.
+    Writes one line of level INFO to the logger "peft_fx". Raises TypeError for what is not a torch.nn.Module, and for
+    what torch.compile returned.
     """
     counts: Counter[str] = Counter()
     left = []
@@ -76,7 +77,7 @@ def prepare(model: Model) -> Model:
 
 def restore(model: Model) -> Model:
     """Undoes `prepare` and `loss_only`, in place, and returns the model. Raises TypeError for what is not a
-    torch.nn.Module."""
+    torch.nn.Module, and for what torch.compile returned."""
     for _, _, owner in _owners(model, "restore"):
         if isinstance(owner, Cured):
             owner.__class__ = owner._original
@@ -87,7 +88,8 @@ def restore(model: Model) -> Model:
 
 
 def cures(model: nn.Module) -> list[Cure]:
-    """What `prepare` did to a model, module by module. Raises TypeError for what is not a torch.nn.Module."""
+    """What `prepare` did to a model, module by module. Raises TypeError for what is not a torch.nn.Module, and for what
+    torch.compile returned."""
     found: dict[Cure, None] = {}
     for name, _, owner in _owners(model, "cures"):
         if isinstance(owner, Cured):
@@ -113,10 +115,7 @@ def _matches(model: nn.Module, caller: str) -> Iterator[tuple[str, Any, Row]]:
 def _owners(model: nn.Module, caller: str) -> Iterator[tuple[str, nn.Module, Any]]:
     """Whatever may hold code of PEFT's, after the name and the layer that it belongs to: each module, and the objects
     that vary a LoRA layer."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{caller}() takes a torch.nn.Module, such as get_peft_model() gives; got {type(model).__name__}"
-        )
+    needs_module(model, caller)
     for name, module in model.named_modules():
         yield name, module, module
         for variant in getattr(module, "lora_variant", {}).values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -13,11 +14,37 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
+from peft_fx.copying import Copies
 from peft_fx.passes.nodes import expr
 
 
 def new_fake_mode() -> compat.FakeTensorMode:
     return compat.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
+
+
+@contextlib.contextmanager
+def telling_of_a_batch(caller: str, model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Where a call fails that was given a batch as one argument, TypeError with what to write."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_a_batch(model, args, kwargs):
+            raise
+        raise TypeError(
+            f"{caller}() failed with the {type(args[0]).__name__} as one argument, which the model takes by its keys: "
+            f"write {caller}(model, **batch)"
+        ) from error
+
+
+def _is_a_batch(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the only argument is a dictionary that the model could be called with as keywords."""
+    if len(args) != 1 or not isinstance(args[0], Mapping) or not all(isinstance(key, str) for key in args[0]):
+        return False
+    try:
+        inspect.signature(getattr(model, "forward", model)).bind(**args[0], **kwargs)
+    except (TypeError, ValueError):  # it does not take these, or says of itself nothing
+        return False
+    return bool(args[0])
 
 
 @contextlib.contextmanager
@@ -27,58 +54,57 @@ def nothing_changed() -> Iterator[None]:
         yield
 
 
-def ghost_of(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
-    """A copy of the model whose parameters and buffers are fake: no memory, nothing of the original touched."""
-    if not isinstance(model, torch.nn.Module):
-        return model
-    if compat.is_sharded(model):
-        raise TypeError(
-            "explain() cannot trace a model whose parameters FSDP has sharded: ask before fully_shard, or "
-            "explain(model) after a step, which tells what was compiled"
-        )
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    memo = {}
-    for tensor in tensors.values():
-        if id(tensor) not in memo:
-            memo[id(tensor)] = ghostly(tensor, fake_mode)
-    return copy.deepcopy(model, memo)
+class Ghosts(Copies):
+    """Copies on fake tensors: no memory, nothing of the original touched. `caller` is what errors name."""
 
+    def __init__(self, fake_mode: compat.FakeTensorMode, caller: str):
+        super().__init__()
+        self.fake_mode, self.caller = fake_mode, caller
 
-def ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
-    """A fake tensor like this one; one on the meta device becomes one on the CPU."""
-    if not isinstance(x, torch.Tensor) or isinstance(x, compat.FakeTensor):
-        return x
-    if type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return _alias(x)
-    device = "cpu" if x.is_meta else x.device
-    with fake_mode, torch.no_grad():
-        fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    if isinstance(x, torch.nn.Parameter):
-        return torch.nn.Parameter(fake, requires_grad=x.requires_grad)
-    return fake.requires_grad_(x.requires_grad)
+    def of(self, model: Any) -> Any:
+        """What stands for a model, or for another callable."""
+        if isinstance(model, torch.nn.Module) and compat.is_sharded(model):
+            raise TypeError(
+                f"{self.caller}() cannot trace a model whose parameters FSDP has sharded: ask before fully_shard, or "
+                "explain(model) after a step, which tells what was compiled"
+            )
+        return self(model)
 
+    def all_of(self, x: torch.Tensor) -> torch.Tensor:
+        """On the CPU for the meta device: that is where a model without weights is taken to be."""
+        numbers = x.untyped_storage().nbytes() // x.dtype.itemsize
+        with self.fake_mode, torch.no_grad():
+            return torch.empty(numbers, dtype=x.dtype, device="cpu" if x.is_meta else x.device)
 
-def _alias(x: torch.Tensor) -> torch.Tensor:
-    """Another object with the same memory, for a class that says with attributes what its numbers mean, as quantised
-    weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
-    if compat.is_traceable_wrapper_subclass(x):
-        return x
-    alias = compat.same_memory(x)
-    alias.__dict__.update(x.__dict__)
-    return alias
+    def special(self, x: torch.Tensor) -> torch.Tensor:
+        """Another object with the same memory, for a class that says with attributes what its numbers mean, as
+        quantised weights do: Dynamo reads those. Traced on fake tensors, nothing is written to it."""
+        if isinstance(x, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
+            return copy.deepcopy(x)
+        if isinstance(x, compat.FakeTensor) or type(x) is torch.Tensor or compat.is_traceable_wrapper_subclass(x):
+            return x
+        alias = compat.same_memory(x)
+        alias.__dict__.update(x.__dict__)
+        return alias
 
 
 def call_compiled(
-    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: Any, dynamic: bool | None = None
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    backend: Any,
+    caller: str,
+    dynamic: bool | None = None,
 ) -> Any:
     """The output of a call compiled by a backend, in code of its own: the model's own code gets no compiled version
-    of it."""
+    of it. A failure of the backend is a RuntimeError of the `caller`'s."""
     call = FunctionType(_call.__code__.replace(), globals())
     with compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
-        return torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
+        try:
+            return torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
+        except compat.BackendCompilerFailed as error:
+            why = error.inner_exception
+            raise RuntimeError(f"{caller}() failed on a graph of this call: {type(why).__name__}: {why}") from why
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

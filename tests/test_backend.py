@@ -85,7 +85,13 @@ def test_wrong_option_is_a_value_error(key: str, chosen: Any, valid: list[str]) 
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"options": {"peft_fx.from": 1}}, {"options": {"peft_fx.form": "wieght"}}, {"mode": "lite"}]
+    "arguments",
+    [
+        {"options": {"peft_fx.from": 1}},
+        {"options": {"peft_fx.form": "wieght"}},
+        {"options": {"form": "weight"}},
+        {"mode": "lite"},
+    ],
 )
 def test_wrong_option_is_told_through_torch_compile(arguments: dict) -> None:
     """Dynamo wraps what a backend raises; the ValueError is inside, its text on top."""
@@ -94,6 +100,40 @@ def test_wrong_option_is_told_through_torch_compile(arguments: dict) -> None:
         f(*x(*T)())
     assert type(caught.value.inner_exception) is ValueError
     assert str(caught.value.inner_exception) in str(caught.value)
+
+
+NEAREST = {
+    "form": "peft_fx.form",
+    "Form": "peft_fx.form",
+    "fomr": "peft_fx.form",
+    "keep_layer": "peft_fx.keep_layers",
+    "peft_fx.frm": "peft_fx.form",
+    "peft_fx_form": "peft_fx.form",
+    "peftfx.keep": "peft_fx.keep",
+    "max_autotun": "max_autotune",
+    "peft_fx.max_autotune": "max_autotune",
+    "triton.cudagraph": "triton.cudagraphs",
+}
+
+
+@pytest.mark.parametrize(("key", "meant"), NEAREST.items())
+def test_a_key_that_is_nearly_right(key: str, meant: str) -> None:
+    """Without the prefix, or misspelt, ours or Inductor's: the error asks for the nearest."""
+    with pytest.raises(ValueError, match=f"no option {key!r}; valid ones: .*did you mean .*{meant!r}"):
+        parse({key: "weight"})
+
+
+@pytest.mark.parametrize("key", ["lora", 3, None])
+def test_a_key_that_nothing_is_near_to(key: Any) -> None:
+    with pytest.raises(ValueError, match=r"valid ones: peft_fx\.form, ") as caught:
+        parse({key: 1})
+    assert "did you mean" not in str(caught.value)
+
+
+def test_keys_of_inductor_are_taken_as_torch_compile_takes_them() -> None:
+    """Dotted, private, with dashes."""
+    given = {"triton.cudagraphs": False, "_micro_pipeline_tp": False, "max-autotune": True, "fallback_random": True}
+    assert parse(given).inductor == {k.replace("-", "_"): v for k, v in given.items()}
 
 
 def test_mode_lite_is_a_value_error() -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx import GraphModule
 
 import peft_fx
-from peft_fx import compiling
+from peft_fx import compat, compiling
 from tests.oracle import assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, layers, mlp, trained_inputs
 from tests.spellings import NEAR_MISSES, SPELLINGS, Case, K, Stack, scale_right, x
@@ -200,6 +200,65 @@ def test_without_inputs_the_error_shows_the_call(compiled: bool) -> None:
     model = weight_form(Stack()) if compiled else Stack()
     with pytest.raises(TypeError, match=r"explain\(model, x\)"):
         peft_fx.explain(model)
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, or an embedding's indices as a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, input_ids: Any, scale: Any = 1.0, **other: Any) -> Tensor:
+        return self.table(input_ids).sum() * scale
+
+
+CALLS = [peft_fx.explain, peft_fx.estimate, peft_fx.check]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+@pytest.mark.parametrize("kind", [dict, tf.BatchEncoding], ids=["dict", "BatchEncoding"])
+def test_a_batch_whose_stars_were_forgotten(call: Callable[..., Any], kind: Callable[[dict], Any]) -> None:
+    """What to write is said, whatever it is that failed."""
+    given = kind({"input_ids": torch.tensor([[1, 2]]), "scale": 2.0})
+    with pytest.raises(TypeError, match=rf"{kind.__name__} as one argument.*write {call.__name__}\(model, \*\*batch\)"):
+        call(Named(), given)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_dictionary_that_the_model_takes(call: Callable[..., Any]) -> None:
+    """It may take one; and what fails for another reason is told as it is."""
+
+    class Taking(Named):
+        def forward(self, batch: dict[str, Tensor], fail: bool = False) -> Tensor:
+            return self.table(batch["wrong" if fail else "input_ids"]).square().mean()
+
+    given = {"input_ids": torch.tensor([[1, 2]])}
+    if call is not peft_fx.check:
+        call(Taking(), given)
+    with pytest.raises(Exception, match="wrong"):
+        call(Taking(), given, fail=True)
+
+
+@pytest.mark.parametrize("call", [peft_fx.explain, peft_fx.estimate], ids=["explain", "estimate"])
+def test_a_failure_of_a_graph_names_the_call(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the function that stands for the backend there; what failed is the cause."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("no such op")
+
+    monkeypatch.setattr(compat, "compile_fx", fail)
+    with pytest.raises(
+        RuntimeError, match=rf"^{call.__name__}\(\) failed .* NotImplementedError: no such op"
+    ) as caught:
+        call(Stack(), *x(2, 3, K)())
+    assert type(caught.value.__cause__) is NotImplementedError
+    assert "capture" not in str(caught.value)
+
+
+def test_estimate_without_inputs_shows_its_own_call() -> None:
+    with pytest.raises(TypeError, match=r"estimate\(model, x\)"):
+        peft_fx.estimate(Stack())
 
 
 def test_explain_before_and_after_agree() -> None:

@@ -329,6 +329,16 @@ def test_what_is_no_module(function: Callable[[Any], Any]) -> None:
         function(lambda x: x)
 
 
+@pytest.mark.parametrize("function", [peft_fx.prepare, peft_fx.restore, peft_fx.cures, peft_fx.loss_only])
+def test_what_is_compiled_already(function: Callable[[Any], Any]) -> None:
+    """As `loss_only` says it: the object that torch.compile returned is not the model. A layer inside may be one."""
+    model = Block()
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(\) takes a torch.nn.Module that is not yet compiled"):
+        function(torch.compile(model))
+    model.up = torch.compile(model.up)
+    function(model)
+
+
 # --------------------------------------------------------------------------------------------- the rest of PEFT's life
 
 

@@ -108,12 +108,13 @@ def test_resuming_a_trainer(tmp_path: Path) -> None:
     assert_all_rewritten(resumed.model)
 
 
-def test_accelerate_has_no_name_for_us() -> None:
-    """Once it has, README's and the examples' way in through `model.compile` is no longer the only one."""
-    from accelerate.utils import TorchDynamoPlugin
-
-    with pytest.raises(ValueError, match="PEFT_FX"):
-        TorchDynamoPlugin(backend="peft_fx")
+def test_accelerate_has_no_name_for_us(tmp_path: Path) -> None:
+    """Arguments that name us can be made, a Trainer of them cannot. Once it can, README's and the examples' way in
+    through `model.compile` is no longer the only one."""
+    args = arguments(tmp_path, torch_compile_backend="peft_fx")
+    assert args.torch_compile
+    with pytest.raises(ValueError, match="'PEFT_FX' is not a valid DynamoBackend"):
+        tf.Trainer(mlp(), args)
 
 
 # ----------------------------------------------------------------------------------------------------------------- TRL

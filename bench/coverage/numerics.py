@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from bench.coverage.adapters import NOISE, disturb
+from peft_fx.copying import Casts
 
 Run = dict[str, Tensor | None]
 WIDER = {
@@ -108,7 +108,7 @@ def _together(exact: Run, eager: Run, got: Run) -> list[tuple[Any, ...]]:
 
 def reference(model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Run:
     """The same step in float64."""
-    exact = copy.deepcopy(model).double()
+    exact = Casts(torch.float64)(model).double()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
