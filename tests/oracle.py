@@ -175,6 +175,11 @@ def stack(runs: list[Run]) -> Run:
     return Run(*lists, {name: over([r.params[name] for r in runs]) for name in runs[0].params})
 
 
+def pooled(draw: Callable[[int], tuple[Run, ...]], seeds: int = 8) -> list[Run]:
+    """The runs that `draw` makes of one seed, each over all seeds: for what one draw would decide by chance."""
+    return [stack(list(runs)) for runs in zip(*map(draw, range(seeds)), strict=True)]
+
+
 def gate(
     f: Callable,
     module: nn.Module,
@@ -190,11 +195,11 @@ def gate(
     The errors in one gradient are few and correlated: the ideal weight form, written by hand, reaches ratios of
     2 and more in single draws of a two-layer transformer. Pooled over `seeds` draws of the parameters: under 1.25.
     """
-    triples = []
-    for seed in range(seeds):
+
+    def once(seed: int) -> tuple[Run, ...]:
         shuffle(module, seed)
         ref = exact(module)
         ref64 = run(ref, ref, to_dtype(inputs, torch.float64), seed, draw)
-        triples.append((ref64, *(run(g, module, inputs, seed, draw) for g in (eager or module, f))))
-    pooled = (stack(list(runs)) for runs in zip(*triples, strict=True))
-    return assert_no_worse(*pooled, factor, resolution=resolution)
+        return ref64, *(run(g, module, inputs, seed, draw) for g in (eager or module, f))
+
+    return assert_no_worse(*pooled(once, seeds), factor, resolution=resolution)

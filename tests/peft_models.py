@@ -139,7 +139,8 @@ def roberta() -> tuple[nn.Module, dict]:
 
 
 def t5() -> tuple[nn.Module, dict]:
-    return tf.T5ForConditionalGeneration(t5_config(128, 256, 2)), {"input_ids": tokens(), "decoder_input_ids": tokens()}
+    """A layer of the encoder, a layer of the decoder."""
+    return tf.T5ForConditionalGeneration(t5_config(128, 256, 1)), {"input_ids": tokens(), "decoder_input_ids": tokens()}
 
 
 def vit() -> tuple[nn.Module, dict]:

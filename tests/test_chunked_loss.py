@@ -23,7 +23,7 @@ from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import aten
 from tests import joint, losses, peft_models
 from tests.losses import LOSSES, Head, K, T, V
-from tests.oracle import EAGER, assert_no_worse, exact, run, shuffle, stack, to_dtype
+from tests.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype
 from tests.strategies import same_at_every_run
 
 BF16 = torch.bfloat16
@@ -72,6 +72,14 @@ def test_loss_and_gradients_are_those_of_the_whole(name: str, head: str) -> None
     assert max(differences(case, graph, 1.5)) < 1e-14
 
 
+def under_scale(scale: float, module: nn.Module, args: Inputs, seed: int, *compiled: Callable) -> tuple[Run, ...]:
+    """In fp64 and compiled, with other parameters for each seed, and the loss times a scale."""
+    shuffle(module, seed)
+    ref = exact(module)
+    ref64 = run(ref, ref, to_dtype(args, torch.float64), [torch.tensor(scale, dtype=torch.float64)])
+    return ref64, *(run(f, module, args, [torch.tensor(scale)]) for f in compiled)
+
+
 @pytest.mark.parametrize(("name", "head"), CASES)
 def test_gradients_in_half_precision_are_no_worse(name: str, head: str) -> None:
     """Within 1.25 of the unchunked graph's own error, over draws of the parameters."""
@@ -81,13 +89,7 @@ def test_gradients_in_half_precision_are_no_worse(name: str, head: str) -> None:
         torch.compile(module, backend=peft_fx.backend, options=EAGER | {"peft_fx.chunk_loss": chosen})
         for chosen in (True, False)
     )
-    runs = []
-    for seed in range(6):
-        shuffle(module, seed)
-        ref = exact(module)
-        ref64 = run(ref, ref, to_dtype(args, torch.float64), [torch.ones((), dtype=torch.float64)])
-        runs.append((ref64, *(run(f, module, args, [torch.ones(())]) for f in (off, on))))
-    assert_no_worse(*(stack(list(column)) for column in zip(*runs, strict=True)))
+    assert_no_worse(*pooled(lambda seed: under_scale(1.0, module, args, seed, off, on), seeds=6))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +100,12 @@ def test_fp16_under_a_loss_scale_is_no_worse(name: str, codes: list[str]) -> Non
     """Of many tokens the mean's gradient would be too small for fp16, were it not for the scale: the loop's is that of
     a sum, and there is none where that cannot be."""
     module = Head(LOSSES[name]).half()
-    args, scale = losses.inputs((8, 512), torch.float16), 65536.0
+    args = losses.inputs((8, 512), torch.float16)
     on, off = (
         torch.compile(module, backend=peft_fx.backend, options=EAGER | {"peft_fx.chunk_loss": chosen})
         for chosen in (True, False)
     )
-    ref = exact(module)
-    ref64 = run(ref, ref, to_dtype(args, torch.float64), [torch.tensor(scale, dtype=torch.float64)])
-    assert_no_worse(ref64, *(run(f, module, args, [torch.tensor(scale)]) for f in (off, on)))
+    assert_no_worse(*pooled(lambda seed: under_scale(65536.0, module, args, seed, off, on), seeds=4))
     assert [r.code for r in peft_fx.explain(on).refusals] == codes
 
 

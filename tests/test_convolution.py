@@ -17,7 +17,7 @@ from tests import joint
 from tests.oracle import assert_bit_equal, gate, integers, run, weight_form
 from tests.spellings import frozen, trained
 
-CHANNELS, OUT, R = 6, 10, 2
+CHANNELS, OUT, R, S = 6, 10, 2, 2.0
 SETTINGS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {  # image, kernel, the rest
     "1d": ((33,), (5,), {"padding": 2}),
     "1d_dilated": ((33,), (3,), {"dilation": 4}),
@@ -31,19 +31,25 @@ cases = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 
 
 class ConvLora(nn.Module):
-    """As PEFT writes it; the adapter's first kernel reads the same windows as W, its second one position."""
+    """As PEFT writes it; the adapter's first kernel reads the same windows as W, its second one position.
+
+    ‖sAB‖ = ‖W‖/2, for the reason that `spellings.Lora` gives.
+    """
 
     def __init__(self, kernel: tuple[int, ...], windows: dict[str, Any], **adapter: Any):
         super().__init__()
         self.W, self.A = frozen(OUT, CHANNELS, *kernel, gain=0.3), trained(R, CHANNELS, *kernel, gain=0.3)
-        self.B = trained(OUT, R, *[1] * len(kernel), gain=0.5)
+        self.B = trained(OUT, R, *[1] * len(kernel))
+        with torch.no_grad():
+            delta = S * self.B.flatten(1) @ self.A.flatten(1)
+            self.B *= self.W.norm() / delta.norm() / 2
         self.bias = nn.Parameter(torch.randn(OUT), requires_grad=False)
         self.convolve = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[len(kernel)]
         self.windows, self.adapter = windows, windows | adapter
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.convolve(x, self.W, self.bias, **self.windows)
-        return base + self.convolve(self.convolve(x, self.A, **self.adapter), self.B) * 2.0
+        return base + self.convolve(self.convolve(x, self.A, **self.adapter), self.B) * S
 
 
 def make(setting: tuple[Any, ...], dtype: torch.dtype = torch.float64, **adapter: Any) -> tuple[ConvLora, Any]:

@@ -151,12 +151,18 @@ def test_inductor_has_the_bits_of_eager_ops() -> None:
 
 
 class Small(Lora):
-    """PEFT's casts, with ‖sAB‖ a given part of ‖W‖."""
+    """PEFT's casts, with ‖sAB‖ a given part of ‖W‖.
 
-    def __init__(self, size: int, ratio: float):
-        super().__init__(peft_casts, K=size, N=size, r=12)
+    W' has four million elements, which the noise of the smallest delta takes to average out, and few rows: reading it
+    by unit vectors is a product of K² · N, and CPUs without bf16 units multiply bf16 a hundred times slower than fp32.
+    """
+
+    K, N = 16, 2**18
+
+    def __init__(self, ratio: float):
+        super().__init__(peft_casts, K=self.K, N=self.N, r=12)
         with torch.no_grad():
-            self.W = nn.Parameter(frozen(size, size).bfloat16(), requires_grad=False)
+            self.W = nn.Parameter(frozen(self.K, self.N).bfloat16(), requires_grad=False)
             delta = self.s * self.A @ self.B
             self.B *= ratio * self.W.float().norm() / delta.norm()
 
@@ -172,8 +178,7 @@ def gain(f: Callable[[Tensor], Tensor], module: Small, x: Tensor) -> float:
 @pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_the_delta_arrives(ratio: float) -> None:
     """Dithered, all of it at any size; to nearest, no less than in PEFT's own form, which loses most of a small one."""
-    size = 2048
-    module, eye = Small(size, ratio), torch.eye(size, dtype=BF16)
+    module, eye = Small(ratio), torch.eye(Small.K, dtype=BF16)
     nearest = gain(weight_form(module), module, eye)
     torch._dynamo.reset()
     dithered = gain(weight_form(module, **DITHERED), module, eye)
