@@ -25,6 +25,9 @@ from torch._dynamo.convert_frame import input_codes
 
 # the backends whose `reset` torch._dynamo.reset() calls
 from torch._dynamo.eval_frame import OptimizedModule, cached_backends, reset_code
+
+# a compile that Dynamo aborts, to trace the same code again
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # graph breaks, by reason
@@ -78,6 +81,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OptimizedModule",
+    "RestartAnalysis",
     "ShapeEnv",
     "TracingContext",
     "V",
