@@ -115,10 +115,10 @@ def backend(
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
-    record = Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen)
+    record = record_of(gm, example_inputs, chosen)
     given = [t if isinstance(t, torch.nn.Parameter) else getattr(t, "_base", None) for t in example_inputs]
     try:
-        compiled = noting_calls(_lowered(gm, example_inputs, record), record)
+        compiled = noting_calls(lowered(gm, example_inputs, record), record)
     except compat.RestartAnalysis:
         raise  # the same code is traced again
     except compat.DynamicOutputShapeException:
@@ -134,7 +134,12 @@ def backend(
     return compiled
 
 
-def _lowered(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+def record_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Record:
+    """The record of a graph as Dynamo hands it over; nobody knows of it yet."""
+    return Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), options)
+
+
+def lowered(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
     """The graph compiled with our passes; where they fail, without them."""
     try:
         return _lower(gm, example_inputs, record.options, AdapterPass(record))  # type: ignore[no-any-return]
