@@ -129,21 +129,18 @@ def run(
     left = refusals(analysis, rows, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
     members = _refused_members(outcome.refusals, roles) | _members(found, analysis.flow)
-    ours: set[Node] = set()
-    outside = [g for g in analysis.groups if not any(g.product_node in region.nodes for region in found)]
-    candidates = [*_priced(found, analysis.flow, settings, hint, outcome)]
-    settled = _settled([*candidates, *_priced(outside, analysis.flow, settings, hint, outcome)], settings, regimes)
+    groups = [g for g in analysis.groups if not any(g.product_node in region.nodes for region in found)]
+    maps, sums = (_priced(one, analysis.flow, settings, hint, outcome) for one in (found, groups))
+    settled = _settled([*maps, *sums], settings, regimes)
     if found:
-        replaced = _decided(candidates, analysis.flow, regimes, outcome)
-        ours = set(rewrite(graph, rows, replaced, fake_mode, settings.rounding))
+        ours = set(rewrite(graph, rows, _decided(maps, analysis.flow, regimes, outcome), fake_mode, settings.rounding))
         added += ours
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
-    groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
-    groups = [g for g in groups if g.root not in ours]
-    candidates = _priced(groups, analysis.flow, settings, hint, outcome)
-    _settled([c for c in candidates if c[0].either.product_node not in settled], settings, regimes)
-    chosen = _decided(candidates, analysis.flow, regimes, outcome)
+        # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
+        groups = [g for g in analysis.groups if (g.backward or g.root in analysis.flow.forward) and g.root not in ours]
+        sums = _priced(groups, analysis.flow, settings, hint, outcome)
+        _settled([c for c in sums if c[0].either.product_node not in settled], settings, regimes)
+    chosen = _decided(sums, analysis.flow, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
     _log(outcome)

@@ -117,7 +117,7 @@ def test_regions_and_sums_are_settled_together(monkeypatch) -> None:
 
     def decide(machine: Any, forward: Any, grad: Any, *args: Any) -> price.Decision:
         shape = forward or grad
-        form = "weight" if shape.T >= (10 if shape.steps else 1000) else "activation"
+        form = "weight" if (10 if shape.steps else 1000) <= shape.T else "activation"
         return price.Decision(form, form if grad else "none", {}, "priced by hand")
 
     monkeypatch.setattr(price, "decide", decide)
