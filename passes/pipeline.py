@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -38,7 +38,6 @@ from peft_fx.passes.transients import read_in_place
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
-Found = TypeVar("Found", Group, Region)
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,18 @@ def run(
     left = refusals(analysis, rows, {p for region in found if not region.backward for p in region.row.trained})
     outcome.refusals = [r for r in left if r.name not in known] + refused
     members = _refused_members(outcome.refusals, roles) | _members(found, analysis.flow)
-    ours: set[Node] = set()
+    groups = [g for g in analysis.groups if not any(g.product_node in region.nodes for region in found)]
+    maps, sums = (_priced(one, analysis.flow, settings, hint, outcome) for one in (found, groups))
+    settled = _settled([*maps, *sums], settings, regimes)
     if found:
-        replaced = _decided(found, analysis.flow, settings, regimes, outcome)
-        ours = set(rewrite(graph, rows, replaced, fake_mode, settings.rounding))
+        ours = set(rewrite(graph, rows, _decided(maps, analysis.flow, regimes, outcome), fake_mode, settings.rounding))
         added += ours
         analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
-    # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
-    groups = [g for g in analysis.groups if not found or g.backward or g.root in analysis.flow.forward]
-    groups = [g for g in groups if g.root not in ours]
-    chosen = _decided(groups, analysis.flow, settings, regimes, outcome)
+        # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
+        groups = [g for g in analysis.groups if (g.backward or g.root in analysis.flow.forward) and g.root not in ours]
+        sums = _priced(groups, analysis.flow, settings, hint, outcome)
+        _settled([c for c in sums if c[0].either.product_node not in settled], settings, regimes)
+    chosen = _decided(sums, analysis.flow, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
     _log(outcome)
@@ -210,15 +211,26 @@ def _all_cheaper_as_written(outcome: Outcome, settings: Settings) -> bool:
     return priced and not weight and not outcome.refusals
 
 
-def _decided(found: Sequence[Found], flow: Flow, settings: Settings, regimes: Regimes, outcome: Outcome) -> list[Found]:
-    """Adds a site for each adapter to the outcome; those of its groups or regions that are to be in weight form."""
-    chosen: list[Found] = []
+def _priced(
+    found: Sequence[Group | Region], flow: Flow, settings: Settings, hint: Callable[[Size], int], outcome: Outcome
+) -> list[Candidate]:
+    """The adapters that groups or regions are of, but for those refused, each with what its price depends on."""
     refused = {r.name for r in outcome.refusals}
     adapters = [a for a in _adapters(found, flow) if a.either.site_name(flow) not in refused]
-    priced = [_Priced.of(adapter, flow, settings, regimes.hint) for adapter in adapters]
+    return [(adapter, _Priced.of(adapter, flow, settings, hint)) for adapter in adapters]
+
+
+def _settled(candidates: Sequence[Candidate], settings: Settings, regimes: Regimes) -> set[Node]:
+    """Settles the regimes that adapters are decided in; their base products, which tell them apart."""
     if settings.form == "auto":
-        regimes.settle((a.either.tokens, p.forms) for a, p in zip(adapters, priced, strict=True))
-    for adapter, prices in zip(adapters, priced, strict=True):
+        regimes.settle((adapter.either.tokens, prices.forms) for adapter, prices in candidates)
+    return {adapter.either.product_node for adapter, _ in candidates}
+
+
+def _decided(candidates: Sequence[Candidate], flow: Flow, regimes: Regimes, outcome: Outcome) -> list[Any]:
+    """Adds a site for each adapter to the outcome; those of its groups or regions that are to be in weight form."""
+    chosen: list[Any] = []
+    for adapter, prices in candidates:
         site, weight_form = _decide(adapter, flow, prices, regimes.tokens(adapter.either.tokens))
         outcome.sites.append(site)
         chosen += weight_form
@@ -323,6 +335,9 @@ class _Priced:
     def forms(self, T: int) -> tuple[str, str]:
         found = self.decision(T)
         return found.forward, found.input_grad
+
+
+Candidate = tuple[_Adapter, _Priced]
 
 
 def _decide(adapter: _Adapter, flow: Flow, priced: _Priced, T: int) -> tuple[Site, list[Any]]:

@@ -29,13 +29,15 @@ class Regimes:
     chosen: dict[Any, int] = field(default_factory=dict)
 
     def settle(self, adapters: Iterable[tuple[Size, Forms]]) -> None:
-        """Chooses the regime of each number of tokens that is no constant."""
-        by_tokens: dict[Any, list[Forms]] = {}
+        """Chooses the regime of each number of tokens that is no constant, for all of a graph's adapters at once. For
+        more of them later, in the regime that the graph is in by then."""
+        by_tokens: dict[Any, list[tuple[int, int]]] = {}
         for tokens, forms in adapters:
-            if not isinstance(tokens, int) and tokens not in self.chosen:
-                by_tokens.setdefault(tokens, []).append(forms)
+            if not isinstance(tokens, int):
+                by_tokens.setdefault(tokens, []).append(crossovers(forms))
         for tokens, found in by_tokens.items():
-            self.chosen[tokens] = self._regime(tokens, [crossovers(forms) for forms in found])
+            if tokens not in self.chosen or any(last < MOST for _, last in found):
+                self.chosen[tokens] = self._regime(tokens, found)
 
     def tokens(self, tokens: Size) -> int:
         return self.chosen[tokens] if tokens in self.chosen else self.hint(tokens)

@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
-import peft_fx
+from peft_fx import compat
 from peft_fx.compat import pytree
+from peft_fx.compiling import lowered, record_of
 from peft_fx.copying import Casts
-from peft_fx.explaining import explain
+from peft_fx.explaining import explain, unwrapped
 from peft_fx.gradients import left_as_it_was, named_loss
 from peft_fx.measuring import memory_of
-from peft_fx.options import PREFIX, parse
+from peft_fx.options import PREFIX, Options, parse
 from peft_fx.reports import Report
-from peft_fx.tracing import telling_of_a_batch
+from peft_fx.tracing import by_nothing_but, compiled_call, telling_of_a_batch
 
 EAGER, INDUCTOR, OURS = "eager", "Inductor", "peft_fx"
 GATE = 1.25  # an error over that of the same model without peft_fx
@@ -85,42 +89,105 @@ def check(model: nn.Module, *args: Any, options: Mapping[str, Any] | None = None
     what each keeps for backward and needs at its peak, and whether anything speaks against peft_fx. `options` are those
     of `torch.compile`, for both compiled forms. The loss is the output's `loss`, or the output itself where it is one
     number, else the mean square of all outputs. A model that draws random numbers, as dropout does, is judged as in
-    evaluation, because no two compilers draw alike; its bytes are those of training. The model, its gradients and the
-    random state are left as they were. Raises TypeError for what is no module, or has nothing to train; ValueError for
-    an unknown option. Costs four times the model's own memory in float32, and two or four compiles.
+    evaluation, because no two compilers draw alike; its bytes are those of training.
+
+    Each form is compiled for itself, whatever the model, or a module of it, was compiled with before. The model, what
+    it was compiled to, its gradients and the random state are left as they were. Raises TypeError for what is no
+    module, or has nothing to train; ValueError for an unknown option. Costs four times the model's own memory in
+    float32, and two or four compiles.
     """
+    model, _ = unwrapped(model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"check() needs a torch.nn.Module that is not compiled yet, not {type(model).__name__}")
+        raise TypeError(f"check() needs a torch.nn.Module, not {type(model).__name__}")
     if not any(p.requires_grad for p in model.parameters()):
         raise TypeError("check() needs a model with parameters to train: none of this one's requires a gradient")
-    parse(options)
+    chosen = parse(options)
     theirs = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    device = next(model.parameters()).device
     with left_as_it_was(model), telling_of_a_batch("check", model, args, kwargs):
         report = explain(model, *args, options=options, **kwargs)
-        draws = _draws(model, args, kwargs)
-
-        def compiled() -> dict[str, Callable[..., Any]]:
-            inductor = torch.compile(model, options=theirs or None)
-            ours = torch.compile(model, backend=peft_fx.backend, options=dict(options or {}))
-            return {EAGER: model, INDUCTOR: inductor, OURS: ours}
-
-        calls = compiled()
-        device = next(model.parameters()).device
-
-        def clear() -> None:
-            model.zero_grad(set_to_none=True)
-
-        memory = {n: memory_of(lambda f=f: _loss(f(*args, **kwargs)), clear, device) for n, f in calls.items()}  # type: ignore[misc]
-        if draws:
-            model.eval()
-        runs = {n: _run(f, model, args, kwargs) for n, f in calls.items()}
-        reference, truth = _reference(model, args, kwargs, runs[EAGER])
+        rows = {EAGER: Row(None), INDUCTOR: Row(_inductor(theirs)), OURS: Ours(chosen)}
+        memory, runs = {}, {}
+        with compat.forgetting(), compat.functorch_config.patch(enable_autograd_cache=False):
+            for name, row in rows.items():
+                with row.alone():
+                    memory[name] = memory_of(
+                        lambda row=row: _loss(row.call(model, args, kwargs)),  # type: ignore[misc]
+                        lambda: model.zero_grad(set_to_none=True),
+                        device,
+                    )
+            counts = {name: row.graphs for name, row in rows.items()}
+            with rows[EAGER].alone():
+                draws = _draws(model, args, kwargs)
+            if draws:
+                model.eval()
+            for name, row in rows.items():
+                with row.alone():
+                    runs[name] = _run(row.call, model, args, kwargs)
+            with rows[EAGER].alone():
+                reference, truth = _reference(model, args, kwargs, runs[EAGER])
     variants = tuple(_variant(n, run, truth, memory[n]) for n, run in runs.items())
-    problems = _problems(runs, truth, variants, report)
+    failures = [*dict.fromkeys([*report.failures, *rows[OURS].failures])]
+    problems = [*_left_out(counts, report), *_problems(runs, truth, variants, failures)]
     return Check(variants, reference, tuple(problems), _verdict(variants, problems, report), report)
 
 
 # -------------------------------------------------------------------------------------------------------------- running
+
+
+class Row:
+    """One way to run a model, by one compiler, or by none (None), alone: whatever the model, its modules or its class
+    were compiled with before, and whatever torch.compiler.set_stance says. `graphs` is how many were compiled."""
+
+    def __init__(self, compiler: Callable[..., Any] | None):
+        self.graphs = 0
+        self.failures: list[str] = []
+
+        def backend(gm: GraphModule, example_inputs: list[Any]) -> Any:
+            assert compiler is not None
+            self.graphs += 1
+            return compiler(gm, example_inputs)
+
+        # a function of its own: Dynamo keeps what it compiles by its backend
+        self.backend = None if compiler is None else backend
+        self.call: Callable[..., Any] = _call if compiler is None else compiled_call(backend)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Around all of a step: what is checkpointed is called again in backward."""
+        return by_nothing_but(self.backend)
+
+
+class Ours(Row):
+    """The backend itself, without a record that `explain` would tell of, and whatever PEFT_FX_DISABLE says."""
+
+    def __init__(self, options: Options):
+        def compiler(gm: GraphModule, example_inputs: list[Any]) -> Any:
+            record = record_of(gm, example_inputs, options)
+            compiled = lowered(gm, example_inputs, record)
+            self.failures += [record.failure] if record.failure else []
+            return compiled
+
+        super().__init__(compiler)
+
+
+def _inductor(options: dict[str, Any]) -> Callable[..., Any]:
+    """What torch.compile hands graphs to, by itself."""
+    compiled: Any = torch.compile(nn.Identity(), options=options or None)
+    found: Callable[..., Any] = compat.innermost_backend(compiled.dynamo_ctx.callback)
+    return found
+
+
+def _call(model: Any, args: Any, kwargs: Any) -> Any:
+    return model(*args, **kwargs)
+
+
+def _left_out(graphs: dict[str, int], report: Report) -> list[str]:
+    """Rows that are not what they are called."""
+    return [
+        f"{name} compiled {graphs[name]} of the {report.graphs} graphs of this model, and the rest ran in eager mode"
+        for name in (INDUCTOR, OURS)
+        if graphs[name] < report.graphs
+    ]
 
 
 @dataclass(frozen=True)
@@ -134,7 +201,7 @@ class Run:
 def _run(call: Callable[..., Any], model: nn.Module, args: Any, kwargs: Any) -> Run:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(SEED)
-    loss = _loss(call(*args, **kwargs))
+    loss = _loss(call(model, args, kwargs))
     loss.backward()  # type: ignore[no-untyped-call]
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
@@ -166,13 +233,32 @@ def _draws(model: nn.Module, args: Any, kwargs: Any) -> bool:
     return any(not torch.equal(a, b) for a, b in zip(before, states(), strict=True))
 
 
+class Widening(TorchFunctionMode):
+    """Makes casts to any float dtype casts to one: a reference is not coarse because a model calls `logits.float()`."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func, args = Tensor.to, (args[0], self.dtype)
+
+        def widened(x: Any) -> Any:
+            return self.dtype if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+        args, kwargs = pytree.tree_map(widened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def _reference(model: nn.Module, args: Any, kwargs: Any, eager: Run) -> tuple[str, Run]:
     """The same model in float64; in float32 where that fails, as on a device without it; else eager's own numbers."""
     for dtype in (torch.float64, torch.float32):
         try:
             casts = Casts(dtype)
             exact = casts(model).to(dtype)
-            found = _run(exact, exact, *casts((args, kwargs)))
+            with Widening(dtype):
+                found = _run(_call, exact, *casts((args, kwargs)))
             same = all((g is None) == (eager.gradients[name] is None) for name, g in found.gradients.items())
             if found.loss.dtype == dtype and torch.isfinite(found.loss) and same:
                 return str(dtype).removeprefix("torch."), found
@@ -207,8 +293,8 @@ def _off(got: Tensor, exact: Tensor) -> float:
     return off / size if size else off
 
 
-def _problems(runs: dict[str, Run], truth: Run, variants: tuple[Variant, ...], report: Report) -> list[str]:
-    found = [f"peft_fx failed on a graph, which Inductor then compiled as it was: {f}" for f in report.failures]
+def _problems(runs: dict[str, Run], truth: Run, variants: tuple[Variant, ...], failures: list[str]) -> list[str]:
+    found = [f"peft_fx failed on a graph, which Inductor then compiled as it was: {f}" for f in failures]
     eager, ours = runs[EAGER], runs[OURS]
     for name, want in eager.gradients.items():
         got = ours.gradients[name]

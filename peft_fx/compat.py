@@ -4,6 +4,7 @@ their canary."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -20,15 +21,21 @@ from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 # limits of recompiling, which explain() may pass
 from torch._dynamo import config as dynamo_config
 
+# what compiles backward as it runs, where a user wants that
+from torch._dynamo.compiled_autograd import _disable as without_compiled_autograd
+
 # which code objects Dynamo has compiled, and forgetting one: explain() leaves no trace
 from torch._dynamo.convert_frame import input_codes
 
 # the backends whose `reset` torch._dynamo.reset() calls; what torch.compile and torch.compiler.disable make of a module
 from torch._dynamo.eval_frame import DisableContext, OptimizedModule, cached_backends, reset_code
 
-# what is raised where a backend raises
-from torch._dynamo.exc import BackendCompilerFailed
+# what is raised where a backend raises, and where Dynamo aborts a compile, to trace the same code again
+from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis
 from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+# the sizes that each code object has met, by which Dynamo makes them dynamic
+from torch._dynamo.pgo import get_code_state
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
@@ -83,6 +90,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OptimizedModule",
+    "RestartAnalysis",
     "ShapeEnv",
     "TracingContext",
     "V",
@@ -114,6 +122,7 @@ __all__ = [
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",
+    "without_compiled_autograd",
 ]
 
 
@@ -235,11 +244,15 @@ def same_memory(x: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def forgetting() -> Iterator[None]:
-    """What Dynamo compiled inside the block never answers after it; what was compiled before still does."""
+    """What Dynamo compiled inside the block never answers after it; what was compiled before still does. Nor does it
+    know of the sizes that it met there."""
     before = {code: cache_entries(code) for code in _codes()}
+    sizes = copy.deepcopy(get_code_state())
     try:
         yield
     finally:
+        get_code_state().clear()
+        get_code_state().update(sizes)
         for code in _codes():
             known = before.get(code, [])
             if not known:

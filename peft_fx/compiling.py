@@ -16,7 +16,7 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,8 +46,10 @@ class PassError(Exception):
 @dataclass
 class Record:
     """One graph that Dynamo handed us: enough to run the passes on it again, and what they found; not `lowered` where
-    AOTAutograd turned it away. `grad` and `autocast` are what it was traced under, `calls` the parameters, by position,
-    of each module that it has run for: Dynamo runs one graph for all layers that are alike."""
+    AOTAutograd or Inductor turned it away. `grad` and `autocast` are what it was traced under, `calls` the parameters,
+    by position, of each module that it has run for: Dynamo runs one graph for all layers that are alike.
+
+    `compiled` is what Dynamo was given to call, and lets go of with the code that calls it; `ran` is whether it did."""
 
     graph_module: GraphModule
     inputs: list[Any]
@@ -57,6 +59,8 @@ class Record:
     outcomes: list[pipeline.Outcome] = field(default_factory=list)
     failure: str = ""
     lowered: bool = True
+    compiled: Callable[[], Any] = lambda: None
+    ran: bool = False
     autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
     calls: list[dict[int, Callable[[], Any]]] = field(default_factory=list)
     resets: int = field(default_factory=lambda: _resets)
@@ -67,6 +71,16 @@ class Record:
         devices = sorted({t.device.type for t in inputs if isinstance(t, torch.Tensor)} | {"cpu"})
         autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices if d != "meta"]
         return cls(gm, inputs, roles, options, torch.is_grad_enabled(), autocast=autocast)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the graph can be called, or was there to be when Dynamo forgot all of them; or was turned away.
+
+        Dynamo may start a compile again from within the backend or behind it: a graph of an aborted try is let go of
+        without having run once.
+        """
+        forgotten = self.ran and self.resets < _resets
+        return not self.lowered or forgotten or self.compiled() is not None
 
     @functools.cached_property
     def settings(self) -> pipeline.Settings:
@@ -103,20 +117,47 @@ def backend(
     chosen = parse(options, mode)
     if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
         return _lower(gm, example_inputs, chosen, None)
-    record = Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), chosen)
+    record = record_of(gm, example_inputs, chosen)
     given = [t if isinstance(t, torch.nn.Parameter) else getattr(t, "_base", None) for t in example_inputs]
-    for parameter in {id(p): p for p in given if isinstance(p, torch.nn.Parameter)}.values():
-        _records.setdefault(parameter, []).append(record)
     try:
-        return noting_calls(_lower(gm, example_inputs, chosen, AdapterPass(record)), record)
-    except PassError as error:
-        record.failure = str(error)
-        warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=2)
-        log.debug("the pass failed", exc_info=error.__cause__)
-        return _lower(copy_of(record.graph_module), example_inputs, chosen, None)
+        compiled = noting_calls(lowered(gm, example_inputs, record), record)
+    except compat.RestartAnalysis:
+        raise  # the same code is traced again
     except compat.DynamicOutputShapeException:
         record.lowered = False  # Dynamo goes on op by op
+        _note(record, given)
         raise
+    except Exception as error:  # with suppress_errors, the code runs in eager mode
+        record.lowered, record.outcomes = False, []
+        record.failure = f"the compile failed, {type(error).__name__}: {error}"
+        _note(record, given)
+        raise
+    _note(record, given)
+    return compiled
+
+
+def record_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Record:
+    """The record of a graph as Dynamo hands it over; nobody knows of it yet."""
+    return Record.of(copy_of(gm), _fake(gm, example_inputs), roles_of(gm, example_inputs), options)
+
+
+def lowered(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> Callable[..., Any]:
+    """The graph compiled with our passes; where they fail, without them."""
+    try:
+        return _lower(gm, example_inputs, record.options, AdapterPass(record))  # type: ignore[no-any-return]
+    except PassError as error:
+        record.failure = str(error)
+        warnings.warn(f"peft_fx left a graph to Inductor untouched: {record.failure}", RuntimeWarning, stacklevel=3)
+        log.debug("the pass failed", exc_info=error.__cause__)
+        return _lower(copy_of(record.graph_module), example_inputs, record.options, None)  # type: ignore[no-any-return]
+
+
+def _note(record: Record, tensors: Iterable[Any]) -> None:
+    """Adds a record to those of the parameters among a graph's inputs, in the place of what failed or is gone."""
+    with _noting:
+        for p in {id(p): p for p in tensors if isinstance(p, torch.nn.Parameter)}.values():
+            others = [r for r in _records.get(p, []) if r.is_told and not (r.failure and not r.lowered)]
+            _records[p] = [*(r for r in others if r is not record), record]
 
 
 def _reset() -> None:
@@ -129,40 +170,38 @@ backend.reset = _reset  # type: ignore[attr-defined]
 
 
 def noting_calls(compiled: Callable[..., Any], record: Record) -> Callable[..., Any]:
-    """The compiled graph, which notes the parameters of each module that it runs for."""
+    """The compiled graph, which notes that it runs, and the parameters of each module that it runs for."""
     static = [i for i, role in record.roles.items() if role.static]
-    if not static:
-        return compiled
-    first = min(static, key=lambda i: not record.roles[i].trainable)  # a frozen weight may be shared
+    first = sorted(static, key=lambda i: not record.roles[i].trainable)[:1]  # a frozen weight may be shared
     known = compat.WeakIdKeyDictionary()
 
-    def note(args: Sequence[Any]) -> None:
+    def note(first: torch.Tensor, args: Sequence[Any]) -> None:
+        parameters = {i: args[i] for i in static if isinstance(args[i], torch.nn.Parameter)}
         with _noting:
-            if args[first] in known:
+            if first in known:
                 return
-            known[args[first]] = True
-            parameters = {i: args[i] for i in static if isinstance(args[i], torch.nn.Parameter)}
+            known[first] = True
             record.calls.append({i: weakref.ref(p) for i, p in parameters.items()})
-            for p in parameters.values():
-                others = _records.setdefault(p, [])
-                if not any(record is other for other in others):
-                    others.append(record)
+        _note(record, parameters.values())
 
     @functools.wraps(compiled)
     def run(*args: Any) -> Any:
-        if args[first] not in known:
-            note(args)
+        record.ran = True
+        for i in first:
+            if args[i] not in known:
+                note(args[i], args)
         return compiled(*args)
 
+    record.compiled = weakref.ref(run)
     return run
 
 
 def records_of(model: torch.nn.Module) -> list[Record]:
-    """The graphs compiled for a model's parameters since the last torch._dynamo.reset() between two of them, oldest
-    first."""
+    """The graphs compiled for a model's parameters that can still be called, oldest first; those that could be before a
+    torch._dynamo.reset(), until something is compiled after it."""
     found: dict[int, Record] = {}
     for parameter in parameters_of(model):
-        found |= {id(r): r for r in _records.get(parameter, [])}
+        found |= {id(r): r for r in _records.get(parameter, []) if r.is_told}
     latest = max((r.resets for r in found.values()), default=0)
     return [r for r in found.values() if r.resets == latest]
 

@@ -236,7 +236,8 @@ def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: O
         breaks = [f"{b}\n  {hint}" for b in breaks]
     if not traced and not breaks:
         raise RuntimeError("Dynamo traced no graph of this call: is the model disabled for torch.compile?")
-    return _combine([(_told_of(r, known), kept) for r, kept in traced], breaks)
+    told = [(_told_of(r, known), kept) for r, kept in traced if r.ran or not r.lowered]  # others are aborted tries
+    return _combine(told, breaks)
 
 
 def _report_of(records: list[Record], model: torch.nn.Module) -> Report:

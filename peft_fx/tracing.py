@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -88,6 +88,24 @@ class Ghosts(Copies):
         return alias
 
 
+@contextlib.contextmanager
+def by_nothing_but(backend: Any) -> Iterator[None]:
+    """What is called inside the block is compiled by this backend, or by none (None), whatever a model, its modules or
+    the functions that it calls were compiled with before, and whatever the stance: they are compiled anew."""
+    limits = compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)
+    stance = "force_eager" if backend is None else "default"
+    with limits, torch.compiler.set_stance(stance, force_backend=backend), compat.without_compiled_autograd():
+        yield
+
+
+def compiled_call(backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
+    """What calls a model with arguments and keywords, compiled by a backend in code of its own: the model's own code
+    gets no compiled version of it."""
+    call = FunctionType(_call.__code__.replace(), globals())
+    compiled: Callable[..., Any] = torch.compile(call, backend=backend, dynamic=dynamic)
+    return compiled
+
+
 def call_compiled(
     model: Any,
     args: tuple[Any, ...],
@@ -96,12 +114,11 @@ def call_compiled(
     caller: str,
     dynamic: bool | None = None,
 ) -> Any:
-    """The output of a call compiled by a backend, in code of its own: the model's own code gets no compiled version
-    of it. A failure of the backend is a RuntimeError of the `caller`'s."""
-    call = FunctionType(_call.__code__.replace(), globals())
-    with compat.dynamo_config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
+    """The output of a call compiled by a backend, and by no other. A failure of the backend is a RuntimeError of the
+    `caller`'s."""
+    with by_nothing_but(backend):
         try:
-            return torch.compile(call, backend=backend, dynamic=dynamic)(model, args, kwargs)
+            return compiled_call(backend, dynamic)(model, args, kwargs)
         except compat.BackendCompilerFailed as error:
             why = error.inner_exception
             raise RuntimeError(f"{caller}() failed on a graph of this call: {type(why).__name__}: {why}") from why

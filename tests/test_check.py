@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_fx
 from peft_fx.passes import rewrite
@@ -58,13 +62,20 @@ def test_a_model_that_is_fine(dtype: torch.dtype) -> None:
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in module.named_parameters())
 
 
-def test_a_wrong_rewrite_is_told() -> None:
+@contextlib.contextmanager
+def wrong() -> Iterator[None]:
+    """A rule broken: W' is too large by a hundredth."""
     real = rewrite.Rewriter._merge
 
     def merge(self: Any, weight: Any, inner: Any, terms: Any, dtype: Any) -> Any:
         return self.build.call(torch.ops.aten.mul.Tensor, real(self, weight, inner, terms, dtype), 1.01)
 
     with patch.object(rewrite.Rewriter, "_merge", merge):
+        yield
+
+
+def test_a_wrong_rewrite_is_told() -> None:
+    with wrong():
         found = peft_fx.check(Lora(linear), x().requires_grad_(), options=WEIGHT)
     assert not found.ok
     assert any("the loss errs" in p for p in found.problems)
@@ -102,3 +113,170 @@ def test_what_cannot_be_checked() -> None:
         peft_fx.check(nn.Linear(4, 4).requires_grad_(False), torch.randn(3, 4))
     with pytest.raises(ValueError, match="no option"):
         peft_fx.check(nn.Linear(4, 4), torch.randn(3, 4), options={"peft_fx.what": 1})
+
+
+# --------------------------------------------------------------------------------------------- whatever was done before
+
+OURS = {"backend": "peft_fx", "options": WEIGHT}
+WIDTH = 32
+
+
+class Two(nn.Module):
+    """Two layers, each called in one way."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x)) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList(Lora(linear, WIDTH, WIDTH) for _ in range(2)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(self.how(layer, x))
+        return x
+
+
+def broken(layer: nn.Module, x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return layer(x)
+
+
+def ran(f: Callable[..., Tensor], rows: int = 40) -> None:
+    f(torch.randn(rows, WIDTH)).sum().backward()
+
+
+def plain() -> nn.Module:
+    return Two()
+
+
+def compiled_before() -> nn.Module:
+    model = Two()
+    ran(torch.compile(model, **OURS))
+    return model
+
+
+def compiled_itself() -> Any:
+    model = torch.compile(Two(), **OURS)
+    ran(model)
+    return model
+
+
+def in_place(how: Callable[[nn.Module, Tensor], Tensor] = lambda layer, x: layer(x), runs: bool = True) -> nn.Module:
+    model = Two(how)
+    model.compile(**OURS)
+    if runs:
+        ran(model)
+    return model
+
+
+def layer_by_layer() -> nn.Module:
+    model = Two(broken)
+    for layer in model.layers:
+        layer.compile(**OURS)
+    ran(model)
+    return model
+
+
+def layers_replaced() -> nn.Module:
+    model = Two(broken)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = torch.compile(layer, **OURS)
+    ran(model)
+    return model
+
+
+def function_inside() -> nn.Module:
+    model = Two(torch.compile(lambda layer, x: layer(x), **OURS))
+    ran(model)
+    return model
+
+
+def checkpointed() -> nn.Module:
+    """Called again in backward, layers compiled one by one."""
+    model = Two(functools.partial(checkpoint, use_reentrant=False))
+    for layer in model.layers:
+        layer.compile(**OURS)
+    ran(model)
+    return model
+
+
+def class_compiled() -> nn.Module:
+    class Own(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    Own.forward = torch.compile(Own.forward, **OURS)
+    model = Own()
+    ran(model)
+    return model
+
+
+def hooked() -> nn.Module:
+    model = Two()
+    model.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    model.layers[0].register_forward_hook(lambda module, args, y: y + 1)
+    model.layers[1].register_full_backward_hook(lambda module, dx, dy: (dx[0] * 3,))
+    model.compile(**OURS)
+    ran(model)
+    return model
+
+
+def partly_disabled() -> nn.Module:
+    model = Two()
+    model.layers[1] = torch.compiler.disable(model.layers[1])
+    ran(torch.compile(model, **OURS))
+    return model
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def out_of_recompiles() -> nn.Module:
+    model = in_place(broken)
+    for rows in (5, 6, 7, 8):
+        ran(model, rows)
+    return model
+
+
+MADE = [
+    plain,
+    compiled_before,
+    compiled_itself,
+    in_place,
+    functools.partial(in_place, broken),
+    functools.partial(in_place, runs=False),
+    layer_by_layer,
+    layers_replaced,
+    function_inside,
+    checkpointed,
+    class_compiled,
+    hooked,
+    partly_disabled,
+    out_of_recompiles,
+]
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "force_eager": lambda: torch.compiler.set_stance("force_eager"),
+    "eager_on_recompile": lambda: torch.compiler.set_stance("eager_on_recompile"),
+    "fail_on_recompile": lambda: torch.compiler.set_stance("fail_on_recompile"),
+    "force_backend": lambda: torch.compiler.set_stance("default", force_backend="eager"),
+    "switched_off": lambda: patch.dict("os.environ", PEFT_FX_DISABLE="1"),
+    "compiled_autograd": lambda: torch._dynamo.compiled_autograd._enable(torch.compile(**OURS)),
+}
+
+
+def seen(make: Callable[[], Any]) -> tuple[bool, bool]:
+    """Whether nothing speaks against a model, with the rules as they are, and with one broken."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, given = make(), torch.randn(200, WIDTH)
+    right = peft_fx.check(model, given, options=WEIGHT)
+    with wrong():
+        return right.ok, peft_fx.check(model, given, options=WEIGHT).ok
+
+
+@pytest.mark.parametrize("make", MADE, ids=lambda f: getattr(f, "__name__", str(f)))
+def test_what_was_compiled_before_is_not_what_is_checked(make: Callable[[], Any]) -> None:
+    assert seen(make) == (True, False)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_around_the_check_is_not_what_is_checked(name: str) -> None:
+    model = in_place()
+    with AROUND[name]():
+        assert seen(lambda: model) == (True, False)

@@ -244,3 +244,28 @@ def test_forgetting_keeps_what_was_there() -> None:
     compiled(torch.zeros(2))
     assert counter.frame_count == 1
     assert entries(f) == 1
+
+
+def test_forgetting_keeps_no_sizes() -> None:
+    """A size met inside the block is not one that changed after it."""
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    sizes = []
+    with compat.forgetting():
+        torch.compile(f, backend="eager")(torch.zeros(2))
+    torch.compile(f, backend=lambda gm, inputs: sizes.extend(map(type, inputs[0].shape)) or gm)(torch.zeros(3))
+    assert sizes == [int]
+
+
+def test_without_compiled_autograd_is_without() -> None:
+    """Backward is compiled around the block, and not inside it."""
+    counter = CompileCounter()
+    x = torch.ones(2, requires_grad=True)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=counter)):
+        with compat.without_compiled_autograd():
+            x.sum().backward()
+        assert counter.frame_count == 0
+        x.sum().backward()
+    assert counter.frame_count == 1

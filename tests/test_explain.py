@@ -383,6 +383,24 @@ def test_a_model_compiled_in_place_is_explained() -> None:
     assert told(peft_fx.explain(model)) == told(want)
 
 
+def test_what_was_compiled_before_does_not_answer() -> None:
+    """A call is traced as it is, in place and behind a break too, and whatever the stance."""
+
+    class Broken(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.up(x))
+            torch._dynamo.graph_break()
+            return self.down(h)
+
+    model, inputs = Broken(), x(2, 17, K)()
+    want = peft_fx.explain(model, *inputs, options=WEIGHT)
+    model.compile(backend=lambda gm, inputs: pytest.fail("another backend was called"))
+    for stance in ("default", "force_eager", "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            report = peft_fx.explain(model, *inputs, options=WEIGHT)
+        assert (report.graphs, told(report)) == (2, told(want))
+
+
 def test_training_and_evaluation_with_dropout() -> None:
     """lora_dropout is refused in training and nothing at all in evaluation."""
     model = adapt(mlp(), lora_dropout=0.1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import regimes
+from peft_fx.passes import price, regimes
 from peft_fx.passes.regimes import MOST, Regimes, crossovers
 from tests.spellings import frozen, trained
 
@@ -98,6 +98,48 @@ def test_a_model_has_three_graphs():
     assert between
     assert between == [between[0]] * len(between)
     assert graphs == 3
+
+
+class Both(nn.Module):
+    """A layer whose outputs are scaled and a layer with a sum of terms."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        self.W = nn.Parameter(frozen(width, width), requires_grad=False)
+        self.v, self.layer = trained(width, 1), LoRA(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu((x @ self.W) * self.v[:, 0]))
+
+
+def test_regions_and_sums_are_settled_together(monkeypatch) -> None:
+    """One crosses over at 10 tokens, the other at 1000: the graph knows of both, and is what `explain` tells."""
+
+    def decide(machine: Any, forward: Any, grad: Any, *args: Any) -> price.Decision:
+        shape = forward or grad
+        form = "weight" if (10 if shape.steps else 1000) <= shape.T else "activation"
+        return price.Decision(form, form if grad else "none", {}, "priced by hand")
+
+    monkeypatch.setattr(price, "decide", decide)
+    model = Both()
+    batches = [torch.randn(T, 64) for T in (5, 500, 2000, 9, 10, 999, 1000)]
+    found, graphs = served(model, batches)
+    assert found == [said(model, x) for x in batches]
+    assert len(found[0]) == 2
+    assert len(set(map(tuple, found))) == graphs == 3
+
+
+def test_adapters_found_later_leave_what_was_decided() -> None:
+    """They bring guards of their own, and none where they do not change."""
+    guards: list[int] = []
+    regimes = Regimes(lambda size: 500, lambda size, n: guards.append(n) or n <= 500)
+    regimes.settle([("T", switching(10)), ("T", switching(1000))])
+    assert regimes.tokens("T") == 100
+    regimes.settle([("T", switching(0))])
+    assert regimes.tokens("T") == 100
+    regimes.settle([("T", switching(300))])
+    assert regimes.tokens("T") == 500
+    assert {10, 300, 1000} <= set(guards)
 
 
 def switching(at: int) -> Callable[[int], tuple[str, str]]:
