@@ -59,6 +59,10 @@ class Machine:
         known: dict[torch.dtype, Speed] = dict(self.speeds)
         return known.get(dtype) or min(known.values(), key=lambda s: s.peak)
 
+    def has_units_of(self, dtype: torch.dtype) -> bool:
+        """Whether it multiplies a dtype of half precision sooner than float32."""
+        return self.speed(dtype).peak > self.speed(torch.float32).peak
+
     def product(self, m: int, k: int, n: int, dtype: torch.dtype, batch: int = 1) -> float:
         """Seconds of a product [m,k]·[k,n], `batch` times in one kernel."""
         speed = self.speed(dtype)

@@ -196,12 +196,8 @@ def _held_in(u: Node, dy: Node, machine: Machine) -> torch.dtype:
     multiplies fp32 sooner than these, and of fp16, as the sum may leave its range where the gradient that is made of it
     does not."""
     dtype = finer(value(_uncast(u)).dtype, value(dy).dtype)
-    mixed = dtype == torch.bfloat16 and (value(u).device.type in MIXED or _is_slow(dtype, machine))
+    mixed = dtype == torch.bfloat16 and (value(u).device.type in MIXED or not machine.has_units_of(dtype))
     return torch.float32 if mixed or dtype == torch.float16 else dtype
-
-
-def _is_slow(half: torch.dtype, machine: Machine) -> bool:
-    return machine.speed(half).peak < machine.speed(torch.float32).peak
 
 
 def _multiplied_in(u: Node, dy: Node, machine: Machine) -> torch.dtype:
