@@ -128,8 +128,8 @@ def _afforded(
         by_product.setdefault((one.u, one.dy), []).append(one)
     priced = []
     for (u, dy), ones in by_product.items():
-        K, M = (int(shape(n)[-1]) for n in (u, dy))
-        seconds = _seconds(machine, hint(numel(shape(u))) // K, K, M, u, dy)
+        K, M = (hint(shape(n)[-1]) for n in (u, dy))
+        seconds = _seconds(machine, hint(numel(shape(u))) // max(1, K), K, M, u, dy)
         seconds -= sum(_instead(machine, one, hint, keep) for one in ones)
         priced.append((seconds, sum(map(keep.bytes, {one.read for one in ones})), ones))
     left = budget.seconds
