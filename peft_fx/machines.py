@@ -139,10 +139,16 @@ def probed(device: torch.device) -> Machine:
     known = _stored(path, device) or _probes.get(name)
     if known is not None:
         return known
-    machine = probe(f"probed {name}")
-    if doubt := implausible(machine):
+    try:
+        machine = probe(f"probed {name}")
+        doubt = implausible(machine)
+    except RuntimeError as error:
+        doubt = str(error)
+    if doubt:
         log.debug("a probe of this CPU is not believed: %s", doubt)
         machine = table_entry(device)
+    elif other := _stored(path, device):  # of a process that was quicker
+        machine = other
     else:
         with contextlib.suppress(OSError):
             store(machine, device, path)

@@ -33,15 +33,24 @@ STORED, RANK = 1024, 8  # sides of a product that does little but store
 
 
 def probe(name: str) -> Machine:
-    """A CPU's constants under a name. Takes some 50 ms, draws no random number and keeps no memory."""
-    found: list[Machine] = []
+    """A CPU's constants under a name. Takes some 50 ms, draws no random number and keeps no memory. RuntimeError where
+    the CPU lacks something that it runs."""
+    found: list[Machine | Exception] = []
     threads = torch.get_num_threads()
-    thread = threading.Thread(target=lambda: found.append(_measured(name, threads)), name="peft_fx-probe")
+
+    def run() -> None:
+        try:
+            found.append(_measured(name, threads))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="peft_fx-probe")
     thread.start()
     thread.join()
-    if not found:
-        raise RuntimeError("the probe of this CPU failed")
-    return found[0]
+    (result,) = found
+    if isinstance(result, Exception):
+        raise RuntimeError(f"the probe of this CPU failed: {result}") from result
+    return result
 
 
 def _measured(name: str, threads: int) -> Machine:

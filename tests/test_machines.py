@@ -386,6 +386,26 @@ def test_a_cpu_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peft_fx.explain(Adapted(), torch.randn(4, 8)).sites[0].reason.endswith("on A")
 
 
+def test_the_quicker_of_two_processes_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both, where they probe at the same time."""
+    probes(monkeypatch)
+    monkeypatch.setattr(machines, "probe", lambda name: machines.store(A, CPU, machines.path_of(CPU, "probe")) or B)
+    assert [machines.found(CPU), machines.found(CPU)] == [A, A]
+
+
+def test_a_probe_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a CPU on which a dtype has no product: the table's closest machine."""
+
+    def measured(*given: Any) -> Machine:
+        raise NotImplementedError("addmm_impl_cpu_ not implemented for 'Half'")
+
+    monkeypatch.setattr(machines, "probed", PROBED)
+    monkeypatch.setattr(probing, "_measured", measured)
+    with pytest.raises(RuntimeError, match="probe of this CPU failed: addmm"):
+        probing.probe("this")
+    assert machines.found(CPU) == machines.table_entry(CPU)
+
+
 def test_a_folder_that_takes_nothing_costs_one_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """In each process."""
     asked = probes(monkeypatch, A, B)
