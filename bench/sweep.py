@@ -94,7 +94,7 @@ def sweep(request: dict[str, Any], say: Callable[[str], None]) -> Row:
     layer = Layer(**request["layer"])
     steps: dict[str, Step] = {}
     cells = []
-    for regime in _regimes(layer, request["tokens"]):
+    for regime in _regimes(layer, request["tokens"], Machine.from_dict(request["machine"])):
         for name in VARIANTS:
             say(f"compiling {name}")
             again = name == "inductor again"
@@ -107,11 +107,12 @@ def sweep(request: dict[str, Any], say: Callable[[str], None]) -> Row:
     return {"cells": cells}
 
 
-def _regimes(layer: Layer, tokens: Sequence[int]) -> list[list[int]]:
+def _regimes(layer: Layer, tokens: Sequence[int], machine: Machine) -> list[list[int]]:
     """T in groups for which the graphs are the same: a bf16 x is read in place where T is many times the rank."""
     if layer.dtype == "fp32":
         return [list(tokens)]
-    long = [price.reads_in_place(T, min(layer.K, layer.N), layer.r) for T in tokens]
+    bf16, fp32 = torch.bfloat16, torch.float32
+    long = [price.reads_in_place(machine, T, min(layer.K, layer.N), layer.r, bf16, fp32) for T in tokens]
     found = [[T for T, is_long in zip(tokens, long, strict=True) if is_long == which] for which in (False, True)]
     return [regime for regime in found if regime]
 

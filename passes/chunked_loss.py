@@ -41,6 +41,7 @@ from peft_fx.passes.nodes import (
     tensor_arg,
     value,
 )
+from peft_fx.passes.price import rounds_twice
 from peft_fx.passes.regimes import AtLeast
 from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, treatment
@@ -151,7 +152,7 @@ def _has_loss(graph: Graph, logits: Node) -> bool:
 @dataclass(frozen=True)
 class Plan:
     """The sizes of the logits `[rows, vocabulary]`, and the number of chunks; `row_bytes` are those of one row's logits
-    and its gradient."""
+    and its gradient. `twice` as in `price.rounds_twice`."""
 
     name: str
     rows: Size
@@ -161,6 +162,7 @@ class Plan:
     dtype: torch.dtype
     row_bytes: int
     chunks: int
+    twice: bool
 
     @classmethod
     def of(cls, logits: Node, flow: Flow, machine: Machine, hint: Callable[[Size], int], worth: float) -> Plan:
@@ -174,7 +176,7 @@ class Plan:
         count = chunks(T, k, V, dtype, row + single, machine, worth)
         if not isinstance(rows, int):
             count = chunks(max(T, 1 << 20), k, V, dtype, row + single, machine, worth)
-        return cls(name, rows, T, V, max(k, V / 2), dtype, row, count)
+        return cls(name, rows, T, V, max(k, V / 2), dtype, row, count, rounds_twice(machine, dtype))
 
     def described(self, loop: Loop, flow: Flow) -> ChunkedLoss:
         before = self.hinted * self.row_bytes
@@ -547,7 +549,7 @@ class _Rewriter:
             kwargs = torch.fx.map_arg(node.kwargs, inside)
             target = aten.reshape.default if node.target is aten.view.default else node.target
             if how.rows is None:
-                addends[node] = _addends(build, target, args, kwargs)
+                addends[node] = _addends(build, target, args, kwargs, self.plan.twice)
             else:
                 made[node] = self._forward(build.call(target, *args, **kwargs))
         build.like = None
@@ -608,11 +610,13 @@ class _Rewriter:
         return self.build.call(aten.sym_size.int, source, i)
 
 
-def _addends(build: Builder, target: Any, args: Any, kwargs: Any) -> list[Node]:
+def _addends(build: Builder, target: Any, args: Any, kwargs: Any, twice: bool) -> list[Node]:
     """A chunk's sum over rows, of half precision unrounded: the sum of all chunks is rounded once."""
     wide = WIDE.get(value(args[0]).dtype)
     if wide is not None and target is aten.mm.default:
-        return exact_products(build, *args)
-    if wide is not None and target is not aten.bmm.default:
+        if twice:
+            return exact_products(build, *args)
+        args = tuple(build.cast(a, wide) for a in args)
+    elif wide is not None and target is not aten.bmm.default:
         args = (build.cast(args[0], wide), *args[1:])
     return [build.call(target, *args, **kwargs)]

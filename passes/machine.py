@@ -59,6 +59,10 @@ class Machine:
         known: dict[torch.dtype, Speed] = dict(self.speeds)
         return known.get(dtype) or min(known.values(), key=lambda s: s.peak)
 
+    def has_units_of(self, dtype: torch.dtype) -> bool:
+        """Whether it multiplies a dtype of half precision sooner than float32."""
+        return self.speed(dtype).peak > self.speed(torch.float32).peak
+
     def product(self, m: int, k: int, n: int, dtype: torch.dtype, batch: int = 1) -> float:
         """Seconds of a product [m,k]·[k,n], `batch` times in one kernel."""
         speed = self.speed(dtype)
@@ -71,6 +75,10 @@ class Machine:
     def one_pass(self, bytes_: int) -> float:
         """Seconds of reading and writing so many bytes in one kernel."""
         return bytes_ / self.bandwidth + self.launch
+
+    def at_once(self) -> Machine:
+        """The same device if nothing took any time to start."""
+        return replace(self, launch=0.0, speeds=tuple((d, replace(s, start=0.0)) for d, s in self.speeds))
 
     def with_tf32(self) -> Machine:
         """The same device where float32 products may run in TF32."""
@@ -112,19 +120,21 @@ def _gpu(
     return Machine(name, speeds, bandwidth * 1e12, launch * 1e-6, tf32=tf32 * 1e12)
 
 
-def _cpu() -> Machine:
-    """Two cores of a server that multiplies bfloat16 as such, measured product by product and rounded."""
+def cpu(name: str, rates: tuple[float, float, float, float], bandwidth: float, stores: float) -> Machine:
+    """Rates in TFLOP/s, bfloat16's, float16's, float32's and float64's, and in GB/s."""
+    bf16, fp16, fp32, fp64 = (rate * 1e12 for rate in rates)
     speeds = (
-        (torch.bfloat16, Speed(0.38e12, start=12e-6, inner=4, outer=10)),
-        (torch.float16, Speed(0.005e12, inner=4, outer=10)),
-        (torch.float32, Speed(0.14e12, inner=4, outer=14)),
-        (torch.float64, Speed(0.07e12, inner=4, outer=14)),
+        (torch.bfloat16, Speed(bf16, start=12e-6, inner=4, outer=10)),
+        (torch.float16, Speed(fp16, inner=4, outer=10)),
+        (torch.float32, Speed(fp32, inner=4, outer=14)),
+        (torch.float64, Speed(fp64, inner=4, outer=14)),
     )
-    return Machine("cpu", speeds, bandwidth=25e9, launch=2e-6, stores=8e9, mixed=False)
+    return Machine(name, speeds, bandwidth * 1e9, launch=2e-6, stores=stores * 1e9, mixed=False)
 
 
-# GPUs: dense peaks of the makers' data sheets, times 0.7 for what large products reach of them. More cores of a CPU
-# move all of its rates alike, and the choice little; other families are for `calibrate`.
+# GPUs: dense peaks of the makers' data sheets, times 0.7 for what large products reach of them. CPUs: two cores of a
+# server, one that multiplies bfloat16 as such and one that does not, measured product by product and rounded. More
+# cores move all of their rates alike, and the choice little; what other CPUs are like is found by a probe.
 MACHINES: Mapping[str, Machine] = {
     m.name: m
     for m in (
@@ -136,14 +146,42 @@ MACHINES: Mapping[str, Machine] = {
         _gpu("rtx3090", 50, 25, 0.4, 0.84, 4, tf32=25),
         _gpu("t4", 45, 5.6, 0.18, 0.29, 5),
         _gpu("cuda", 100, 15, 0.5, 0.8, 5),
-        _cpu(),
+        cpu("cpu", (0.38, 0.005, 0.14, 0.07), 25, 8),
+        cpu("avx2", (0.0026, 0.0026, 0.1, 0.05), 25, 5),
     )
 }
 
 
+WIDE = {"AVX512", "SVE256", "SVE"}  # CPUs that mostly multiply bfloat16 as such, as PyTorch names what they can
+SAME = 1.25  # tensor cores multiply float64 as quickly as others float32
+
+
 def table_entry(device: torch.device) -> Machine:
     """The known machine of a device, by the name its driver gives; the closest class for an unknown one."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return MACHINES["cuda" if device.type == "cuda" else "cpu"]
+    if device.type != "cuda":
+        return MACHINES["cpu" if torch.backends.cpu.get_cpu_capability() in WIDE else "avx2"]
+    if not torch.cuda.is_available():
+        return MACHINES["cuda"]
     name = torch.cuda.get_device_name(device).lower().replace(" ", "").replace("geforce", "")
     return next((m for key, m in MACHINES.items() if key in name), MACHINES["cuda"])
+
+
+def implausible(machine: Machine) -> str:
+    """What of a measurement no device is like, in words, or nothing: then it was disturbed.
+
+    Half precision may be slower than float32 by a hundred, where it is not multiplied as such. But nothing multiplies
+    float64 sooner than float32, and between the slowest device and the fastest there are limits.
+    """
+    fp32, fp64 = (machine.speed(d).peak for d in (torch.float32, torch.float64))
+    if fp64 > SAME * fp32:
+        return f"float64 ({fp64 / 1e12:.3g} TFLOP/s) multiplied sooner than float32 ({fp32 / 1e12:.3g})"
+    stores = machine.stores or machine.bandwidth
+    for what, rate, unit, (low, high) in (
+        ("products in float32", fp32, "FLOP/s", (1e9, 1e16)),
+        ("a pass over memory", machine.bandwidth, "B/s", (5e8, 1e14)),
+        ("a product's stores", stores, "B/s", (1e8, 1e14)),
+        ("kernels a second", 1 / machine.launch if machine.launch else 1e6, "", (5e3, 1e9)),
+    ):
+        if not low <= rate <= high:
+            return f"{what}: {rate:.3g} {unit}".strip()
+    return ""

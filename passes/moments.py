@@ -23,6 +23,7 @@ from peft_fx.passes.affine import Row, Rows, Token, in_order, plain
 from peft_fx.passes.algebra import MANTISSA, Size, finer
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.keep import Keep
+from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import CAST, CASTS, COPIES, RESHAPES, SUMS, aten, is_tensor, numel, shape, tensor_arg, value
 from peft_fx.passes.replay import Diagonal, Replay, Value
 from peft_fx.passes.rewrite import Builder, erase_unused
@@ -53,6 +54,14 @@ class Contraction:
         return self.node.target is aten.mm.default
 
 
+@dataclass(frozen=True)
+class Budget:
+    """Seconds that making G may cost in all, and what a GB less that is kept is worth besides."""
+
+    seconds: float
+    worth: float = 0.0
+
+
 @dataclass
 class Moments:
     """What was done: the nodes added, those among them that read activations, and the weights whose products are not
@@ -69,10 +78,12 @@ def from_moments(
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
     without: Callable[[], Keep],
+    machine: Machine,
+    budget: Budget | None = None,
     lossy: bool = False,
     dense: bool = False,
 ) -> Moments:
-    """Replaces such gradients in place, where that pays beside what is kept `without`.
+    """Replaces such gradients in place, where that pays beside what is kept `without`, and within a `budget`.
 
     A `lossy` policy keeps less than that: what it keeps of a matrix's input is read, not made again by a product; and a
     layer's result is not kept for a vector. `dense` does so wherever it can be done.
@@ -89,21 +100,63 @@ def from_moments(
         pays = dense or (not at_hand and _pays(one, rows.of[one.source].width, hint, keep))
         if pays and not (one.is_matrix and lossy):
             chosen[one.node] = one
+    if budget is not None and not (dense or lossy):
+        chosen = _afforded(chosen, budget, machine, hint, keep)
     alone = list(chosen.values())
-    more = [_shared(m, alone, rows, hint) for m in met if m[0] not in chosen and not lossy]
+    more = [_shared(m, alone, rows, hint, machine) for m in met if m[0] not in chosen and not lossy]
     chosen |= {one.node: one for one in more if one is not None}
     made: dict[Any, Node] = {}
     weights: set[Node] = set()
     for node in [n for n in graph.nodes if n in chosen]:  # the first one makes what others share
         one = chosen[node]
         with graph.inserting_before(node):
-            new = build.laid_out(_Gradient(build, rows, one, made).gradient(), value(node).stride())
+            new = build.laid_out(_Gradient(build, rows, one, made, machine).gradient(), value(node).stride())
         node.replace_all_uses_with(new)
         erase_unused(graph, node)
         row = rows.of[one.read]
         is_input = one.source is row.source or not rows.of[one.source].products
         weights |= (row.frozen or row.trained) if is_input else set()
     return Moments(build.added, frozenset(made.values()), frozenset(weights))
+
+
+def _afforded(
+    chosen: dict[Node, Contraction], budget: Budget, machine: Machine, hint: Callable[[Size], int], keep: Keep
+) -> dict[Node, Contraction]:
+    """Those that may be made: by turns the one that saves most bytes in a second, while the budget lasts."""
+    by_product: dict[Any, list[Contraction]] = {}
+    for one in chosen.values():
+        by_product.setdefault((one.u, one.dy), []).append(one)
+    priced = []
+    for (u, dy), ones in by_product.items():
+        K, M = (hint(shape(n)[-1]) for n in (u, dy))
+        seconds = _seconds(machine, hint(numel(shape(u))) // max(1, K), K, M, u, dy)
+        seconds -= sum(_instead(machine, one, hint, keep) for one in ones)
+        priced.append((seconds, sum(map(keep.bytes, {one.read for one in ones})), ones))
+    left = budget.seconds
+    made: set[Node] = set()
+    for seconds, saved, ones in sorted(priced, key=lambda p: p[0] / max(1, p[1])):
+        cost = seconds - budget.worth * saved / 1e9
+        if cost <= left:
+            left -= max(0.0, cost)
+            made.update(one.node for one in ones)
+    return {node: one for node, one in chosen.items() if node in made}
+
+
+def _seconds(machine: Machine, T: int, K: int, M: int, u: Node, dy: Node) -> float:
+    """Of G = uᵀ·dy, and of a pass over it beside as large a weight."""
+    held = _held_in(u, dy, machine)
+    seconds = machine.product(K, T, M, _multiplied_in(u, dy, machine)) + machine.one_pass(2 * K * M * held.itemsize)
+    own = finer(value(_uncast(u)).dtype, value(dy).dtype)
+    copied = T * (K + M) * (own.itemsize + held.itemsize) if held != own and not machine.mixed else 0
+    return seconds + (machine.one_pass(copied) if copied else 0.0)
+
+
+def _instead(machine: Machine, one: Contraction, hint: Callable[[Size], int], keep: Keep) -> float:
+    """Seconds of what reads all tokens otherwise."""
+    if not one.is_matrix:
+        return machine.one_pass(keep.bytes(one.read))
+    (m, k), n = map(hint, shape(tensor_arg(one.node, 0))), hint(shape(one.node)[1])
+    return machine.product(m, k, n, value(one.node).dtype)
 
 
 def _by_itself(met: Met, rows: Rows, narrow: int | None) -> Contraction | None:
@@ -116,7 +169,9 @@ def _by_itself(met: Met, rows: Rows, narrow: int | None) -> Contraction | None:
     return Contraction(node, read, other, source, origin, source, origin)
 
 
-def _shared(met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[Size], int]) -> Contraction | None:
+def _shared(
+    met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[Size], int], machine: Machine
+) -> Contraction | None:
     """A matrix's gradient both of whose operands are computed from what a vector's G is made of, where that costs
     less than what it reads of all tokens."""
     node, read, other = met
@@ -126,7 +181,8 @@ def _shared(met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[S
             continue
         if (rows.of[read].source, rows.of[other].source) != (rows.of[source].source, rows.of[origin].source):
             continue
-        if finer(_held_in(one.u, one.dy), value(node).dtype) != _held_in(one.u, one.dy):
+        held = _held_in(one.u, one.dy, machine)
+        if finer(held, value(node).dtype) != held:
             continue  # G rounds what the gradient does not: where u and dy are bf16, and a product of theirs is
         if _leads_to(source, read, rows) and _is_linear(node, origin, other, rows):
             K, N = (int(shape(n)[-1]) for n in (source, origin))
@@ -135,12 +191,19 @@ def _shared(met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[S
     return None
 
 
-def _held_in(u: Node, dy: Node) -> torch.dtype:
-    """The dtype of G: that of the finer one; fp32 where a device has products of half-precision matrices in fp32, and
-    of fp16, as the sum may leave its range where the gradient that is made of it does not."""
+def _held_in(u: Node, dy: Node, machine: Machine) -> torch.dtype:
+    """The dtype of G: that of the finer one; fp32 where a device has products of half-precision matrices in fp32, or
+    multiplies fp32 sooner than these, and of fp16, as the sum may leave its range where the gradient that is made of it
+    does not."""
     dtype = finer(value(_uncast(u)).dtype, value(dy).dtype)
-    mixed = dtype == torch.float16 or (dtype == torch.bfloat16 and value(u).device.type in MIXED)
-    return torch.float32 if mixed else dtype
+    mixed = dtype == torch.bfloat16 and (value(u).device.type in MIXED or not machine.has_units_of(dtype))
+    return torch.float32 if mixed or dtype == torch.float16 else dtype
+
+
+def _multiplied_in(u: Node, dy: Node, machine: Machine) -> torch.dtype:
+    """The dtype of what is multiplied for G: that of u and dy where the device's products give a wider one."""
+    dtype = finer(value(_uncast(u)).dtype, value(dy).dtype)
+    return dtype if value(u).device.type in MIXED else _held_in(u, dy, machine)
 
 
 def _is_linear(node: Node, origin: Node, other: Node, rows: Rows) -> bool:
@@ -256,8 +319,8 @@ def _leads_to(source: Node, read: Node, rows: Rows) -> bool:
 class _Gradient:
     """One gradient from G."""
 
-    def __init__(self, build: Builder, rows: Rows, found: Contraction, made: dict[Any, Node]):
-        self.build, self.rows, self.found, self.made = build, rows, found, made
+    def __init__(self, build: Builder, rows: Rows, found: Contraction, made: dict[Any, Node], machine: Machine):
+        self.build, self.rows, self.found, self.made, self.machine = build, rows, found, made, machine
         self.dtype = price.merge_dtype(value(found.source).dtype)
         if found.is_matrix:  # a product in fp64 takes longer than what it is instead of
             self.dtype = finer(torch.float32, value(found.node).dtype)
@@ -337,7 +400,7 @@ class _Gradient:
         return self.build.cast(self.made[key], self.dtype)
 
     def _over_tokens(self, u: Node, dy: Node) -> Node:
-        held = _held_in(self.found.u, self.found.dy)
+        held = _held_in(self.found.u, self.found.dy, self.machine)
         if value(u).dtype == held:
             return self.build.call(aten.mm.default, u, dy)
         if value(u).device.type in MIXED:

@@ -23,7 +23,7 @@ from peft_fx.passes.identities import without_detours, without_identities
 from peft_fx.passes.keep import Keep
 from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
-from peft_fx.passes.moments import Moments, from_moments
+from peft_fx.passes.moments import Budget, Moments, from_moments
 from peft_fx.passes.notation import scale_of, written
 from peft_fx.passes.parts import Wholes
 from peft_fx.passes.policies import POLICIES
@@ -38,6 +38,7 @@ from peft_fx.passes.transients import read_in_place
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
+UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more than the forms save
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Settings:
 @dataclass
 class Outcome:
     """What was found in one graph and done to it: `factored` is whether vectors were taken out of sums, `rebuilt` how
-    many values backward makes again; `seconds` is the time of the passes themselves."""
+    many values backward makes again; `spare` are the seconds of a step, by the price, that the forms save and that are
+    too few to notice; `seconds` is the time of the passes themselves."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -69,6 +71,7 @@ class Outcome:
     inputs: list[KeptInput] = field(default_factory=list)
     factored: bool = False
     rebuilt: int = 0
+    spare: float = 0.0
     seconds: float = 0.0
 
 
@@ -187,12 +190,15 @@ def _for_backward(
 
     if default and settings.adapter_grad != "low_rank":
         dense = settings.adapter_grad == "dense"
-        moments = from_moments(graph, Flow(graph, roles), fake_mode, hint, analysed, is_lossy, dense)
+        priced = settings.form == "auto" and (outcome.sites or outcome.refusals)
+        budget = Budget(outcome.spare, settings.memory_weight) if priced else None
+        flow = Flow(graph, roles)
+        moments = from_moments(graph, flow, fake_mode, hint, analysed, settings.machine, budget, is_lossy, dense)
         added += moments.added
     compressed = lossy(analysed()) if is_lossy else None
     added += compressed.added if compressed else []
     if default and not _all_cheaper_as_written(outcome, settings):
-        added += read_in_place(graph, Flow(graph, roles), fake_mode, hint)
+        added += read_in_place(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
     weights = {members.get(p, roles[p].name) for p in moments.weights}
     outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
     keep = analysed(compressed.rebuilt if compressed else frozenset())
@@ -233,6 +239,7 @@ def _decided(candidates: Sequence[Candidate], flow: Flow, regimes: Regimes, outc
     for adapter, prices in candidates:
         site, weight_form = _decide(adapter, flow, prices, regimes.tokens(adapter.either.tokens))
         outcome.sites.append(site)
+        outcome.spare += prices.spare(regimes.tokens(adapter.either.tokens))
         chosen += weight_form
     return chosen
 
@@ -331,6 +338,13 @@ class _Priced:
         now = max(1, next(s.T for s in (self.forward, self.grad) if s))
         forward, grad = (s and replace(s, T=s.T * T // now) for s in (self.forward, self.grad))  # a stride has two
         return price.decide(settings.machine, forward, grad, self.training, settings.form, in_place)
+
+    def spare(self, T: int) -> float:
+        """Seconds that the forms save at so many tokens, and the part of the layer's own products' that is no loss."""
+        found = self.decision(T)
+        written = next(v for k, v in found.seconds.items() if WEIGHT not in k)
+        own = sum(price.base(self.settings.machine, s).seconds for s in (self.forward, self.grad) if s)
+        return written - found.seconds[found.forward, found.input_grad] + UNNOTICED * own
 
     def forms(self, T: int) -> tuple[str, str]:
         found = self.decision(T)

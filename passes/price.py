@@ -38,6 +38,7 @@ from peft_fx.passes.machine import Machine
 
 FORMS = ("weight", "activation")
 IN_PLACE = 16  # an activation is read in place by products of a rank that is a sixteenth of its sides at most
+COPIES = 1.5  # and where that takes at most so much longer than copies, whose memory it saves
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
 
 
@@ -166,29 +167,47 @@ def reads(machine: Machine, s: Shape, in_place: bool) -> Price:
     """
     total = Price()
     for (k, r), *rest in s.terms:
-        if not rest:
-            continue
-        here = in_place and reads_in_place(s.T, k, r)
-        for m, inner, narrow in ((s.T, k, k * r), (k, s.T, s.T * r)):
-            if here:
-                results = 1 if machine.mixed else 2
-                for _ in range(results):
-                    total += product(machine, m, inner, 2 * r, s.base_dtype, s.batch)
-                # the narrow factor is split in two, and the results' halves are added up
-                size = s.adapter_dtype.itemsize
-                total += one_pass(machine, s.batch * narrow * (size + 2 * s.base_dtype.itemsize))
-                total += one_pass(machine, s.batch * m * r * size * (1 + results))
-            else:
-                total += product(machine, m, inner, r, s.adapter_dtype, s.batch)
-        if not here:
-            total += one_pass(machine, s.batch * s.T * k * (s.base_dtype.itemsize + s.adapter_dtype.itemsize))
+        if rest:
+            here = in_place and reads_in_place(machine, s.T, k, r, s.base_dtype, s.adapter_dtype)
+            total += (_pairs if here else _copies)(machine, s.T, k, r, s.base_dtype, s.adapter_dtype, s.batch)
     return total
 
 
-def reads_in_place(m: int, k: int, r: int) -> bool:
-    """Whether products of rank r read an activation [m,k] in place: as pairs they are twice as wide, or four times.
-    Those of rank one Inductor fuses with the copy."""
-    return r > 1 and IN_PLACE * r <= min(m, k)
+def _pairs(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype, batch: int = 1) -> Price:
+    """Both products of an activation [T,k] with r columns, each with a pair of narrow factors in the place of one."""
+    total, results = Price(), 1 if m.mixed else 2
+    for rows, inner, narrow in ((T, k, k * r), (k, T, T * r)):
+        for _ in range(results):
+            total += product(m, rows, inner, 2 * r, half, batch)
+        # the narrow factor is split in two, and the results' halves are added up
+        total += one_pass(m, batch * narrow * (wide.itemsize + 2 * half.itemsize))
+        total += one_pass(m, batch * rows * r * wide.itemsize * (1 + results))
+    return total
+
+
+def _copies(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype, batch: int = 1) -> Price:
+    """The same from a copy in the adapter's dtype."""
+    total = product(m, T, k, r, wide, batch) + product(m, k, T, r, wide, batch)
+    return total + one_pass(m, batch * T * k * (half.itemsize + wide.itemsize))
+
+
+def reads_in_place(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether products of rank r read an activation [T,k] in place: as pairs they are twice as wide, or four times.
+    Those of rank one Inductor fuses with the copy.
+
+    What a kernel takes to start says nothing of it: where that is much, the activation is small, and so is all that
+    there is to be lost. What does is how fast a machine multiplies either dtype.
+    """
+    if r < 2 or IN_PLACE * r > min(T, k):
+        return False
+    at_once = m.at_once()
+    return _pairs(at_once, T, k, r, half, wide).seconds <= COPIES * _copies(at_once, T, k, r, half, wide).seconds
+
+
+def rounds_twice(m: Machine, half: torch.dtype) -> bool:
+    """Whether an unrounded product of two half-precision matrices is had as one rounded to their dtype and a second one
+    of what that lacks, on a machine that gives no wider results: else it is that of copies."""
+    return m.mixed or 2 / m.speed(half).peak <= COPIES / m.speed(torch.float32).peak
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ read as it lies: `dyᵀ·z` is the transpose of `zᵀ·dy`, which a vector's gra
 is fp32 where a device multiplies half-precision matrices into fp32 (CUDA, XPU). A CPU rounds it, so there what the
 rounded result lacks is computed as a second one, `y + (x16·F - y)`: 16 bits again. Products that the model's own
 outputs need are left alone, and so is fp16: it lacks the range of what was written in fp32, small gradients and scaled
-ones.
+ones. And so are all of them on a machine that multiplies bf16 much slower than fp32, as most CPUs do: there the copy is
+made, in backward and for the moment.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
     CAST,
     LAYOUTS,
@@ -51,15 +53,16 @@ MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices tha
 
 
 def read_in_place(
-    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int]
+    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int], machine: Machine
 ) -> list[Node]:
-    """Rewrites every such product in place, those that read the same tensor in one product; returns the nodes added."""
+    """Rewrites every such product in place, those that read the same tensor in one product, where the machine does not
+    multiply copies much sooner; returns the nodes added."""
     reader, build = Reader(graph), Builder(graph, fake_mode)
     groups: dict[Any, list[_Copying]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is not aten.mm.default or node in flow.forward:
             continue
-        found = _copying(reader, flow, node, True, hint) or _copying(reader, flow, node, False, hint)
+        found = _copying(reader, flow, node, True, hint, machine) or _copying(reader, flow, node, False, hint, machine)
         if found is not None:
             groups[found.key].append(found)
     for members in groups.values():
@@ -117,7 +120,9 @@ class _Copying:
         return narrow.factors, narrow.scale, None if self.outside else self.vector
 
 
-def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int]) -> _Copying | None:
+def _copying(
+    reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int], machine: Machine
+) -> _Copying | None:
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
     copied, other = (a, b) if left else (b, a)
     read, vector, number, flipped = _without_vector(copied, flow)
@@ -130,7 +135,7 @@ def _copying(reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
     is_copy = is_copy and torch.finfo(source.precision).tiny <= torch.finfo(dtype).tiny
     m, k, rank = (hint(n) for n in (*shape(copied), shape(other)[-1 if left else 0]))
-    if not is_copy or not reads_in_place(m, k, rank):
+    if not is_copy or not reads_in_place(machine, m, k, rank, source.precision, dtype):
         return None
     narrow = reader.term(other, Layout(1, shape(other)[-1]))
     return _Copying(node, left, source, term.scale * Scale(number), narrow, vector, flipped == left)

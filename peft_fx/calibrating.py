@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tabulate import tabulate
 
 from peft_fx import machines
 from peft_fx.measuring import clock_of
-from peft_fx.passes.machine import DTYPES, Machine, Speed
+from peft_fx.passes.machine import DTYPES, Machine, Speed, implausible
 from peft_fx.terminal import Say, progress
 
 Run = Callable[[], object]
@@ -27,7 +30,8 @@ user's cache directory ({folder}; PEFT_FX_CACHE_DIR names another). From then on
 wherever the device, its threads and the minor version of PyTorch are the same. Compiled code of other constants is not
 used again.
 
-Each number is the fastest of several runs: other processes can only make one slower. But leave the machine alone.
+Each number is the fastest of several runs, taken by turns: other processes can only make one slower. Where they do so
+all the time, which the runs tell, or the numbers are those of no device, nothing is stored. So leave the machine alone.
 """
 EPILOG = """\
 examples:
@@ -36,7 +40,7 @@ examples:
   python -m peft_fx calibrate --device cuda --output a100.json
         to a file: for torch.compile(..., options={"peft_fx.machine": "a100.json"}) and --machine a100.json elsewhere
 
-exit status: 0; 2 where there is no such device, or the result cannot be stored
+exit status: 0; 1 where other work disturbed it; 2 where there is no such device, or the result cannot be stored
 """
 LARGE = {"cpu": 512, "cuda": 8192}  # side of the square products that give a dtype's peak
 WIDE = {"cpu": (1024, 512), "cuda": (8192, 4096)}  # T and K of the narrow ones
@@ -44,7 +48,20 @@ RANKS = (4, 16)
 SMALL = ((16, 512, 32), (32, 16, 512), (512, 16, 32), (64, 64, 64))  # products that take no longer than to start
 STORED = {"cpu": 2048, "cuda": 8192}  # side of the result of one that does little but store it
 PASS = {"cpu": 1 << 24, "cuda": 1 << 28}  # elements added in a pass through memory
-SECONDS = 0.25  # of each measurement
+SECONDS = 0.05  # of each measurement in a round
+KERNELS = 100  # started one after another
+ROUNDS, MOST = 5, 20  # of all measurements, by turns: as many as it takes for the numbers to settle
+SETTLED = 1.3  # a quarter of the rounds come so near to the best
+
+
+REST = (
+    "Something else uses the machine: try again while it rests, or leave it to the probe that is made where there is "
+    "no calibration."
+)
+
+
+class Disturbed(Exception):
+    """The numbers are not the device's; the text says how that can be told."""
 
 
 def add_command(commands: Any) -> None:
@@ -62,8 +79,8 @@ def add_command(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and stores each device; returns the exit status, 2 where there is no GPU to measure, or no place to
-    store."""
+    """Measures and stores each device; returns the exit status: 1 where the numbers are worth nothing, 2 where there is
+    no GPU to measure, or no place to store."""
     wanted = [args.device] if args.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if "cuda" in wanted and not torch.cuda.is_available():
         print("There is no GPU here that PyTorch can use.", file=sys.stderr)
@@ -73,8 +90,12 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for device in map(torch.device, wanted):
         path = args.output or machines.path_of(device)
-        with progress(f"measuring {machines.described(device)}", steps=len(DTYPES) + 2) as say:
-            machine = measure(device, say)
+        try:
+            with progress(f"measuring {machines.described(device)}") as say:
+                machine = measure(device, say)
+        except Disturbed as why:
+            print(f"Nothing is stored: {why}. {REST}", file=sys.stderr)
+            return 1
         print(f"\n{machine.name}\n\n{table(machine)}\n")
         try:
             machines.store(machine, device, path)
@@ -107,48 +128,119 @@ def table(machine: Machine) -> str:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What is timed: `make` gives a run of it, with its operands; `tf32` whether products of float32 may be in that."""
+
+    key: Key
+    make: Callable[[], Run]
+    tf32: bool = False
+
+
 def measure(device: torch.device, say: Say = lambda text: None) -> Machine:
-    """The constants of a device, by products and passes of a few sizes."""
-    say("memory")
-    bandwidth, launch, stores = _bandwidth(device), _launch(device), _stores(device)
-    speeds = []
-    with _products_in(tf32=False):
-        for name, dtype in DTYPES.items():
-            say(name)
-            speeds.append((dtype, _speed(device, dtype, launch)))
-    tf32 = 0.0
-    say("TF32")
+    """The constants of a device, by products and passes of a few sizes. Raises Disturbed where they are not its own."""
+    taken = timed(quantities(device), device, say)
+    machine = machine_of({key: min(seconds) for key, seconds in taken.items()}, device)
+    key, found = max(((key, spread(seconds)) for key, seconds in taken.items()), key=lambda pair: pair[1])
+    if found > SETTLED:
+        what = " ".join(key)
+        raise Disturbed(f"most runs of one thing ({what}) took more than {found:.1f} times what the quickest took")
+    if doubt := implausible(machine):
+        raise Disturbed(f"no device is like that, {doubt}")
+    return machine
+
+
+def quantities(device: torch.device) -> list[Quantity]:
+    """Of memory; and of each dtype a large product, what small ones take, and narrow ones, in all the ways that an
+    adapter multiplies."""
+    n = STORED[device.type]
+    found = [
+        Quantity(("memory",), partial(_pass, device)),
+        Quantity(("kernels",), partial(_kernels, device)),
+        Quantity(("stores",), partial(_product, device, torch.float32, n, 8, n)),
+    ]
+    for name, dtype in DTYPES.items():
+        found.append(Quantity((name, "large"), partial(_large, device, dtype)))
+        found.append(Quantity((name, "small"), partial(_small, device, dtype)))
+        for way, r in itertools.product(WAYS, RANKS):
+            found.append(Quantity((name, way, str(r)), partial(_narrow, device, dtype, way, r)))
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        with _products_in(tf32=True):
-            tf32 = _peak(device, torch.float32)
+        found.append(Quantity(("float32", "TF32"), partial(_large, device, torch.float32), tf32=True))
+    return found
+
+
+def timed(quantities: Sequence[Quantity], device: torch.device, say: Say) -> dict[Key, list[float]]:
+    """Seconds of each in every round. What disturbs the machine for a while disturbs a round of all, not all of one."""
+    taken: dict[Key, list[float]] = {q.key: [] for q in quantities}
+    for i in range(MOST):
+        for q in quantities:
+            if len(q.key) < 2 or q.key[1] == "large":
+                say(f"{q.key[0]}, round {i + 1}")
+            with _products_in(q.tf32):
+                taken[q.key].append(seconds(q.make(), device))
+        if i + 1 >= ROUNDS and max(map(spread, taken.values())) <= SETTLED:
+            break
+    return taken
+
+
+def spread(taken: Sequence[float]) -> float:
+    """How much longer than the quickest run the quickest quarter of all took: 1 where a best is no luck."""
+    ordered = sorted(taken)
+    return ordered[max(1, len(ordered) // 4)] / max(ordered[0], 1e-12) if len(ordered) > 1 else 1.0
+
+
+def machine_of(best: Mapping[Key, float], device: torch.device) -> Machine:
+    """The constants, by the least seconds of each quantity."""
+    n, pass_, launch = STORED[device.type], PASS[device.type], best["kernels",] / KERNELS
+    bandwidth, stores = 3 * 4 * pass_ / best["memory",], 4 * (n * n + 2 * n * 8) / best["stores",]
+    speeds = tuple((dtype, _speed(best, name, device, launch)) for name, dtype in DTYPES.items())
+    tf32 = _rate(best["float32", "TF32"], device) if ("float32", "TF32") in best else 0.0
     name, mixed = f"calibrated {machines.described(device)}", device.type == "cuda"
-    return Machine(name, tuple(speeds), _three(bandwidth), _three(launch), _three(stores), tf32, mixed)
+    return Machine(name, speeds, _three(bandwidth), _three(launch), _three(stores), tf32, mixed)
 
 
-def _speed(device: torch.device, dtype: torch.dtype, launch: float) -> Speed:
+def _speed(best: Mapping[Key, float], name: str, device: torch.device, launch: float) -> Speed:
     """The peak by a large product; what a small one takes beyond its FLOPs; and what narrow ones do, the median over
     ranks and over the ways that an adapter multiplies."""
-    peak = _peak(device, dtype)
-    small = seconds(_in_turn([_product(device, dtype, *sizes) for sizes in SMALL]), device) / len(SMALL)
+    peak = _rate(best[name, "large"], device)
+    small = best[name, "small"] / len(SMALL)
     start = max(0.0, small - launch - statistics.mean(2 * m * k * n for m, k, n in SMALL) / peak)
     T, K = WIDE[device.type]
     inner: list[float] = []
     outer: list[float] = []
-    for r in RANKS:
-        x, A, g = (_random(device, dtype, *sizes) for sizes in ((T, K), (K, r), (T, r)))
-        for found, run in (
-            (inner, lambda g=g, A=A: g @ A.T),
-            (outer, lambda x=x, A=A: x @ A),
-            (outer, lambda x=x, g=g: x.T @ g),
-            (outer, lambda x=x, g=g: g.T @ x),
-        ):
-            found.append((seconds(run, device) - start - launch) * peak / (2 * T * K) - r)
+    for way, r in itertools.product(WAYS, RANKS):
+        longer = (best[name, way, str(r)] - start - launch) * peak / (2 * T * K) - r
+        (inner if way == "gAᵀ" else outer).append(longer)
     return Speed(peak, *(_three(max(0.0, n)) for n in (start, statistics.median(inner), statistics.median(outer))))
 
 
-def _peak(device: torch.device, dtype: torch.dtype) -> float:
+def _rate(taken: float, device: torch.device) -> float:
+    return _three(2 * LARGE[device.type] ** 3 / taken)
+
+
+def _large(device: torch.device, dtype: torch.dtype) -> Run:
     n = LARGE[device.type]
-    return _three(2 * n**3 / seconds(_product(device, dtype, n, n, n), device))
+    return _product(device, dtype, n, n, n)
+
+
+def _small(device: torch.device, dtype: torch.dtype) -> Run:
+    return _in_turn([_product(device, dtype, *sizes) for sizes in SMALL])
+
+
+WAYS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "gAᵀ": lambda x, A, g: g @ A.T,
+    "xA": lambda x, A, g: x @ A,
+    "xᵀg": lambda x, A, g: x.T @ g,
+    "gᵀx": lambda x, A, g: g.T @ x,
+}
+
+
+def _narrow(device: torch.device, dtype: torch.dtype, way: str, r: int) -> Run:
+    T, K = WIDE[device.type]
+    return partial(WAYS[way], *(_random(device, dtype, *sizes) for sizes in ((T, K), (K, r), (T, r))))
 
 
 def _product(device: torch.device, dtype: torch.dtype, m: int, k: int, n: int) -> Run:
@@ -160,27 +252,20 @@ def _random(device: torch.device, dtype: torch.dtype, *sizes: int) -> torch.Tens
     return torch.randn(*sizes, device=device).to(dtype)
 
 
-def _bandwidth(device: torch.device) -> float:
-    """Bytes/s of adding two large vectors into a third."""
+def _pass(device: torch.device) -> Run:
+    """Adding two large vectors into a third."""
     a, b, out = (torch.ones(PASS[device.type], device=device) for _ in range(3))
-    elements: int = a.numel()
-    return 3 * 4 * elements / seconds(lambda: torch.add(a, b, out=out), device)
+    return lambda: torch.add(a, b, out=out)
 
 
-def _stores(device: torch.device) -> float:
-    """Bytes/s of a product of low rank."""
-    n, r = STORED[device.type], 8
-    return 4 * (n * n + 2 * n * r) / seconds(_product(device, torch.float32, n, r, n), device)
-
-
-def _launch(device: torch.device) -> float:
-    """Seconds of a product too small to take any, its result a new tensor as in generated code."""
+def _kernels(device: torch.device) -> Run:
+    """Products too small to take any time, each result a new tensor as in generated code."""
     a, b = (_random(device, torch.float32, 16, 16) for _ in range(2))
 
     def one() -> None:
         torch.mm(a, b, out=torch.empty_strided((16, 16), (16, 1), device=device))
 
-    return seconds(_in_turn(100 * [one]), device) / 100
+    return _in_turn(KERNELS * [one])
 
 
 def _in_turn(runs: Sequence[Run]) -> Run:
@@ -193,8 +278,8 @@ def _in_turn(runs: Sequence[Run]) -> Run:
     return run
 
 
-def seconds(run: Run, device: torch.device, budget: float = SECONDS) -> float:
-    """The fastest of at least three runs, a GPU's work waited for."""
+def seconds(run: Run, device: torch.device) -> float:
+    """The fastest of one run or more, in so much time, a GPU's work waited for; one before them is not timed."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -203,8 +288,8 @@ def seconds(run: Run, device: torch.device, budget: float = SECONDS) -> float:
     clock = clock_of(device)
     run()
     wait()
-    best, runs, end = float("inf"), 0, time.perf_counter() + budget
-    while runs < 3 or time.perf_counter() < end:
+    best, runs, end = float("inf"), 0, time.perf_counter() + SECONDS
+    while runs < 1 or time.perf_counter() < end:
         start = clock()
         run()
         wait()

@@ -6,7 +6,9 @@ import argparse
 import copy
 import os
 import shutil
+import statistics
 import sysconfig
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,26 +20,30 @@ import torch
 from tabulate import tabulate
 
 import peft_fx
+from peft_fx import machines
 from peft_fx.configs import positive
-from peft_fx.measuring import Memory, median_times, memory_of
+from peft_fx.measuring import Memory, memory_of, quartiles, times_in_turn
 from peft_fx.options import CHOICES
+from peft_fx.passes.machine import DTYPES
 from peft_fx.terminal import Problem, require, silence_others
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"
-ROUNDS = 9  # of timed steps
+ROUNDS = 11  # of timed steps
+SAME = 0.05  # a difference in time that is none
 ROWS = 8  # of the table of losses
 
 DESCRIPTION = """\
-Builds a small Llama from its config (random bfloat16 weights, nothing is downloaded), puts PEFT's LoRA on every
-linear layer, and trains the adapters on the text of Python's own help pages, byte by byte: in eager mode, through
-Inductor, and through peft_fx, from the same start on the same batches.
+Builds a small Llama from its config (random weights, nothing is downloaded), puts PEFT's LoRA on every linear layer,
+and trains the adapters on the text of Python's own help pages, byte by byte: in eager mode, through Inductor, and
+through peft_fx, from the same start on the same batches. The weights are bfloat16, or float32 on a CPU that multiplies
+that sooner.
 
-It prints the three loss curves; the form chosen for each adapter, and why; and what a training step costs in each
-case, beside the same model without any adapter.
+It prints what peft_fx gives, in a sentence; then what a training step costs in each case, beside the same model without
+any adapter; the form chosen for each adapter, and why; and the three loss curves.
 
   kept   bytes that forward leaves for backward
   peak   most bytes allocated at one time during a step, on top of the weights
-  step   median time of forward and backward, the variants taking turns
+  step   median time of forward and backward, the variants taking turns; half of the rounds took from … to
 
 Compiling needs a C++ compiler, and is most of the demo's time: one to three minutes at the default size.
 """
@@ -47,6 +53,7 @@ examples:
   python -m peft_fx demo --tokens 2048 --layers 4       more tokens: more of a difference
   python -m peft_fx demo --tokens 64                    few tokens: adapters stay as they are written
   python -m peft_fx demo --tokens 64 --form weight      all the same in weight form, and what that costs
+  python -m peft_fx demo --dtype bfloat16               in bfloat16, whatever the CPU
 
 exit status: 0; 2 where a package or a compiler is missing
 """
@@ -95,6 +102,8 @@ def add_command(commands: Any) -> None:
         demo.add_argument(f"--{name}", type=check, default=default, metavar="N", help=f"{text} (default: %(default)s)")
     form_help = "form of the adapters; auto lets the price decide (default: %(default)s)"
     demo.add_argument("--form", choices=CHOICES["form"], default="auto", help=form_help)
+    dtype_help = "of the weights (default: bfloat16 where this machine multiplies it sooner than float32)"
+    demo.add_argument("--dtype", choices=("bfloat16", "float32"), help=dtype_help)
     demo.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     demo.set_defaults(run=run)
 
@@ -112,16 +121,18 @@ def run(args: argparse.Namespace) -> int:
         raise Problem(problem)
     silence_others()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    variants = make_variants(args, device)
+    dtype, why = dtype_for(args, device)
+    variants = make_variants(args, device, dtype)
     batches = make_batches(args, device)
-    print(_title(args, variants[EAGER].model, device))
+    print(_title(args, variants[EAGER].model, device, dtype) + why)
     with _progress() as bar:
         compiling = compile_all(variants, batches[0], bar)
         losses = {name: train(name, variants[name], batches, bar) for name in (EAGER, INDUCTOR, OURS)}
         costs = measure(variants, batches[0], device, bar)
-    _print_losses(losses)
-    _print_adapters(variants[OURS])
+    print(f"\n{in_a_sentence(costs)}")
     _print_costs(costs, compiling)
+    _print_adapters(variants[OURS])
+    _print_losses(losses)
     return 0
 
 
@@ -156,11 +167,22 @@ def _progress() -> Iterator[Any]:
 # -------------------------------------------------------------------------------------------- models and text
 
 
-def make_variants(args: argparse.Namespace, device: torch.device) -> dict[str, Variant]:
+def dtype_for(args: argparse.Namespace, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the weights, and a remark where it is not what one would expect."""
+    if args.dtype:
+        return DTYPES[args.dtype], ""
+    machine = machines.resolve("auto", device)
+    if device.type != "cpu" or machine.has_units_of(torch.bfloat16):
+        return torch.bfloat16, ""
+    times = machine.speed(torch.float32).peak / machine.speed(torch.bfloat16).peak
+    return torch.float32, f"\n(float32, which this CPU multiplies {times:.2g} times as fast as bfloat16: see --dtype)"
+
+
+def make_variants(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, Variant]:
     """The same weights four times: with adapters in eager, by Inductor, by peft_fx; and without adapters."""
     from peft import LoraConfig, get_peft_model
 
-    base = make_llama(args).to(device, torch.bfloat16)
+    base = make_llama(args).to(device, dtype)
     frozen = copy.deepcopy(base).requires_grad_(False)
     # without adapters nothing would need a gradient, and backward would have nothing to do
     frozen.get_input_embeddings().weight.requires_grad_(True)
@@ -232,29 +254,64 @@ def train(name: str, variant: Variant, batches: list[torch.Tensor], bar: Any) ->
     return losses
 
 
-def measure(
-    variants: Mapping[str, Variant], ids: torch.Tensor, device: torch.device, bar: Any
-) -> dict[str, tuple[Memory, float]]:
-    """Memory and median seconds of a step of each variant."""
+@dataclass(frozen=True)
+class Cost:
+    """What a step of one variant takes: bytes, and seconds in each round."""
+
+    memory: Memory
+    times: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
+
+    def times_longer(self, other: Cost) -> float:
+        """The median over the rounds, of which each had a step of both."""
+        return statistics.median(a / b for a, b in zip(self.times, other.times, strict=True))
+
+
+def measure(variants: Mapping[str, Variant], ids: torch.Tensor, device: torch.device, bar: Any) -> dict[str, Cost]:
+    """Memory and seconds of a step of each variant."""
     task = bar.add_task("measure memory and time", total=len(variants) + ROUNDS)
     memory = {}
     for name, variant in variants.items():
         memory[name] = memory_of(lambda v=variant: v.loss(ids), variant.clear, device)  # type: ignore[misc]
         bar.advance(task)
     steps = {name: lambda v=variant: v.step(ids) for name, variant in variants.items()}  # type: ignore[misc]
-    times = median_times(steps, device, ROUNDS, after_round=lambda: bar.advance(task))
-    return {name: (memory[name], times[name]) for name in variants}
+    times = times_in_turn(steps, device, ROUNDS, after_round=lambda: bar.advance(task))
+    return {name: Cost(memory[name], times[name]) for name in variants}
 
 
 # --------------------------------------------------------------------------------------------------- printing
 
 
-def _title(args: argparse.Namespace, model: Any, device: torch.device) -> str:
+def in_a_sentence(costs: Mapping[str, Cost]) -> str:
+    """What the user came for: memory and time against PEFT in eager mode and by Inductor."""
+    ours, inductor, eager = (costs[name] for name in (OURS, INDUCTOR, EAGER))
+    kept = (
+        f"For backward peft_fx keeps {ours.memory.kept / 1e6:.1f} MB, where PEFT by Inductor keeps "
+        f"{_compared(inductor.memory.kept / ours.memory.kept)} ({inductor.memory.kept / 1e6:.1f} MB) and PEFT in eager "
+        f"mode {_compared(eager.memory.kept / ours.memory.kept)} ({eager.memory.kept / 1e6:.1f} MB)"
+    )
+    step = f"a step takes {_longer(ours, inductor)} by Inductor, and {_longer(ours, eager)} in eager mode"
+    return textwrap.fill(f"{kept}; {step}.", 100)
+
+
+def _compared(ratio: float) -> str:
+    return "as much" if abs(ratio - 1) < SAME else f"{ratio:.2g} times as much"
+
+
+def _longer(a: Cost, b: Cost) -> str:
+    ratio = a.times_longer(b)
+    return "the same time as" if abs(ratio - 1) < SAME else f"{ratio:.2f} times as long as"
+
+
+def _title(args: argparse.Namespace, model: Any, device: torch.device, dtype: torch.dtype) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     return (
         f"Llama on {device.type}: {args.layers} layers, hidden size {args.hidden}, {args.tokens} tokens a step, "
-        f"{(everything - trained) / 1e6:.2f} M parameters in bfloat16;\n"
+        f"{(everything - trained) / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')};\n"
         f"LoRA of rank {args.rank} on all linear layers: {trained / 1e6:.2f} M parameters in float32"
     )
 
@@ -264,7 +321,7 @@ def _print_losses(losses: Mapping[str, list[float]]) -> None:
     shown = sorted({round(i * (steps - 1) / (ROWS - 1)) for i in range(ROWS)})
     rows = [(i + 1, *(f"{curve[i]:.4f}" for curve in losses.values())) for i in shown]
     worst = {n: max(abs(a - b) for a, b in zip(losses[n], losses[EAGER], strict=True)) for n in (INDUCTOR, OURS)}
-    print("\n1. Losses, from the same start on the same batches\n")
+    print("\n3. Losses, from the same start on the same batches\n")
     print(tabulate(rows, headers=("step", *losses), disable_numparse=True, stralign="right"))
     print("\nlargest difference from eager at any step: " + ", ".join(f"{worst[n]:.4f} ({n})" for n in worst))
 
@@ -274,14 +331,15 @@ def _print_adapters(variant: Variant) -> None:
     print(peft_fx.explain(variant.call))
 
 
-def _print_costs(costs: Mapping[str, tuple[Memory, float]], compiling: Mapping[str, float]) -> None:
-    floor, frozen_seconds = costs[FROZEN]
+def _print_costs(costs: Mapping[str, Cost], compiling: Mapping[str, float]) -> None:
+    floor = costs[FROZEN]
     rows = []
-    for name, (memory, seconds) in costs.items():
-        kept = (f"{memory.kept / 1e6:.2f}", f"{memory.kept / floor.kept:.2f}×")
-        peak = (f"{memory.peak / 1e6:.2f}", f"{memory.peak / floor.peak:.2f}×")
-        step = (f"{1e3 * seconds:.1f}", f"{seconds / frozen_seconds:.2f}×")
+    for name, cost in costs.items():
+        kept = (f"{cost.memory.kept / 1e6:.2f}", f"{cost.memory.kept / floor.memory.kept:.2f}×")
+        peak = (f"{cost.memory.peak / 1e6:.2f}", f"{cost.memory.peak / floor.memory.peak:.2f}×")
+        low, high = quartiles(cost.times)
+        step = (f"{1e3 * cost.seconds:.1f}", f"{1e3 * low:.1f} … {1e3 * high:.1f}", f"{cost.times_longer(floor):.2f}×")
         rows.append((name, *kept, *peak, *step, f"{compiling[name]:.0f}" if name in compiling else ""))
-    head = ("", "kept, MB", "", "peak, MB", "", "step, ms", "", "first step, s")
-    print("\n3. What a training step costs; × the model without adapters\n")
-    print(tabulate(rows, headers=head, disable_numparse=True, colalign=("left", *["right"] * 7)))
+    head = ("", "kept, MB", "", "peak, MB", "", "step, ms", "from … to", "", "first step, s")
+    print("\n1. What a training step costs; × the model without adapters\n")
+    print(tabulate(rows, headers=head, disable_numparse=True, colalign=("left", *["right"] * 8)))

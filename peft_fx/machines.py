@@ -1,7 +1,8 @@
 """Which machine the price reckons with: a known one, a calibration's file, or what is found of this one.
 
 A calibration is a measurement of this machine that `python -m peft_fx calibrate` stores in `folder()`, one file for
-each device. It is used where it fits: same device, same number of threads on a CPU, same minor version of PyTorch.
+each device. It is used where it fits: same device, same minor version of PyTorch, on a CPU as many threads and the same
+limits. Where there is none, a CPU is probed once, and what that finds is stored beside it and used alike.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import platform
 import re
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from typing import Any
 import torch
 
 from peft_fx import compat
-from peft_fx.passes.machine import MACHINES, Machine, table_entry
+from peft_fx.passes.machine import MACHINES, Machine, implausible, table_entry
+from peft_fx.probing import limits, probe
 
+log = logging.getLogger("peft_fx")
 SHARED = "peft_fx.machine"  # its place in the store of a job
 PATIENCE = timedelta(minutes=2)  # with a rank 0 that does not compile
 
@@ -32,16 +37,17 @@ def folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_fx"
 
 
-def path_of(device: torch.device) -> Path:
-    """The file of a device's calibration, there or not."""
-    return folder() / f"machine-{re.sub('[^a-z0-9]+', '-', described(device).lower()).strip('-')}.json"
+def path_of(device: torch.device, kind: str = "machine") -> Path:
+    """The file of a device's calibration, there or not; of kind "probe" what a probe found."""
+    return folder() / f"{kind}-{re.sub('[^a-z0-9]+', '-', described(device).lower()).strip('-')}.json"
 
 
 def described(device: torch.device) -> str:
-    """What a calibration is of: the device by its name, a CPU with the threads that PyTorch uses."""
+    """What a calibration is of: the device by its name, a CPU with the threads that PyTorch uses, and with what else
+    limits this process."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return ", ".join((_processor(), f"{torch.get_num_threads()} threads", *limits()))
 
 
 @functools.cache
@@ -109,33 +115,67 @@ def resolve(chosen: str, device: torch.device) -> Machine:
     if chosen in MACHINES:
         machine = MACHINES[chosen]
     else:
-        machine = _shared(found(device) if chosen == "auto" else load(Path(chosen)), chosen, device)
+        machine = _shared(lambda: found(device) if chosen == "auto" else load(Path(chosen)), chosen, device)
     uses_tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     return machine.with_tf32() if uses_tf32 else machine
 
 
 def found(device: torch.device) -> Machine:
-    """This device's calibration where there is one that fits, else the closest machine of the table."""
+    """This device's calibration where there is one that fits; else what a probe finds of a CPU, and the closest machine
+    of the table for a GPU."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return table_entry(device)
+    return _stored(path_of(device), device) or (probed(device) if device.type in PROBED else table_entry(device))
+
+
+PROBED = {"cpu", "meta"}  # a model on the meta device is one of this CPU's, without its numbers
+_probes: dict[str, Machine] = {}  # this process's own, by what they are of
+
+
+def probed(device: torch.device) -> Machine:
+    """What a probe finds of this CPU, once for each machine: later processes read what the first one stored, so that
+    the keys of compiled code stay the same. Where the numbers are those of no CPU, the closest machine of the table."""
+    path, name = path_of(device, "probe"), described(device)
+    known = _stored(path, device) or _probes.get(name)
+    if known is not None:
+        return known
     try:
-        content = _content(path_of(device))
+        machine = probe(f"probed {name}")
+        doubt = implausible(machine)
+    except RuntimeError as error:
+        doubt = str(error)
+    if doubt:
+        log.debug("a probe of this CPU is not believed: %s", doubt)
+        machine = table_entry(device)
+    elif other := _stored(path, device):  # of a process that was quicker
+        machine = other
+    else:
+        with contextlib.suppress(OSError):
+            store(machine, device, path)
+    _probes[name] = machine
+    return machine
+
+
+def _stored(path: Path, device: torch.device) -> Machine | None:
+    """The constants in a file, where they are this device's."""
+    try:
+        content = _content(path)
         fits = (content["device"], content["torch"]) == (described(device), _version())
-        return Machine.from_dict(content["machine"]) if fits else table_entry(device)
+        return Machine.from_dict(content["machine"]) if fits else None
     except ValueError:
-        return table_entry(device)
+        return None
 
 
-def _shared(mine: Machine, chosen: str, device: torch.device) -> Machine:
+def _shared(find: Callable[[], Machine], chosen: str, device: torch.device) -> Machine:
     """Rank 0's constants. Through the job's key-value store, not by a collective: ranks need not compile at the same
     time, or as many graphs. Its memory is the store's: what rank 0 said first holds while the group does."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mine
+        return find()
     if torch.distributed.get_world_size() == 1:
-        return mine
+        return find()
     job, key = compat.default_store(), f"{SHARED}/{'auto' if chosen == 'auto' else 'file'}/{device.type}"
     if torch.distributed.get_rank() == 0:
-        job.compare_set(key, "", json.dumps(mine.to_dict()))
+        job.compare_set(key, "", json.dumps(find().to_dict()))
     try:
         job.wait([key], PATIENCE)
     except RuntimeError:

@@ -9,7 +9,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,16 +81,29 @@ def _allocated_on_cuda(run: Step) -> tuple[int, int]:
     return alive, peak
 
 
-def median_times(
+def times_in_turn(
     steps: Mapping[str, Step], device: torch.device, rounds: int = 9, after_round: Step = lambda: None
-) -> dict[str, float]:
-    """Median seconds of each step. The steps take turns, so that a machine that slows down slows all of them."""
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round. The steps take turns, so that a machine that slows down slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             times[name].append(_seconds(step, device))
         after_round()
-    return {name: statistics.median(taken) for name, taken in times.items()}
+    return times
+
+
+def median_times(
+    steps: Mapping[str, Step], device: torch.device, rounds: int = 9, after_round: Step = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each step, the steps taking turns."""
+    return {name: statistics.median(taken) for name, taken in times_in_turn(steps, device, rounds, after_round).items()}
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Half of the values are between these."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
 
 
 def _seconds(step: Step, device: torch.device) -> float:

@@ -6,15 +6,21 @@ import warnings
 import pytest
 import torch
 
+from peft_fx import machines
+from peft_fx.passes import machine
+
 logging.getLogger("torch.__trace").propagate = False  # else pytest captures megabytes of it per failure
 torch.set_num_threads(1)  # on two busy cores a pool of two makes small products 20 times slower
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """No compiled code, no randomness and no fallback passes from one test to the next; and no calibration of this
-    machine's."""
+    """No compiled code, no randomness and no fallback passes from one test to the next; and nothing known of this
+    machine: whatever it is, the price reckons with the table's CPU."""
     monkeypatch.setenv("PEFT_FX_CACHE_DIR", str(tmp_path / "peft_fx"))
+    monkeypatch.setattr(machine, "WIDE", {torch.backends.cpu.get_cpu_capability()})
+    monkeypatch.setattr(machines, "probed", lambda device: machines.table_entry(device))
+    monkeypatch.setattr(machines, "_probes", {})
     torch._dynamo.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings():

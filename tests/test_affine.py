@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.fx import Graph, Node
 
 import peft_fx
-from peft_fx import compiling
+from peft_fx import compiling, machines
 from peft_fx.passes import pipeline
 from peft_fx.passes.flow import Flow, Roles
+from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import PRODUCTS
 from tests import joint
 from tests.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
@@ -268,3 +270,56 @@ def test_a_rounded_moment_is_not_shared() -> None:
     graph, outcome = captured.rewritten(form="weight")
     assert {s.adapter_grad for s in outcome.sites} == {"dense"}
     assert len(over_tokens(graph, 640)) > 3
+
+
+class Vector(torch.nn.Module):
+    """IA3 on a layer."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.W = torch.nn.Parameter(frozen(64, 64).to(dtype), requires_grad=False)
+        self.l = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x @ self.W) * self.l).relu()
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+BOUGHT = [
+    (FP32, "cpu", {}, False),
+    (BF16, "cpu", {}, False),
+    (BF16, "h100", {}, False),
+    (FP32, "cpu", {"memory_weight": 1e3}, True),
+    (FP32, "cpu", {"adapter_grad": "dense"}, True),
+    (FP32, "cpu", {"form": "weight"}, True),
+    (BF16, "avx2", {}, True),
+    (FP32, "avx2", {}, False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "machine", "options", "bought"), BOUGHT)
+def test_memory_is_not_bought_with_time(dtype, machine, options, bought):
+    """A vector's gradient from xᵀ·dy costs a product as large as the layer's two, and the forms save none of IA3's: so
+    the layer's result is kept, as it is by Inductor, but where that is asked for, or where a product in float32 costs
+    next to nothing beside the layer's own in bfloat16."""
+    captured = joint.capture(Vector(dtype), torch.ones(4096, 64, dtype=dtype, requires_grad=True))
+    graph, _ = captured.rewritten(machine=machine, **options)
+    products = over_tokens(graph, 4096)
+    assert len(products) == (3 if bought else 2)
+    assert joint.equal(captured.run(graph), captured.run(captured.graph))
+    if machine == "avx2" and bought:
+        (moment,) = (n for n in products if 4096 not in n.meta["val"].shape)
+        assert {a.meta["val"].dtype for a in moment.all_input_nodes} == {FP32}
+
+
+@pytest.mark.parametrize(("bandwidth", "products"), [(1e8, 3), (1e13, 6)])
+def test_what_the_forms_save_buys_memory(tmp_path, bandwidth, products):
+    """A vector behind a layer with a low-rank adapter: where passes over [T,N] are dear, the weight form saves more
+    than xᵀ·dy costs, from which then come all gradients; where they are not, they read what is kept."""
+    path = tmp_path / "machine.json"
+    machines.store(replace(MACHINES["cpu"], bandwidth=bandwidth, stores=bandwidth), torch.device("cpu"), path)
+    captured = joint.capture(MagnitudeBehind(), torch.ones(4096, K, requires_grad=True))
+    graph, outcome = captured.rewritten(machine=path)
+    assert {(s.forward, s.input_grad) for s in outcome.sites} == {("weight", "weight")}
+    assert len(over_tokens(graph, 4096)) == products
+    assert joint.equal(captured.run(graph), captured.run(captured.graph))

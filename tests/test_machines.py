@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_fx
-from peft_fx import calibrating, machines
+from peft_fx import calibrating, compat, machines, probing
 from peft_fx.__main__ import main
 from peft_fx.options import parse
-from peft_fx.passes.machine import MACHINES, Machine, Speed
+from peft_fx.passes.machine import MACHINES, Machine, Speed, cpu, implausible
 from tests.test_backend import key
 
 CPU = torch.device("cpu")
 SLOW = replace(MACHINES["cpu"], name="slow", bandwidth=1e9)
 positive = st.floats(1e-9, 1e18)
+PROBED = machines.probed  # as it is, without the fixture
 speeds = st.builds(Speed, positive, positive, st.floats(0, 99), st.floats(0, 99))
 
 
@@ -153,6 +156,8 @@ def test_calibrate_measures_and_stores(monkeypatch: pytest.MonkeyPatch, capsys: 
     for name, small in (("LARGE", 32), ("WIDE", (32, 32)), ("STORED", 32), ("PASS", 1024)):
         monkeypatch.setattr(calibrating, name, {"cpu": small})
     monkeypatch.setattr(calibrating, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrating, "SETTLED", float("inf"))  # sizes at which the clock itself is what is measured
+    monkeypatch.setattr(calibrating, "implausible", lambda machine: "")
     assert main(["calibrate", "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     machine = machines.found(CPU)
@@ -165,6 +170,102 @@ def test_calibrate_measures_and_stores(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["calibrate", "--device", "cpu", "--output", str(path)]) == 0
     assert parse({"peft_fx.machine": path}).settings(CPU).machine == machines.load(path)
     assert machines.found(CPU) == machine, "a file asked for is not the one that auto finds"
+
+
+RATES = {"bfloat16": 1.3e9, "float16": 1.3e9, "float32": 59e9, "float64": 25e9}  # a core of an AVX2 CPU
+Taken = Callable[[calibrating.Key, float, int], float]  # of what would take so long, in which round
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Taken], None]:
+    """Has each measurement of `calibrate` take what the core above would take, changed by a function; at toy size."""
+    for name, small in (("LARGE", 32), ("WIDE", (32, 32)), ("STORED", 32), ("PASS", 1024)):
+        monkeypatch.setattr(calibrating, name, {"cpu": small})
+    monkeypatch.setattr(calibrating, "SECONDS", 0.0)
+    flops = {"large": 2 * 32**3, "small": 2 * sum(m * k * n for m, k, n in calibrating.SMALL)}
+    others = {"memory": 12 * 1024 / 12e9, "kernels": 100 * 2e-6, "stores": 4 * (32 * 32 + 2 * 32 * 8) / 3e9}
+
+    def ideal(key: calibrating.Key) -> float:
+        if len(key) == 1:
+            return others[key[0]]
+        return (flops[key[1]] if len(key) == 2 else 2 * 32 * 32 * int(key[2])) / RATES[key[0]]
+
+    def ticks(taken: Taken) -> Iterator[float]:
+        now, keys = 0.0, [q.key for q in calibrating.quantities(CPU)]
+        for i in itertools.count():
+            for of in keys:
+                yield now
+                now += taken(of, ideal(of), i)
+                yield now
+
+    def use(taken: Taken) -> None:
+        times = ticks(taken)
+        monkeypatch.setattr(calibrating, "clock_of", lambda device: lambda: next(times))
+
+    return use
+
+
+def round_of_load(key: calibrating.Key, ideal: float, i: int) -> float:
+    return ideal * (20 if i % 3 == 1 else 1)
+
+
+def jitter(key: calibrating.Key, ideal: float, i: int) -> float:
+    return ideal * (1 + 0.1 * ((len(str(key)) * 7 + i * 5) % 4))
+
+
+@pytest.mark.parametrize("taken", [round_of_load, jitter])
+def test_load_that_passes_changes_little(clock: Callable[[Taken], None], taken: Taken) -> None:
+    """The constants are those of the quiet rounds; half precision that is 45 times slower than fp32 is none of load's
+    doing."""
+    clock(taken)
+    assert main(["calibrate", "--device", "cpu"]) == 0
+    machine = machines.found(CPU)
+    for (dtype, speed), rate in zip(machine.speeds, RATES.values(), strict=True):
+        assert speed.peak == pytest.approx(rate, rel=0.15), dtype
+    assert machine.bandwidth == pytest.approx(12e9, rel=0.15)
+
+
+DISTURBED: dict[str, tuple[Taken, str]] = {
+    "fp32 slower than fp64": (lambda k, s, i: s * (4 if k == ("float32", "large") else 1), "sooner than float32"),
+    "a best that is luck": (lambda k, s, i: s if i == 2 else s * (2 + i % 3), "times what the quickest took"),
+    "one thing all over the place": (lambda k, s, i: s * 1.5**i if k == ("memory",) else s, "of one thing (memory)"),
+    "no such memory": (lambda k, s, i: s * (1e4 if k == ("memory",) else 1), "a pass over memory"),
+    "kernels that wait": (lambda k, s, i: s * (1e4 if k == ("kernels",) else 1), "kernels a second"),
+}
+
+
+@pytest.mark.parametrize("given", DISTURBED, ids=lambda name: name.replace(" ", "_"))
+def test_nonsense_is_not_stored(clock: Callable[[Taken], None], capsys: Any, given: str) -> None:
+    """It is said what is wrong and what to do, and the calibration that was there stays."""
+    taken, wanted = DISTURBED[given]
+    machines.store(SLOW, CPU, machines.path_of(CPU))
+    clock(taken)
+    assert main(["calibrate", "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert "Nothing is stored" in said
+    assert wanted in said
+    assert "try again while it rests" in said
+    assert machines.found(CPU) == SLOW
+
+
+def test_rounds_go_on_until_the_numbers_settle(clock: Callable[[Taken], None]) -> None:
+    """Five where nothing disturbs them, more where something does at first, and not for ever."""
+
+    def rounds(taken: Taken) -> int:
+        seen = []
+        clock(lambda k, s, i: seen.append(i) or taken(k, s, i))  # type: ignore[func-returns-value]
+        main(["calibrate", "--device", "cpu"])
+        return max(seen) + 1
+
+    assert rounds(lambda k, s, i: s) == calibrating.ROUNDS
+    assert calibrating.ROUNDS < rounds(lambda k, s, i: s * 2.0 ** -min(i, 8)) < calibrating.MOST
+    assert rounds(lambda k, s, i: s * 2.0**-i) == calibrating.MOST
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_table_is_plausible(name: str) -> None:
+    """So no rule for what is nonsense turns a device away."""
+    assert implausible(MACHINES[name]) == ""
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -214,6 +315,172 @@ def test_calibrate_says_that_there_is_no_gpu(capsys: Any) -> None:
     assert main(["calibrate", "--device", "cuda"]) == 2
     assert "no GPU" in capsys.readouterr().err
     assert not machines.folder().exists()
+
+
+# ----------------------------------------------------------------------------------------------------- a probe
+
+
+def test_a_probe_disturbs_nothing() -> None:
+    """In the middle of a compile, whatever modes there are: powers of two, neither the random state nor the number of
+    threads changed; and a CPU that there could be."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    with compat.FakeTensorMode(), torch.autocast("cpu"), torch.inference_mode(), torch.device("meta"):
+        machine = probing.probe("this")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert machine.is_cpu
+    assert implausible(machine) == ""
+    rates = [1e-12 * s.peak for _, s in machine.speeds] + [1e-9 * machine.bandwidth, 1e-9 * machine.stores]
+    assert rates == pytest.approx([probing.rounded(r) for r in rates], rel=1e-12)
+
+
+def test_small_changes_of_a_probe_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of constants that decide: times that differ by a fifth give the same ones."""
+    sides = dict.fromkeys(RATES, 64)
+
+    def found(factor: float) -> Machine:
+        taken = {d: factor * 2 * 64**3 / (2.0**e * 1e9) for d, e in zip(RATES, (0, 0, 6, 5), strict=True)}
+        taken |= {"pass": factor * 12 * probing.PASS / 16e9, "stores": factor * 4 * 1024 * 1040 / 4e9}
+        monkeypatch.setattr(probing, "_seconds", lambda: (taken, sides))
+        return probing.probe("this")
+
+    assert len({found(factor) for factor in (0.83, 0.95, 1.0, 1.1, 1.2)}) == 1
+    assert found(1.0) != found(4.0)
+
+
+def test_cores_share_a_probes_rates_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One core is measured: as many threads as may run at once have as many times its rates."""
+    taken = dict.fromkeys((*RATES, "pass", "stores"), 1e-3)
+    monkeypatch.setattr(probing, "_seconds", lambda: (taken, dict.fromkeys(RATES, 64)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+    def found(threads: int, cores: int) -> Machine:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(probing, "usable_cores", lambda: cores)
+        return probing.probe("this")
+
+    one, eight = found(1, 8), found(8, 8)
+    assert [s.peak for _, s in eight.speeds] == [8 * s.peak for _, s in one.speeds]
+    assert (eight.bandwidth, eight.stores) == (8 * one.bandwidth, 8 * one.stores)
+    assert found(8, 1) == one
+
+
+def probes(monkeypatch: pytest.MonkeyPatch, *found: Machine) -> list[str]:
+    """Has one probe after another find these; the names that they were asked for."""
+    asked: list[str] = []
+    monkeypatch.setattr(machines, "probed", PROBED)
+    monkeypatch.setattr(machines, "probe", lambda name: asked.append(name) or found[len(asked) - 1])
+    return asked
+
+
+A, B = (cpu(name, (0.004, 0.004, 0.125, 0.0625), 32, 8) for name in "AB")
+
+
+def test_a_cpu_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later processes read what was stored: two near a border between two powers of two have one machine."""
+    asked = probes(monkeypatch, A, B)
+    assert [machines.found(CPU), machines.found(CPU), machines.resolve("auto", torch.device("meta"))] == [A, A, A]
+    machines._probes.clear()  # another process
+    assert machines.found(CPU) == A
+    assert asked == [f"probed {machines.described(CPU)}"]
+    assert peft_fx.explain(Adapted(), torch.randn(4, 8)).sites[0].reason.endswith("on A")
+
+
+def test_the_quicker_of_two_processes_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both, where they probe at the same time."""
+    probes(monkeypatch)
+    monkeypatch.setattr(machines, "probe", lambda name: machines.store(A, CPU, machines.path_of(CPU, "probe")) or B)
+    assert [machines.found(CPU), machines.found(CPU)] == [A, A]
+
+
+def test_a_probe_that_fails_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a CPU on which a dtype has no product: the table's closest machine."""
+
+    def measured(*given: Any) -> Machine:
+        raise NotImplementedError("addmm_impl_cpu_ not implemented for 'Half'")
+
+    monkeypatch.setattr(machines, "probed", PROBED)
+    monkeypatch.setattr(probing, "_measured", measured)
+    with pytest.raises(RuntimeError, match="probe of this CPU failed: addmm"):
+        probing.probe("this")
+    assert machines.found(CPU) == machines.table_entry(CPU)
+
+
+def test_a_folder_that_takes_nothing_costs_one_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each process."""
+    asked = probes(monkeypatch, A, B)
+    monkeypatch.setattr(machines, "store", failing)
+    assert [machines.found(CPU), machines.found(CPU)] == [A, A]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "switch", ["threads", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "cores", "oneDNN", "medium"]
+)
+def test_what_limits_a_process_is_another_machine(monkeypatch: pytest.MonkeyPatch, switch: str) -> None:
+    """Its threads, the instructions that it may use, its share of the cores: another probe, beside the first."""
+    probes(monkeypatch, A, B)
+    assert machines.found(CPU) == A
+    with monkeypatch.context() as limited:
+        if switch == "threads":
+            limited.setattr(torch, "get_num_threads", lambda: 7)
+        elif switch == "cores":
+            limited.setattr(torch, "get_num_threads", lambda: 7)
+            limited.setattr(probing, "usable_cores", lambda: 3)
+            assert "3 cores" in machines.described(CPU)
+        elif switch == "oneDNN":
+            limited.setattr(type(torch.backends.mkldnn), "enabled", False)
+        elif switch == "medium":
+            limited.setattr(torch, "get_float32_matmul_precision", lambda: switch)
+        else:
+            limited.setenv(switch, "AVX2")
+            assert f"{switch}=AVX2" in machines.described(CPU)
+        assert machines.found(CPU) == B
+    assert machines.found(CPU) == A
+
+
+def test_a_group_gives_a_share_of_the_cores(tmp_path: Path) -> None:
+    """In either version of control groups; none given is none taken."""
+    assert probing._quota(tmp_path) == float("inf")
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert probing._quota(tmp_path) == 0.5
+    (tmp_path / "cpu.max").write_text("300000 100000\n")
+    assert probing._quota(tmp_path) == 3
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
+    assert probing._quota(tmp_path) == float("inf")
+    assert probing.usable_cores() >= 1
+
+
+def test_nobody_probes_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a machine is named, or a calibration fits, or the graph is a GPU's."""
+    asked = probes(monkeypatch)
+    machines.store(SLOW, CPU, tmp_path / "mine.json")
+    for chosen in ("h100", "cpu", str(tmp_path / "mine.json")):
+        parse({"peft_fx.machine": chosen}).settings(CPU)
+    machines.store(SLOW, CPU, machines.path_of(CPU))
+    parse(None).settings(CPU)
+    parse(None).settings(torch.device("cuda"))
+    assert asked == []
+
+
+def test_a_probe_that_finds_nonsense_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's closest machine then, in this process, and nothing stored for others."""
+    asked = probes(monkeypatch, cpu("odd", (0.1, 0.1, 0.1, 0.4), 32, 8), A)
+    assert machines.found(CPU) == machines.found(CPU) == machines.table_entry(CPU)
+    assert len(asked) == 1
+    machines._probes.clear()
+    assert machines.found(CPU) == A
+
+
+@pytest.mark.parametrize(("capability", "name"), [("AVX512", "cpu"), ("AVX2", "avx2"), ("DEFAULT", "avx2")])
+def test_the_tables_cpu_is_one_that_can_as_much(monkeypatch: pytest.MonkeyPatch, capability: str, name: str) -> None:
+    """By what PyTorch says of it."""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert machines.table_entry(CPU) == MACHINES[name]
 
 
 # ------------------------------------------------------------------------------------------------------- a job
@@ -282,3 +549,15 @@ def test_a_rank_does_not_wait_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines.compat, "default_store", Store)
     with pytest.warns(RuntimeWarning, match="rank 0 compiled nothing"):
         assert machines.resolve("auto", CPU) == MACHINES["cpu"]
+
+
+def test_only_rank_0_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks of a node at once would measure each other."""
+    probes(monkeypatch)
+    said = json.dumps(A.to_dict())
+    store = type("Told", (Store,), {"wait": lambda *args: None, "get": lambda self, key: said})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(machines.compat, "default_store", store)
+    assert machines.resolve("auto", CPU) == A

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_fx import passes
 from peft_fx.passes import price
-from peft_fx.passes.machine import MACHINES, Machine, Speed, table_entry
+from peft_fx.passes.machine import MACHINES, Machine, Speed, cpu, table_entry
 from peft_fx.passes.price import Decision, Price, Shape, decide, flop_crossover
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
@@ -114,10 +114,11 @@ def test_passes_meet_where_as_many_bytes_move(base: torch.dtype, adapter: torch.
 
 def test_reading_in_place_is_priced() -> None:
     """Both products of an activation [T,K] with r columns: fp32 and one copy of it; or bf16 pairs, each twice as wide,
-    twice where results are bf16 too; and copies again where a side is less than `IN_PLACE` times the rank."""
+    twice where results are bf16 too; and copies again where a side is less than `IN_PLACE` times the rank, or where
+    bf16 is not multiplied quicker."""
     s = lora(1000, 800, 600, 10, BF16, FP32)
     products = 2 * 2 * 1000 * 800 * 10
-    m = machine(1.0)
+    m = Machine("m", ((BF16, Speed(4.0)), (FP32, Speed(1.0))), bandwidth=float("inf"), launch=0.0)
     assert price.reads(m, s, in_place=False).flops == products
     assert price.reads(m, s, in_place=True).flops == 2 * products
     assert price.reads(replace(m, mixed=False), s, in_place=True).flops == 4 * products
@@ -125,11 +126,30 @@ def test_reading_in_place_is_priced() -> None:
     assert price.reads(copies, s, in_place=False).bytes >= 1000 * 800 * (2 + 4)
     short = replace(s, T=10 * price.IN_PLACE - 1)
     assert price.reads(m, short, in_place=True) == price.reads(m, short, in_place=False)
+    assert price.reads(machine(1.0), s, in_place=True) == price.reads(machine(1.0), s, in_place=False)
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("r", [2, 16, 256])
+@pytest.mark.parametrize("side", [64, 512, 4096])
+def test_where_half_precision_is_slow_copies_are_read(name: str, side: int, r: int) -> None:
+    """An activation is read in place on all machines of the table but the one that multiplies bf16 a fortieth as
+    quickly as fp32, whatever a kernel takes to start."""
+    long = price.IN_PLACE * r <= side
+    assert price.reads_in_place(MACHINES[name], side, side, r, BF16, FP32) is (long and name != "avx2")
+    assert price.rounds_twice(MACHINES[name], BF16) is (name != "avx2")
+
+
+@pytest.mark.parametrize(("ratio", "in_place"), [(0.025, False), (0.5, False), (1.0, False), (4.0, True), (16.0, True)])
+def test_units_of_half_precision_decide(ratio: float, in_place: bool) -> None:
+    """On a CPU, by the rate of bf16 products beside that of fp32: emulated, as wide as fp32's own, or in tiles."""
+    m = cpu("m", (ratio * 0.125, ratio * 0.125, 0.125, 0.0625), bandwidth=32, stores=8)
+    assert price.reads_in_place(m, 4096, 1024, 64, BF16, FP32) is in_place
 
 
 def test_what_reading_in_place_costs_decides_too() -> None:
     """Where it costs much, the weight form comes later; where nothing is read in place, at once."""
-    slow = tuple((d, Speed(1e12, start=1.0 if d == BF16 else 0.0)) for d in (BF16, FP32, FP64))
+    slow = ((BF16, Speed(4e12, start=1.0)), (FP32, Speed(1e12)), (FP64, Speed(1e12)))
     m = Machine("m", slow, bandwidth=1e12, launch=0.0)
 
     def cheaper(base: torch.dtype, in_place: bool) -> str:

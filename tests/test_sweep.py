@@ -61,7 +61,8 @@ def test_every_cell_is_asked_for() -> None:
     layers = [Layer(*sizes, dtype) for sizes in sweep.SIZES for dtype in sweep.DTYPES]
     assert len(layers) * len(sweep.TOKENS) >= 120
     for layer in layers:
-        assert sorted(T for regime in sweep._regimes(layer, sweep.TOKENS) for T in regime) == list(sweep.TOKENS)
+        regimes = sweep._regimes(layer, sweep.TOKENS, MACHINES["cpu"])
+        assert sorted(T for regime in regimes for T in regime) == list(sweep.TOKENS)
     for sides, ends in ((("K", "N"), (128, 2048)), (("r",), (1, 256))):
         found = [getattr(layer, side) for layer in layers for side in sides]
         assert (min(found), max(found)) == ends

@@ -74,6 +74,20 @@ def test_no_copy_of_an_activation_is_read(vector: bool) -> None:
 
 
 @pytest.mark.parametrize("vector", [False, True])
+def test_where_half_precision_is_slow_a_copy_is_read(vector: bool) -> None:
+    """No product in bf16 besides those of the layers themselves; and of what forward leaves, nothing is a copy."""
+    captured = joint.capture(Siblings(2, vector), *inputs())
+    graph, _ = captured.rewritten(form="weight", machine="avx2")
+    products = graph.find_nodes(op="call_function", target=aten.mm.default)
+    base = [n for n in products if BF16 in {value(a).dtype for a in n.all_input_nodes}]
+    assert len(base) == 4
+    assert not graph.find_nodes(op="call_function", target=aten.addmm.default)
+    (kept,) = captured.split(graph)[0].graph.find_nodes(op="output")
+    assert not [n for n in kept.args[0] if isinstance(n, Node) and (value(n).dtype, value(n).numel()) == (FP32, T * K)]
+    assert joint.equal(captured.run(graph), captured.run(captured.rewritten(form="weight", numerics="strict")[0]))
+
+
+@pytest.mark.parametrize("vector", [False, True])
 def test_gradients_are_no_worse(vector: bool) -> None:
     """Shared or not, the pair of halves is within the gate."""
     module = Siblings(3, vector)

@@ -1,0 +1,89 @@
+"""`python -m peft_fx demo`: its dtype, what it says first, and that what it says is what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from peft_fx import demo, machines, measuring
+from peft_fx.__main__ import parser
+from peft_fx.demo import EAGER, FROZEN, INDUCTOR, OURS, Cost
+from peft_fx.measuring import Memory
+from peft_fx.passes.machine import MACHINES
+
+CPU = torch.device("cpu")
+ROUNDS = [0.10, 0.12, 0.30, 0.11, 0.10]  # one of them beside something else
+
+
+def args(*words: str) -> Any:
+    return parser().parse_args(["demo", *words])
+
+
+def costs(inductor: float, eager: float) -> dict[str, Cost]:
+    """Ours keeps 5 MB in the rounds above; the others so many times as long, in each of them."""
+    kept = {EAGER: 15, INDUCTOR: 10, OURS: 5, FROZEN: 5}
+    longer = {EAGER: eager, INDUCTOR: inductor, OURS: 1.0, FROZEN: 0.9}
+    return {n: Cost(Memory(k * 10**6, 2 * k * 10**6), [longer[n] * t for t in ROUNDS]) for n, k in kept.items()}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("cpu", torch.bfloat16), ("avx2", torch.float32)])
+def test_the_dtype_is_one_that_the_cpu_multiplies(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """And it is said where that is not bfloat16, with the option that asks for it."""
+    monkeypatch.setattr(machines, "found", lambda device: MACHINES[name])
+    chosen, why = demo.dtype_for(args(), CPU)
+    assert chosen == dtype
+    assert ("--dtype" in why and "38 times as fast" in why) is (name == "avx2")
+    for asked in (torch.bfloat16, torch.float32):
+        assert demo.dtype_for(args("--dtype", str(asked).removeprefix("torch.")), CPU) == (asked, "")
+
+
+@pytest.mark.parametrize(
+    ("inductor", "said"),
+    [
+        (1.0, "the same time as by Inductor"),
+        (1.04, "the same time as by Inductor"),
+        (0.96, "the same time as by Inductor"),
+        (1.25, "0.80 times as long as by Inductor"),
+        (0.8, "1.25 times as long as by Inductor"),
+    ],
+)
+def test_the_sentence_says_what_was_measured(inductor: float, said: str) -> None:
+    """Memory and time against PEFT in eager mode and by Inductor; what differs by less than 5 % is the same."""
+    sentence = " ".join(demo.in_a_sentence(costs(inductor, 2.0)).split())
+    assert "keeps 5.0 MB" in sentence
+    assert "PEFT by Inductor keeps 2 times as much (10.0 MB)" in sentence
+    assert "PEFT in eager mode 3 times as much (15.0 MB)" in sentence
+    assert f"a step takes {said}, and 0.50 times as long as in eager mode." in sentence
+
+
+def test_a_difference_is_that_of_the_rounds() -> None:
+    """Each had a step of both: one that all were slow in changes nothing."""
+    ours, other = Cost(Memory(1, 1), [1.0, 9.0, 1.0]), Cost(Memory(1, 1), [2.0, 18.0, 2.1])
+    assert ours.times_longer(other) == 0.5
+    assert measuring.quartiles([5.0, 1.0, 2.0, 9.0, 3.0, 4.0, 8.0]) == (2.0, 8.0)
+    taken = measuring.times_in_turn({"a": lambda: None, "b": lambda: None}, CPU, rounds=3)
+    assert {name: len(t) for name, t in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_the_sentence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then the table of costs with the spread of the rounds, then the adapters, then the losses."""
+    monkeypatch.setattr(demo, "require", lambda *names: None)
+    monkeypatch.setattr(demo, "silence_others", lambda: None)
+    monkeypatch.setattr(demo, "_missing_compiler", lambda: "")
+    monkeypatch.setattr(demo, "_progress", lambda: contextlib.nullcontext())
+    variant = demo.Variant(torch.nn.Linear(2, 2), lambda **inputs: None)
+    monkeypatch.setattr(demo, "make_variants", lambda *given: dict.fromkeys((EAGER, INDUCTOR, OURS, FROZEN), variant))
+    monkeypatch.setattr(demo, "compile_all", lambda *given: {INDUCTOR: 40.0, OURS: 50.0, FROZEN: 20.0})
+    monkeypatch.setattr(demo, "train", lambda *given: [3.0, 2.0])
+    monkeypatch.setattr(demo, "measure", lambda *given: costs(1.0, 2.0))
+    monkeypatch.setattr(demo.peft_fx, "explain", lambda model: "the adapters")
+    assert demo.run(args("--steps", "2", "--tokens", "8")) == 0
+    told = capsys.readouterr().out
+    order = ["For backward peft_fx keeps", "1. What a training step costs", "the adapters", "3. Losses"]
+    assert sorted(order, key=told.index) == order
+    assert "100.0 … 120.0" in told
