@@ -7,6 +7,7 @@
     identities.py  products with an identity are their other operand
     factors.py     a vector that every addend of a sum carries, taken out of it
     quantised.py   a product fused with its weight's dequantisation, opened where an adapter joins
+    adapters.py    what an adapter is: the definition that all who look for one ask
     sites.py       which sums are a product plus its adapters
     affine.py      which values are, row by row, an affine map of one source
     regions.py     which of these maps are an adapter that is no sum of products

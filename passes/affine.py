@@ -167,6 +167,8 @@ def is_zero(node: object) -> bool:
 
 PLACINGS = {aten.select_scatter.default, aten.slice_scatter.default, aten.index_put.default, aten.index_add.default}
 SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+ROOTS = {aten.sqrt.default, aten.rsqrt.default}
+PASSED = RESHAPES | SQUEEZES | COPIES | CASTS | SCALINGS | SUMS | {aten.reciprocal.default}
 Known = Callable[[Any], "Dims | None"]  # the dimensions of an operand; None for a weight
 Rule = Callable[[Node, Known], "Dims | None"]
 
@@ -524,9 +526,12 @@ class Rows:
         return trained, frozen
 
     def _is_normalised(self, node: Node) -> bool:
-        """Whether a value is another one scaled, row by row, by a number that is computed from it alone."""
+        """Whether a value is another one scaled, row by row, by a number that is computed from it alone; or feature by
+        feature, by what a running variance is the root of."""
         while node.target in CASTS | COPIES:
             node = tensor_arg(node, 0)
+        if is_scaled_by_a_root(node):
+            return True
         if node.target not in SCALINGS or len(operands := self.operands(node)) != 2:
             return False
         scale, scaled = sorted(operands, key=lambda n: numel(shape(n)[-1:]) != 1)
@@ -616,6 +621,18 @@ class Rows:
                 found.add(node)
                 todo += self.operands(node)
         return found
+
+
+def is_scaled_by_a_root(node: Node) -> bool:
+    """Whether a value is scaled by one over the root of a graph input and a number, as by batch norm in evaluation."""
+    for operand in node.all_input_nodes if node.target in SCALINGS else ():
+        rooted = False
+        while operand.target in ROOTS | PASSED and len(operand.all_input_nodes) == 1:
+            rooted |= operand.target in ROOTS
+            (operand,) = operand.all_input_nodes
+        if rooted and operand.op == "placeholder":
+            return True
+    return False
 
 
 def plain(dims: Dims) -> bool:

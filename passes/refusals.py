@@ -15,10 +15,23 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import Rows
+from peft_fx.passes.adapters import are_low_rank, are_small, stands_beside
+from peft_fx.passes.affine import Rows, is_scaled_by_a_root
 from peft_fx.passes.algebra import Matrix, Term
 from peft_fx.passes.flow import common_path, shared_path
-from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.nodes import (
+    CASTS,
+    LAYOUTS,
+    SCALINGS,
+    SUMS,
+    aten,
+    is_random,
+    is_tensor,
+    numel,
+    shape,
+    tensor_arg,
+    value,
+)
 from peft_fx.passes.sites import SHARED, Analysis, Refusal, Sum
 from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends
 
@@ -27,6 +40,28 @@ NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapt
 
 ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
+READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
+REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
+ROWS = {  # what takes some rows of a value, or puts some among others
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.where.self,
+    aten.masked_fill.Scalar,
+    aten.index_put.default,
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.scatter_add.default,
+    aten.scatter.src,
+}
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 
 
@@ -40,7 +75,8 @@ def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) ->
         if sum_.root not in flow.backward:
             found += _suspects(analysis, sum_, placed)
     found += [*_without_base(analysis, placed), *_without_end(analysis, placed), *_of_results(analysis, rows, placed)]
-    found += _of_changing_factors(analysis, placed)
+    found += [*_of_changing_factors(analysis, placed), *_of_some_rows(analysis, placed)]
+    found += _of_replaced_rows(analysis, placed)
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
@@ -54,16 +90,56 @@ def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refu
     windows = {f.window for t in bases for f in t.factors} - {None}
     for occ in sum_.rest:
         start = _operand(occ)
-        way = [] if start is None or occ.term in bases else _way_to_adapter(analysis, start)
+        own = set() if start is None or occ.term in bases else _serving_only(analysis, start)
+        way = _way_to_adapter(analysis, start, own) if start is not None else []
         if not way or not placed.isdisjoint(analysis.flow.parameters(way[-1][1])):
             continue  # no adapter, or one that has its group in another sum
         adapter = Matrix(way[-1][1], 0)
         if quantized is not None:
             found = "quantized", "the base product reads a quantised weight, and no dequantised one exists in the graph"
             yield Refusal(analysis.flow.site_name(Matrix(quantized, 0), [adapter]), *found)
-        else:
-            weight = _nearest(analysis, bases, adapter)
-            yield Refusal(analysis.flow.site_name(weight, [adapter]), *_diagnosis(analysis, way, sources, windows))
+            continue
+        obstacles = list(_obstacles(analysis, way))
+        same_input = _reads_one_of(analysis, way[-1], sources)
+        linear = all(code == "dropout" for code, _ in obstacles)
+        parameters = _trained_in(analysis, own)
+        weights = [f for t in bases for f in t.factors if analysis.flow.is_weight(f.name)]
+        weights = [w for w in weights if stands_beside(analysis.flow, w, parameters, same_input, linear)]
+        if weights:
+            found = obstacles[0] if obstacles else _different(analysis, way[-1], sources, windows)
+            weight = _nearest(analysis, weights, adapter)
+            yield Refusal(analysis.flow.site_name(weight, [adapter]), *found)
+
+
+def _trained_in(analysis: Analysis, nodes: Iterable[Node]) -> list[Node]:
+    """The trained parameters that some nodes read."""
+    flow = analysis.flow
+    weights = {n for node in nodes for n in node.all_input_nodes if flow.is_weight(n)}
+    return sorted({p for w in weights for p in flow.parameters(w) if flow.roles[p].trainable}, key=str)
+
+
+def _nearest(analysis: Analysis, weights: list[Matrix], adapter: Matrix) -> Matrix:
+    """Among several weights, the one whose name shares most with the adapter's."""
+    flow = analysis.flow
+    names = [flow.roles[n].name for n in flow.parameters(adapter.name)]
+
+    def likeness(f: Matrix) -> int:
+        own = [flow.roles[n].name for n in flow.parameters(f.name)[:1]]
+        return max((shared_path(a, b) for a in own for b in names), default=0)
+
+    return max(weights, key=likeness)
+
+
+def _reads_one_of(analysis: Analysis, step: Step, sources: set[object]) -> bool:
+    """Whether a product with an adapter's factor reads one of some values, be it masked, scaled or laid out anew."""
+    product, factor = step
+
+    def read(n: Node) -> Iterable[Node]:
+        passed = n.target in READS or is_random(n)
+        operands = n.all_input_nodes if n is product or passed else ()
+        return (i for i in operands if i is not factor and is_tensor(i) and not analysis.flow.is_weight(i))
+
+    return any(analysis.reader.number[n] in sources for n in _reached(product, read) if n is not product)
 
 
 def _of_convolutions(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
@@ -104,6 +180,8 @@ def _vector_after(analysis: Analysis, node: Node, kernel: Node) -> Node | None:
 
     for user in _reached(node, readers):
         others = [n for n in user.all_input_nodes if flow.is_weight(n)]
+        if is_scaled_by_a_root(user):
+            return None  # a norm's own vector comes next
         if user.target is aten.mul.Tensor and others and _is_beside(analysis, others[0], kernel):
             return others[0]
         if user.target is aten.mul.Tensor and len(user.all_input_nodes) > 1 and not others:
@@ -156,7 +234,7 @@ def _without_base(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
             B = _narrow_operand(analysis, node)
             inner = None if B is None else _through(last.right if last.left is B else last.left)
             A = None if inner is None else _narrow_operand(analysis, inner)
-            if A is None or B is None or inner is None:
+            if A is None or B is None or inner is None or not are_low_rank(shape(A)[-2:], shape(B)[-2:]):
                 continue
             pairs = [(flow.roles[p].name, flow.roles[q].name) for p in flow.parameters(A) for q in flow.parameters(B)]
             module = max((common_path(a, b) for a, b in pairs if a != b), key=len, default="")
@@ -226,6 +304,8 @@ def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[R
             ):
                 continue
             (weight,) = own.frozen
+            if not are_small(adapter.trained, shape(weight)):
+                continue
             whole = max(own.products, key=lambda p: numel(shape(p)))
             part = numel(shape(base)) != numel(shape(whole))
             name = analysis.flow.site_name(Matrix(weight, 0), [Matrix(t, 0) for t in adapter.trained])
@@ -233,6 +313,101 @@ def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[R
 
 
 PART = "the adapter is added to part of what the layer gives, and all of it is read, or is laid out in another order"
+
+
+def _of_some_rows(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
+    """Products `u·A·B` of two narrow matrices that are put among a layer's rows, of which u are some: a sub-batch's, or
+    some tokens'."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
+        for last, B in _weighted(analysis, node):
+            inner = last.right if last.left is B else last.left
+            for first, A in _first_factors(analysis, inner):
+                parameters = [*flow.parameters(A), *flow.parameters(B)]
+                if not are_low_rank(shape(A)[-2:], shape(B)[-2:]) or not placed.isdisjoint(parameters):
+                    continue
+                linear = (first, A) in _weighted(analysis, _through(inner))
+                weight = _weight_of_rows(analysis, node, _rows_read(analysis, first, A), parameters, linear)
+                if weight is not None:
+                    found = ("shape", SOME_ROWS) if linear else ("nonlinear", BETWEEN)
+                    yield Refusal(flow.site_name(weight, [Matrix(A, 0), Matrix(B, 0)]), *found)
+
+
+BETWEEN = "something between the products of an adapter of some rows is not linear"
+SOME_ROWS = "the adapter is added to some rows of what its layer gives: a W' would be for these alone"
+
+
+def _weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
+    """The products that a node is made of, each with the weight that it multiplies a value by."""
+    for product in _products(node):
+        operands = (product.left, product.right)
+        weights = [n for n in operands if analysis.flow.is_weight(n)]
+        if len(weights) == 1 and len(shape(weights[0])) > 1:
+            yield product, weights[0]
+
+
+def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, Node]]:
+    """The nearest products with a weight that a value comes from, through whatever acts on each number by itself."""
+    flow = analysis.flow
+
+    def read(n: Node) -> Iterable[Node]:
+        passed = n.target in READS or torch.Tag.pointwise in getattr(n.target, "tags", ())
+        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
+
+    for node in _reached(start, read):
+        yield from _weighted(analysis, node)
+
+
+def _rows_read(analysis: Analysis, product: Product, weight: Node) -> set[Node]:
+    """What a product reads, and the values that this is some rows of."""
+    flow = analysis.flow
+
+    def read(n: Node) -> Iterable[Node]:
+        passed = n.target in READS | ROWS or is_random(n)
+        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
+
+    start = product.right if product.left is weight else product.left
+    return {analysis.reader.number[n] for n in _reached(start, read)}
+
+
+def _weight_of_rows(
+    analysis: Analysis, product: Node, read: set[Node], parameters: list[Node], linear: bool
+) -> Matrix | None:
+    """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
+    flow = analysis.flow
+    passed = READS | ROWS | SUMS
+
+    def put(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if u in flow.forward and u.target in passed)
+
+    def beside(n: Node) -> Iterable[Node]:
+        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if n.target in passed else ()
+
+    for end in _reached(product, put):
+        for node in _reached(end, beside):
+            for base, W in _weighted(analysis, node):
+                weight = Matrix(W, shape(W)[-1], rows=shape(W)[-2])
+                apart = set(flow.parameters(W)).isdisjoint(parameters)
+                same = apart and bool(read & _rows_read(analysis, base, W))
+                if same and stands_beside(flow, weight, parameters, same, linear):
+                    return weight
+    return None
+
+
+def _of_replaced_rows(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
+    """Rows of a frozen weight that trained ones are put in the place of, as in a table of words."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n.target in REPLACING and n in flow.forward and flow.is_weight(n)):
+        weight, *others = (n for n in node.all_input_nodes if is_tensor(n))
+        rows = [p for n in others for p in flow.parameters(n) if flow.roles[p].trainable]
+        if not rows or flow.parameters(weight)[:1] == [] or not placed.isdisjoint(rows):
+            continue
+        table = flow.parameters(weight)[0]
+        if not flow.roles[table].trainable and all(numel(shape(p)) < numel(shape(table)) for p in rows):
+            yield Refusal(flow.site_name(Matrix(table, 0), [Matrix(p, 0) for p in rows]), "shape", REPLACED)
+
+
+REPLACED = "rows of the weight are replaced by trained ones, before any product: already in weight form"
 
 
 def _sources(analysis: Analysis, node: Node) -> list[int]:
@@ -317,25 +492,12 @@ def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
     return None
 
 
-def _nearest(analysis: Analysis, bases: list[Term], adapter: Matrix) -> Matrix:
-    """Among several base weights, the one whose name shares most with the adapter's."""
-    flow = analysis.flow
-    names = [flow.roles[n].name for n in flow.parameters(adapter.name)]
-
-    def likeness(f: Matrix) -> tuple[bool, int]:
-        own = [flow.roles[n].name for n in flow.parameters(f.name)[:1]]
-        return flow.is_weight(f.name), max((shared_path(a, b) for a in own for b in names), default=0)
-
-    return max((f for t in bases for f in t.factors), key=likeness)
-
-
-def _way_to_adapter(analysis: Analysis, start: Node) -> list[Step]:
+def _way_to_adapter(analysis: Analysis, start: Node, own: Set[Node]) -> list[Step]:
     """The way from an addend upwards to the adapter's first factor: the earliest product with a narrow trained matrix.
 
-    It stays among the nodes that serve this addend alone: what other forward nodes use too is the model's, not the
-    adapter's.
+    It stays among its `own` nodes, which serve this addend alone: what other forward nodes use too is the model's, not
+    the adapter's.
     """
-    own = _serving_only(analysis, start)
     ways: dict[Node, list[Step]] = {start: []}
     todo = [start]
     first: list[Step] = []
@@ -368,13 +530,17 @@ def _serving_only(analysis: Analysis, start: Node) -> set[Node]:
     return serving
 
 
-def _diagnosis(analysis: Analysis, way: list[Step], sources: set[object], windows: set[Any]) -> tuple[str, str]:
-    """What stands between the sum and the adapter's first product; or between that and the base's input."""
+def _obstacles(analysis: Analysis, way: list[Step]) -> Iterator[tuple[str, str]]:
+    """What stands between the sum and the adapter's first product."""
     for i, (node, operand) in enumerate(way[:-1]):
         verdict = _obstacle(analysis, node, operand, {n for n, _ in way[i + 1 :]})
         if verdict:
-            return verdict
-    last, narrow = way[-1]
+            yield verdict
+
+
+def _different(analysis: Analysis, step: Step, sources: set[object], windows: set[Any]) -> tuple[str, str]:
+    """What stands between the adapter's first product and the base's input."""
+    last, narrow = step
     met: list[Node] = []
     reached = False
     todo = [n for n in last.all_input_nodes if n is not narrow and is_tensor(n) and not analysis.flow.is_weight(n)]
@@ -424,6 +590,8 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"
+    if node.target in ROWS and not any(_is_computed_from(n, beyond) for n in others):
+        return "shape", SOME_ROWS
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
         return "nonlinear", f"{label} between the adapter's products"
     return "unknown_op", f"{label} has no linear form"

@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes import price
+from peft_fx.passes.adapters import are_small
 from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
 from peft_fx.passes.algebra import MANTISSA, Matrix, Size, coarser
 from peft_fx.passes.flow import Flow
@@ -211,6 +212,8 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     base = max(bases, key=lambda n: _likeness(n, row, {K, N}, rows))
     if 2 * min(_weight_sizes(base, rows)) < min(K, N):
         return None  # no product of full width: an adapter without its base
+    if any(_is_a_layer(n, base, row, rows, (K, N)) for n in row.products):
+        return None  # another layer before this one, or behind it
     behind = {n for n in nodes - set(ends) if base in rows.of[n].products}
     readers = {u for n in behind for u in rows.users(n) if backward or u in flow.forward}
     if not readers <= nodes:
@@ -219,6 +222,16 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
         return None  # part of an adapter whose base is elsewhere
     diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal is not None)
     return Region(ends, row, nodes, diagonal, base, backward)
+
+
+def _is_a_layer(product: Node, base: Node, row: Row, rows: Rows, sizes: tuple[Size, Size]) -> bool:
+    """Whether a trained product, before the base's or behind it, is no small part of the whole map, or gives it a width
+    that the layer has not."""
+    trained, _ = rows.brought(product)
+    if not trained or not (base in rows.of[product].products or product in rows.of[base].products):
+        return False
+    frozen = {n for p in row.products if not rows.brought(p)[0] for n in _weight_sizes(p, rows)}
+    return not are_small(trained, sizes) or not frozen.issuperset({*sizes} & {*_weight_sizes(product, rows)})
 
 
 def _is_scaled_adapter(end: Node, rows: Rows) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes import price
+from peft_fx.passes import adapters, price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
 from peft_fx.passes.flow import Flow, Roles, shared_path
 from peft_fx.passes.nodes import coarsest, is_rounded
@@ -116,6 +116,10 @@ class Group:
     def remainders(self) -> tuple[Term, ...]:
         """What multiplies u besides W, in W's orientation."""
         return tuple(self._remainder(occ.term) for occ in self.others if occ.term is not None)
+
+    def added_by(self, occ: Occurrence) -> tuple[Matrix, ...]:
+        """The factors of one of the others, without what is shared."""
+        return self._remainder(occ.term).factors if occ.term is not None else ()
 
     def _remainder(self, term: Term) -> Term:
         if not self.right:
@@ -252,7 +256,11 @@ class Analysis:
                 if len(read.factors) == 1:  # W alone, not a product of W with part of what is shared
                     shared = tuple(f.T for f in reversed(factors[:-1])) if right else factors[:-1]
                     outer = base.term.scale.over(read.scale)
-                    yield Group(root, base, others, shared, right, backward, outer, read.scale)
+                    group = Group(root, base, others, shared, right, backward, outer, read.scale)
+                    if adapting := tuple(
+                        o for o in others if adapters.adds(self.flow, group.weight, group.added_by(o))
+                    ):
+                        yield replace(group, others=adapting)
 
     def _preference(self, group: Group) -> tuple[int, int, bool]:
         """Few factors in the base first, then much company, then a frozen weight."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench.coverage.rows import SAME_EVERYWHERE, TABLES, Entry, explained, lacking, said
+from bench.coverage import page
+from bench.coverage.rows import SAME_EVERYWHERE, TABLES, Entry, explained, lacking, said, told_without_adapters
 from bench.results import FOLDER
 
 AGAIN = (
@@ -31,6 +32,22 @@ def test_coverage_is_as_committed(committed: dict, table: str, name: str) -> Non
     if reason := lacking(entry):
         pytest.skip(reason)
     assert counts(attempt(entry)) == counts(want), f"{name} {AGAIN}"
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_of_an_architecture_without_adapters_nothing_is_told(name: str) -> None:
+    if reason := lacking(TABLES["architectures"][name]):
+        pytest.skip(reason)
+    assert told_without_adapters(TABLES["architectures"][name]) == 0
+
+
+def test_what_is_told_falsely_has_a_column() -> None:
+    """Of the rows that were asked."""
+    row = {"table": "architectures", "adapters": 1, "in_weights": 0, "graphs": 1, "forward": 1, "input_grad": 1}
+    row |= {"refusals": {}, "kept": {}}
+    text = page.text([], [row | {"name": "Llama", "plain": 3}, row | {"name": "BERT"}])
+    cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if "|" in line}
+    assert (cells[""], cells["Llama"], cells["BERT"]) == ("false", "3", "")
 
 
 def attempt(entry: Entry) -> dict[str, Any]:

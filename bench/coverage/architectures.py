@@ -40,6 +40,19 @@ class Architecture:
 
     def build(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model with LoRA, in training mode, its adapters away from their start, and a batch."""
+        model = self.plain()
+        options = {"r": 8, "lora_alpha": 16, **self.lora}
+        if not options.keys() & {"target_parameters", "target_modules"}:
+            options["target_modules"] = _convolutions(model) if self.layers == "convolutions" else _linear(model)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
+        disturb(adapted, seed=0)
+        return adapted, self.batch()
+
+    def batch(self) -> dict[str, Any]:
+        return BATCHES[self.inputs]()
+
+    def plain(self) -> nn.Module:
+        """The model without adapters, all of it trained."""
         torch.manual_seed(0)
         library = importlib.import_module(self.library)
         model = getattr(library, self.model)
@@ -48,12 +61,7 @@ class Architecture:
             model = model(config(**_known(config, SIZES) | dict(self.options)))
         else:  # diffusers: the options are the model's own
             model = model(**self.options)
-        options = {"r": 8, "lora_alpha": 16, **self.lora}
-        if not options.keys() & {"target_parameters", "target_modules"}:
-            options["target_modules"] = _convolutions(model) if self.layers == "convolutions" else _linear(model)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
-        disturb(adapted, seed=0)
-        return adapted, BATCHES[self.inputs]()
+        return model.train()  # type: ignore[no-any-return]
 
     @property
     def packages(self) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ Made by `python -m bench coverage`; `tests/test_coverage.py` holds the counts to
   makes deltas about as large as W, and the rounding errors of one product are those of a larger matrix, where the
   adapter's own sums, of a few terms, have hardly any. Where that is more than {gate}: in brackets, with {less} of the
   noise.
+- *false*: sites and refusals told of the same model without any adapter, all of it trained.
 - *kept*: bytes that forward leaves for backward, after and before the rewrite.
 """
 
@@ -94,15 +95,17 @@ def state(entry: Entry, row: Row) -> str:
 
 def _table(entries: Mapping[str, Entry], rows: Mapping[str, Row]) -> str:
     timed = any("seconds" in row for row in rows.values())
+    plain = any("plain" in row for row in rows.values())
     head = ["", "what", "weight", "input gradient", "refused", "error", "kept, KB", "graphs"]
-    lines = [_line(name, entry, rows[name], timed) for name, entry in entries.items() if name in rows]
-    return table([*head, "time"] if timed else head, lines, "github", left=2)
+    head += ["false"] * plain + ["time"] * timed
+    lines = [_line(name, entry, rows[name], plain, timed) for name, entry in entries.items() if name in rows]
+    return table(head, lines, "github", left=2)
 
 
-def _line(name: str, entry: Entry, row: Row, timed: bool) -> list[str]:
+def _line(name: str, entry: Entry, row: Row, plain: bool, timed: bool) -> list[str]:
     first = [name, _described(entry)]
     if "missing" in row or "error" in row:
-        return [*first, row.get("missing", "fails, see below"), *[""] * (6 if timed else 5)]
+        return [*first, row.get("missing", "fails, see below"), *[""] * (5 + plain + timed)]
     kept = row["kept"]
     cells = [
         _weight(entry, row),
@@ -112,7 +115,8 @@ def _line(name: str, entry: Entry, row: Row, timed: bool) -> list[str]:
         f"{kept['after'] / 1e3:.0f} / {kept['before'] / 1e3:.0f}" if kept.get("before") else "",
         str(row["graphs"]),
     ]
-    return [*first, *cells, _time(row.get("seconds", {}))] if timed else [*first, *cells]
+    cells += [str(row.get("plain", ""))] * plain + [_time(row.get("seconds", {}))] * timed
+    return [*first, *cells]
 
 
 def _described(entry: Entry) -> str:

@@ -37,6 +37,8 @@ def measure(entry: Entry, draws: int, timed: bool = False) -> dict[str, Any]:
         row = explained(entry)
     except Exception as error:
         return {"error": said(error)}
+    if isinstance(entry, Architecture):
+        row["plain"] = told_without_adapters(entry)
     row["packages"] = {package: importlib.metadata.version(package) for package in entry.packages}
     if draws:
         row["gate"] = _attempt(lambda: gated(entry, draws))
@@ -79,6 +81,13 @@ def explained(entry: Entry) -> dict[str, Any]:
     if report.failures:
         row["failures"] = report.failures
     return row
+
+
+def told_without_adapters(entry: Architecture) -> int:
+    """How many sites and refusals are told of the same model without any adapter, fully trained: each is false."""
+    torch._dynamo.reset()
+    report = peft_fx.explain(entry.plain(), options=OPTIONS, **entry.batch())
+    return len(report.sites) + sum(r.code != "logits_returned" for r in report.refusals)
 
 
 def gated(entry: Entry, draws: int, noise: float = NOISE) -> dict[str, Any]:
