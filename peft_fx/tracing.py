@@ -13,7 +13,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
+from peft_fx.compat import pytree
 from peft_fx.passes.nodes import expr
+
+CPU = torch.device("cpu")
+# where a graph is only looked at, no cache answers in the place of our passes, and nothing is timed on a device
+IDLE: dict[str, Any] = {"fx_graph_cache": False, "shape_padding": False}
 
 
 def new_fake_mode() -> compat.FakeTensorMode:
@@ -45,6 +50,15 @@ def ghost_of(model: Any, fake_mode: compat.FakeTensorMode) -> Any:
         if id(tensor) not in memo:
             memo[id(tensor)] = ghostly(tensor, fake_mode)
     return copy.deepcopy(model, memo)
+
+
+def device_traced(model: Any, args: Any, kwargs: Any) -> torch.device:
+    """Where the ghosts of a call are: where the model's first parameter is, or the first input; on the CPU where that
+    has no memory."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    given = (*parameters, *pytree.tree_leaves((args, kwargs)))
+    device = next((t.device for t in given if isinstance(t, torch.Tensor)), CPU)
+    return CPU if device.type == "meta" else device
 
 
 def ghostly(x: Any, fake_mode: compat.FakeTensorMode) -> Any:
