@@ -72,7 +72,7 @@ class Retarget:
         if self.traced == self.device:
             yield
             return
-        known = [t for graph in graphs for t in _values(graph)]
+        known = [t for graph in graphs for t in _values(graph) if t.fake_device == self.traced]
         for graph in graphs:
             _move(graph, self.traced, self.device)
         try:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
@@ -26,7 +25,6 @@ from peft_fx.retargeting import GPU, Retarget, device_of
 from peft_fx.tracing import CPU
 from tests import affine_spellings, joint, spellings
 from tests.oracle import integers
-from tests.peft_models import adapt, llama_config
 from tests.spellings import Case, K, N, frozen, trained, x
 from tests.test_transients import Siblings
 
@@ -272,15 +270,6 @@ def test_a_machines_constants_decide_whether_it_is_a_gpu(tmp_path: Any) -> None:
         assert device_of(parse({"peft_fx.machine": str(path)}), None, CPU) == device
 
 
-def llama(device: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """One layer in PEFT's default dtypes."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = adapt(tf.LlamaForCausalLM(llama_config(64, 96, 1)).to(BF16), dtype=BF16)
-        ids = torch.zeros(1, 64, dtype=torch.long)
-    return model, {"input_ids": ids, "labels": ids}
-
-
 def listing(report: peft_fx.Report) -> str:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
@@ -289,22 +278,57 @@ def listing(report: peft_fx.Report) -> str:
     return shown.getvalue()
 
 
+def explained(device: str | None = None, meta: bool = False, **options: str) -> str:
+    """The nodes of two bf16 layers with fp32 adapters, as explain shows them."""
+    where = "meta" if meta else "cpu"
+    module, given = Siblings(2).to(where), torch.randn(80, K, dtype=BF16, device=where, requires_grad=True)
+    asked = {f"peft_fx.{k}": v for k, v in options.items()} | {"peft_fx.form": "weight"}
+    report = peft_fx.explain(module, given, device=device, options=asked)
+    assert report.failures == report.graph_breaks == []
+    assert len(report.sites) == 2
+    assert {p.device.type for p in module.parameters()} == {where}
+    return listing(report)
+
+
 def test_explain_shows_the_graph_of_the_machine() -> None:
-    """Of a model without weights and of one on the CPU alike; on a CPU rounding's rest has products of its own."""
-    shown = {}
-    for where in ("meta", "cpu"):
-        model, batch = llama(where)
-        report = peft_fx.explain(model, options=H100, **batch)
-        assert report.failures == report.graph_breaks == []
-        assert len(report.sites) == 7
-        shown[where] = listing(report)
-    assert shown["meta"] == shown["cpu"]
-    assert "addmm" not in shown["cpu"]
-    assert "= mm(" in shown["cpu"]
-    model, batch = llama("meta")
-    on_a_cpu = listing(peft_fx.explain(model, options=H100, device="cpu", **batch))
+    """Of a model without weights and of one on the CPU alike; on a CPU what a product is rounded by has one of its
+    own."""
+    on_a_gpu = explained(machine="h100")
+    assert "addmm" not in on_a_gpu
+    assert "= mm(" in on_a_gpu
+    assert explained(machine="h100", meta=True) == on_a_gpu
+    assert explained("cuda") == on_a_gpu
+    on_a_cpu = explained()
     assert "addmm" in on_a_cpu
-    assert listing(peft_fx.explain(model, device="cuda", options={"peft_fx.form": "weight"}, **batch)) == shown["meta"]
+    assert explained("cpu", machine="h100", meta=True) == on_a_cpu
+
+
+def test_estimate_reckons_with_the_graph_of_the_machine() -> None:
+    """Of one step: less is read on a GPU, whose products give fp32; bytes kept are those that explain tells of it."""
+    module, given = Siblings(2), torch.randn(80, K, dtype=BF16, requires_grad=True)
+    steps: list[str] = []
+    asked = {"machine": "h100", "variants": ["inductor", "peft_fx"], "options": {"peft_fx.form": "weight"}}
+    found = {
+        device: peft_fx.estimate(Sum(module), given, device=device, progress=steps.append, **asked).rows
+        for device in (None, "cuda", "cpu")
+    }
+    assert found[None] == found["cuda"]
+    assert found["cpu"][1].seconds > found["cuda"][1].seconds
+    report = peft_fx.explain(Sum(module), given, options=H100)
+    assert [r.kept_bytes for r in found[None]] == list(report.kept_bytes.values())
+    assert len(steps) == 3
+    assert all("inductor, peft_fx" in step for step in steps)
+
+
+class Sum(nn.Module):
+    """A loss."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(y.float().sum() for y in self.inner(x))
 
 
 def test_nothing_is_timed_on_a_device() -> None:
