@@ -30,7 +30,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import CAST, aten, expr, numel, prims, tensor_arg, value
+from peft_fx.passes.nodes import CAST, argument, aten, expr, numel, prims, tensor_arg, value
 
 LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
     "library",
@@ -598,7 +598,7 @@ def _attention(fused: Fused, node: Node, machine: Machine) -> float:
     """Two products of T×T×d a head in forward, five in backward, half of each where it is causal."""
     sizes = _Attention.of(fused, node)
     flops = 2 * sizes.batch * sizes.heads * sizes.tokens * sizes.others * sizes.width * (5 if sizes.backward else 2)
-    causal = 2 if any(a is True for a in (*node.args, *node.kwargs.values())) else 1
+    causal = 2 if argument(node, "is_causal") else 1
     return float(flops / causal / machine.speed(sizes.dtype).peak + machine.launch)
 
 

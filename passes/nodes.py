@@ -54,6 +54,15 @@ def tensor_arg(node: Node, i: int) -> Node:
     return arg
 
 
+def argument(node: Node, name: str) -> Any:
+    """What an op is called with under a name of its schema, or its default."""
+    for i, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if known.name == name:
+            given = node.args[i] if i < len(node.args) else node.kwargs.get(name, known.default_value)
+            return given
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
 def is_number(arg: Any) -> TypeGuard[int | float]:
     """Whether a python number is meant as one: True and False are not."""
     return isinstance(arg, (int, float)) and not isinstance(arg, bool)

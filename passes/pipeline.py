@@ -185,7 +185,8 @@ def _for_backward(
         return Keep(graph, Flow(graph, roles), hint, settings.rebuild_random, moments.reading, rebuilt)
 
     def lossy(keep: Keep) -> Lossy:
-        policies = {k: make(settings.velora_group, settings.keep_rounding) for k, make in POLICIES.items()}
+        asked = settings.velora_group, settings.keep_rounding, settings.machine.name
+        policies = {k: make(*asked) for k, make in POLICIES.items()}
         return compress(keep, members, inputs, fake_mode, policies, settings.keep, settings.keep_layers)
 
     if default and settings.adapter_grad != "low_rank":

@@ -152,18 +152,24 @@ class Affine:
         return build.call(aten.mul.Tensor, build.cast(hash_of(build, mixed), value(groups).dtype), 2.0**-16)
 
 
+OLDER = ("a100", "rtx3090", "t4")  # machines of the table whose kernels cannot have 8-bit floats
+CAPABILITY = 8, 9  # of CUDA devices from which on they can
+
+
 @dataclass(frozen=True)
 class Float8:
-    """e4m3 in units of each row's largest number."""
+    """e4m3 in units of each row's largest number; `machine` is the name of the one that is reckoned with."""
 
+    machine: str = ""
     dtype: torch.dtype = torch.float8_e4m3fn
 
     def refusal(self, val: torch.Tensor) -> tuple[str, str] | None:
         if val.device.type == "cpu":
             return None
-        if val.device.type == "cuda" and torch.cuda.get_device_capability(val.device) >= (8, 9):
+        if val.device.type == "cuda" and self.machine not in OLDER and _is_capable(val.device):
             return None
-        return "device", f"{val.device} has no {str(self.dtype).removeprefix('torch.')}"
+        where = f"{val.device} ({self.machine})" if self.machine in OLDER else str(val.device)
+        return "device", f"{where} has no {str(self.dtype).removeprefix('torch.')}"
 
     def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
         return rows * (features + _bytes_of_statistics(dtype))
@@ -180,9 +186,17 @@ class Float8:
         return build.call(aten.mul.Tensor, build.cast(q, value(unit).dtype), unit)
 
 
-POLICIES: Mapping[str, Callable[[int, str], Policy]] = {
-    "velora": lambda group, rounding: Velora(group),
-    "int8": lambda group, rounding: Affine(8, rounding),
-    "int4": lambda group, rounding: Affine(4, rounding),
-    "fp8": lambda group, rounding: Float8(),
+def _is_capable(device: torch.device) -> bool:
+    """Whether a device has what the newer ones have; one that is not there is as new as its machine."""
+    try:
+        return bool(torch.cuda.get_device_capability(device) >= CAPABILITY)
+    except (AssertionError, RuntimeError):  # no driver, or a build without CUDA
+        return True
+
+
+POLICIES: Mapping[str, Callable[[int, str, str], Policy]] = {
+    "velora": lambda group, rounding, machine: Velora(group),
+    "int8": lambda group, rounding, machine: Affine(8, rounding),
+    "int4": lambda group, rounding, machine: Affine(4, rounding),
+    "fp8": lambda group, rounding, machine: Float8(machine),
 }

@@ -172,7 +172,8 @@ class Replay:
             other = other.args[1] if is_constant(other) else self._weight(other)
         pair = (other, constant) if x is b else (constant, other)
         if not isinstance(pair[0], Node):
-            pair = (self.build.call(aten.full.default, [1], pair[0], dtype=self._wide(node)), pair[1])
+            like = {"dtype": self._wide(node), "device": value(node).device}
+            pair = (self.build.call(aten.full.default, [1], pair[0], **like), pair[1])
         return Value(found, self.build.call(node.target, *pair, **kwargs))
 
     def _product(self, node: Node) -> Value:

@@ -212,8 +212,8 @@ class Rewriter:
         """A sum of two that lost addend `i`: the other, in the sum's dtype and shape."""
         (kept,) = (p for j, p in enumerate(addends(node) or []) if j != i)
         if kept.operand is None:
-            kept_arg = node.args[1 - i]
-            return self.build.call(aten.full.default, list(value(node).shape), kept_arg, dtype=value(node).dtype)
+            like = {"dtype": value(node).dtype, "device": value(node).device}
+            return self.build.call(aten.full.default, self._sized(node), node.args[1 - i], **like)
         assert isinstance(kept.operand, Node)
         rest = copies.get(kept.operand, kept.operand)
         rest = self.build.cast(rest, value(node).dtype)

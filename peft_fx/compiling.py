@@ -29,6 +29,7 @@ from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.flow import Role
+from peft_fx.passes.nodes import prims
 from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads
 from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
@@ -36,6 +37,7 @@ from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
 log = logging.getLogger("peft_fx")
 
 
+SEEDS = {prims.inductor_seed.default, prims.inductor_seeds.default}
 DONE = "peft_fx_done"  # a mark on the inputs of a graph that the passes have seen
 
 
@@ -47,7 +49,8 @@ class PassError(Exception):
 class Record:
     """One graph that Dynamo handed us: enough to run the passes on it again, and what they found; not `lowered` where
     AOTAutograd or Inductor turned it away. `grad` and `autocast` are what it was traced under, `calls` the parameters,
-    by position, of each module that it has run for: Dynamo runs one graph for all layers that are alike.
+    by position, of each module that it has run for: Dynamo runs one graph for all layers that are alike. `device` is
+    where the graph is taken to be, if not where its inputs are.
 
     `compiled` is what Dynamo was given to call, and lets go of with the code that calls it; `ran` is whether it did."""
 
@@ -64,13 +67,21 @@ class Record:
     autocast: list[tuple[str, torch.dtype, bool]] = field(default_factory=list)
     calls: list[dict[int, Callable[[], Any]]] = field(default_factory=list)
     resets: int = field(default_factory=lambda: _resets)
+    device: torch.device | None = None
 
     @classmethod
-    def of(cls, gm: GraphModule, inputs: list[Any], roles: dict[int, Role], options: Options) -> Record:
+    def of(
+        cls,
+        gm: GraphModule,
+        inputs: list[Any],
+        roles: dict[int, Role],
+        options: Options,
+        device: torch.device | None = None,
+    ) -> Record:
         """The record of a graph that is to be compiled here and now."""
         devices = sorted({t.device.type for t in inputs if isinstance(t, torch.Tensor)} | {"cpu"})
         autocast = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices if d != "meta"]
-        return cls(gm, inputs, roles, options, torch.is_grad_enabled(), autocast=autocast)
+        return cls(gm, inputs, roles, options, torch.is_grad_enabled(), autocast=autocast, device=device)
 
     @property
     def is_told(self) -> bool:
@@ -85,8 +96,8 @@ class Record:
     @functools.cached_property
     def settings(self) -> pipeline.Settings:
         """What the options come to on the device of the graph."""
-        device = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
-        return self.options.settings(device)
+        found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+        return self.options.settings(self.device or found)
 
     @functools.cached_property
     def subgraphs(self) -> list[Subgraph]:
@@ -274,7 +285,8 @@ class Finish(compat.CustomGraphPass):  # type: ignore[misc]
 
     Where they remove a no-op such as `1*x`, they hand all its metadata on to x. With a recompute tag on it, an input of
     the graph would be missing in backward, and a residual stream would be computed twice: tags come off the nodes that
-    had none. Where they remove a copy of what forward writes, one is made anew.
+    had none. Where they draw a seed for a mask that is to be rebuilt, the seed is kept: drawn again, it would take the
+    generator's state to be kept instead. Where they remove a copy of what forward writes, one is made anew.
     """
 
     def __init__(self, ours: AdapterPass, others: Sequence[Any] = ()):
@@ -282,7 +294,8 @@ class Finish(compat.CustomGraphPass):  # type: ignore[misc]
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.nodes:
-            if node in self.ours.untagged:
+            is_seed = node.target in SEEDS and "ac_graph_id" not in node.meta  # of ours, not of a checkpoint's
+            if node in self.ours.untagged or is_seed:
                 node.meta.pop("recompute", None)
         self.ours.untagged = set()
         for other in self.others:

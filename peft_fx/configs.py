@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from peft_fx.options import PREFIX, parse
+from peft_fx.retargeting import DEVICES
 from peft_fx.terminal import Problem, require
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -163,9 +164,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser, speeds: str) -> None:
-    """Declares what `options_of` reads; `speeds` says what the machine's are for."""
+    """Declares what `options_of` reads, and `device`; `speeds` says what the machine's are for."""
     machine = f"{speeds}: h100, a100, cpu, … or a calibration's file (default: this machine's)"
     parser.add_argument("--machine", help=machine)
+    device = "whose graph is told of (default: the machine's)"
+    parser.add_argument("--device", choices=DEVICES, help=device)
     option = "of the backend, as often as need be: form=weight, numerics=strict, keep=int8, …"
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
 

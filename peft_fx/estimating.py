@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
-from peft_fx.compiling import AdapterPass, Finish, PassError, Record, roles_in, roles_of
+from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
@@ -22,11 +22,14 @@ from peft_fx.passes.flow import Role, is_tangent
 from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
+from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.tracing import (
+    IDLE,
     Ghosts,
     answer,
     call_compiled,
     copy_graph,
+    device_traced,
     new_fake_mode,
     nothing_changed,
     telling_of_a_batch,
@@ -121,22 +124,27 @@ def estimate(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     machine: str | None = None,
+    device: str | torch.device | None = None,
     optimizer: str = "adamw",
     variants: Sequence[str] | None = None,
     seq_lens: Iterable[int] | None = None,
+    progress: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Estimate:
     """Peak memory and time of a training step of a model, by variant. Nothing is computed; weights need not exist.
 
     `estimate(model, *args, **kwargs)` traces the call on fake tensors; a model on the meta device gives the same
     figures. `options` are torch.compile's, for the variants by peft_fx; `machine` is a known name or a calibration's
-    file; `optimizer` one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: all that the model allows).
+    file; `device`, "cpu" or "cuda", says whose graphs are reckoned with where that is not to be the machine's or where
+    the model is, as in `explain`; `optimizer` is one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: all that
+    the model allows).
     `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Values that the model
     returns beside the loss are taken to be let go of before backward. A model of more than `DEEP` equal layers is
-    traced at two depths, and a further layer costs what the last one did.
+    traced at two depths, and a further layer costs what the last one did. `progress` is called with a line of text for
+    each trace to come: once for each length and each of `by_preparation(variants)`.
 
-    Raises ValueError for an unknown option, machine, optimiser or variant, for a variant asked for that the model
-    does not allow, TypeError for what is no module, and RuntimeError where nothing of the call is trained.
+    Raises ValueError for an unknown option, machine, device, optimiser or variant and for a variant asked for that the
+    model does not allow, TypeError for what is no module, and RuntimeError where nothing of the call is trained.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"estimate() knows no optimizer {optimizer!r}; valid ones: {', '.join(OPTIMIZERS)}")
@@ -148,28 +156,46 @@ def estimate(
         raise TypeError("estimate() needs a module: what it trains are the module's parameters")
     kwargs = kwargs if args or kwargs else own_inputs(plain, "estimate")
     options = dict(options or {}) | ({f"{PREFIX}machine": machine} if machine else {})
-    speeds = machines.resolve(parse(options).machine, _device(plain, args, kwargs))
+    traced_on = device_traced(plain, args, kwargs)
+    retarget = Retarget(traced_on, device_of(parse(options), device, traced_on))
+    target = Target(machines.resolve(parse(options).machine, retarget.device), retarget, OPTIMIZERS[optimizer])
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for T in sorted(seq_lens) if seq_lens is not None else [_length(args, kwargs)]:
-        inputs = pytree.tree_map(lambda x, T=T: _at_length(x, _length(args, kwargs), T), (args, kwargs))
-        for prepare, names in _by_preparation(variants or VARIANTS).items():
-            named = {n: _options(VARIANTS[n], options) for n in names}
-            try:
-                rows += _rows(plain, inputs, prepare, named, speeds, OPTIMIZERS[optimizer], T)
-            except LeftOut as reason:
-                if variants is not None:
-                    raise ValueError(f"{', '.join(names)}: {reason}") from None
-                left_out |= dict.fromkeys(names, str(reason))
+    given = _length(args, kwargs)
+    lengths = sorted(set(seq_lens)) if seq_lens is not None else [given]
+    for prepare, names in by_preparation(variants or VARIANTS).items():
+        named = {n: _options(VARIANTS[n], options) for n in names}
+        try:
+            whole = _prepared(plain, prepare, Ghosts(new_fake_mode(), "estimate"))
+            for T in lengths:
+                if progress is not None:
+                    progress(f"T = {T}: {', '.join(names)}")
+                inputs = pytree.tree_map(lambda x, T=T: _at_length(x, given, T), (args, kwargs))
+                rows += _rows(plain, whole, inputs, prepare, named, target, T)
+        except LeftOut as reason:
+            if variants is not None:
+                raise ValueError(f"{', '.join(names)}: {reason}") from None
+            left_out |= dict.fromkeys(names, str(reason))
     order = list(variants or VARIANTS)
-    return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), speeds.name, left_out)
+    return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a step is reckoned for: speeds, the device that its graphs are on, and bytes of an optimiser's state for one
+    of a parameter."""
+
+    machine: Machine
+    retarget: Retarget
+    states: int
 
 
 def _options(variant: Variant, given: Mapping[str, Any]) -> Options | None:
     return None if variant.options is None else parse({**given, **variant.options})
 
 
-def _by_preparation(names: Iterable[str]) -> dict[Any, list[str]]:
+def by_preparation(names: Iterable[str]) -> dict[Any, list[str]]:
+    """The names of variants by what makes their model: those of one are traced together."""
     found: dict[Any, list[str]] = {}
     for name in names:
         found.setdefault(VARIANTS[name].prepare, []).append(name)
@@ -178,11 +204,6 @@ def _by_preparation(names: Iterable[str]) -> dict[Any, list[str]]:
 
 def _tensors(*trees: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(trees) if isinstance(x, torch.Tensor)]
-
-
-def _device(model: Any, args: Any, kwargs: Any) -> torch.device:
-    device = next((t.device for t in (*model.parameters(), *_tensors(args, kwargs))), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _length(args: Any, kwargs: Any) -> int:
@@ -258,24 +279,23 @@ class Step:
 
 def _rows(
     model: Any,
+    whole: Any,
     inputs: tuple[Any, Any],
     prepare: Callable[[nn.Module], nn.Module],
     named: Mapping[str, Options | None],
-    machine: Machine,
-    states: int,
+    target: Target,
     T: int,
 ) -> list[Row]:
-    """The rows of variants that share one prepared model."""
-    whole = _prepared(model, prepare, Ghosts(new_fake_mode(), "estimate"))
+    """The rows of variants that share one prepared model, the `whole` of it."""
     stacks = _stacks(whole)
     if stacks:
         # with checkpoints, memory that waits for the next layer is all there once there are three
         depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in whole.modules())
-        first, second = (_traced(model, inputs, prepare, named, machine, n) for n in (depth, depth + 1))
+        first, second = (_traced(model, inputs, prepare, named, target, n) for n in (depth, depth + 1))
         layers = len(stacks[0]) - depth
         steps = {name: first[name].extended(second[name], layers) for name in named}
     else:
-        steps = _traced(model, inputs, prepare, named, machine)
+        steps = _traced(model, inputs, prepare, named, target)
     shift = {id(m.shift) for m in whole.modules() if hasattr(m, "shift")}
     parameters = [p for p in whole.parameters() if id(p) not in shift]
     weights = sum(_bytes(t) for t in (*parameters, *whole.buffers()))
@@ -288,9 +308,9 @@ def _rows(
         components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
         kept = sum(components.values())
         peak = max(*map(round, step.peaks), updated)
-        seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
+        seconds = step.seconds + (target.machine.one_pass((3 + 2 * target.states) * gradients) if gradients else 0.0)
         transient = peak - gradients - kept
-        rows.append(Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components))
+        rows.append(Row(name, T, weights, gradients, target.states * gradients, kept, transient, seconds, components))
     return rows
 
 
@@ -310,7 +330,7 @@ def _traced(
     inputs: tuple[Any, Any],
     prepare: Callable[[nn.Module], nn.Module],
     named: Mapping[str, Options | None],
-    machine: Machine,
+    target: Target,
     depth: int = 0,
 ) -> dict[str, Step]:
     ghosts = Ghosts(new_fake_mode(), "estimate")
@@ -321,11 +341,11 @@ def _traced(
     parts: list[dict[str, Part]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        split = Split(gm, roles_of(gm, example_inputs, names), named, machine, _handed_on(example_inputs, given))
+        split = Split(gm, roles_of(gm, example_inputs, names), named, target, _handed_on(example_inputs, given))
         patches = {
             "joint_custom_pre_pass": split.joint,
             "custom_partitioner_fn": split,
-            "fx_graph_cache": False,
+            **IDLE,
             **dict.fromkeys(PATTERNS, False),  # each variant has its own
         }
         with compat.functorch_config.patch(enable_autograd_cache=False):
@@ -378,11 +398,15 @@ def _step(parts: Sequence[Part]) -> Step:
 
 
 class Joint(compat.CustomGraphPass):  # type: ignore[misc]
-    """Keeps a copy of the joint graph, as Dynamo's graph came out."""
+    """Keeps a copy of the joint graph, as Dynamo's graph came out, with the attention of the device that is told of."""
 
     graph: Graph | None = None
 
+    def __init__(self, retarget: Retarget):
+        self.retarget = retarget
+
     def __call__(self, graph: Graph) -> None:
+        self.retarget.exchange(graph, compat.V.fake_mode)
         self.graph = copy_graph(graph)
 
     def uuid(self) -> Any:
@@ -397,11 +421,12 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         gm: GraphModule,
         roles: Any,
         named: Mapping[str, Options | None],
-        machine: Machine,
+        target: Target,
         handed_on: dict[int, Role],
     ):
-        self.gm, self.roles, self.named, self.machine, self.handed_on = gm, roles, named, machine, handed_on
-        self.joint, self.parts = Joint(), dict[str, Part]()
+        self.gm, self.roles, self.named, self.handed_on = gm, roles, named, handed_on
+        self.machine, self.retarget = target.machine, target.retarget
+        self.joint, self.parts = Joint(self.retarget), dict[str, Part]()
         self.patterns = {name: getattr(compat.inductor_config, name) for name in PATTERNS}
 
     def __call__(
@@ -419,15 +444,18 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     ) -> tuple[Part, tuple[GraphModule, GraphModule]]:
         assert self.joint.graph is not None
         joint = GraphModule(gm, copy_graph(self.joint.graph))
-        ours = None if options is None else AdapterPass(Record(self.gm, [], self.roles, options, True))
+        ours = None
+        if options is not None:
+            record = Record(self.gm, [], self.roles, options, True, device=self.retarget.device)
+            ours = RetargetedPass(record, self.retarget)
         after = None if ours is None else Finish(ours)
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
+            self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
             forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
-            if self._is_traced_for_its_machine(joint_inputs):
-                compat.post_grad_passes(forward, is_inference=False)
-                compat.post_grad_passes(backward, is_inference=False)
+            if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
+                self._lowered(forward, backward)
         hint = compat.hint_for(compat.V.fake_mode)
         first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
         inputs = forward.graph.find_nodes(op="placeholder")
@@ -439,10 +467,12 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         back = walk(second, made, outputs(backward.graph), self.machine, lent)
         return Part(components, there, back), (forward, backward)
 
-    def _is_traced_for_its_machine(self, inputs: Sequence[object]) -> bool:
-        """Whether what Inductor does with a product and a sum on the inputs' device is what it does on the machine."""
-        devices = {n.device.type for n in inputs if isinstance(n, torch.Tensor)}
-        return self.machine.is_cpu == (devices <= {"cpu"})
+    def _lowered(self, *graphs: GraphModule) -> None:
+        """What Inductor does with products and sums on the device, and with what can be computed in place."""
+        patterns_on_it = {"post_grad_custom_post_pass": Home(self.retarget)}
+        with compat.inductor_config.patch(patterns_on_it), self.retarget.there(*(gm.graph for gm in graphs)):
+            for gm in graphs:
+                compat.post_grad_passes(gm, is_inference=False)
 
     def uuid(self) -> Any:
         return None

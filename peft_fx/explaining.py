@@ -14,7 +14,6 @@ from torch.fx import Graph, GraphModule
 
 from peft_fx import compat
 from peft_fx.compiling import (
-    AdapterPass,
     PassError,
     Record,
     copy_of,
@@ -32,11 +31,15 @@ from peft_fx.passes.pipeline import Outcome
 from peft_fx.preparing import curable
 from peft_fx.regional import renamed
 from peft_fx.reports import Report
+from peft_fx.retargeting import Retarget, RetargetedPass, device_of
 from peft_fx.tracing import (
+    CPU,
+    IDLE,
     Ghosts,
     answer,
     call_compiled,
     copy_graph,
+    device_traced,
     new_fake_mode,
     nothing_changed,
     telling_of_a_batch,
@@ -44,7 +47,12 @@ from peft_fx.tracing import (
 
 
 def explain(
-    model: Any, *args: Any, options: Mapping[str, Any] | None = None, measure: bool = False, **kwargs: Any
+    model: Any,
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    measure: bool = False,
+    device: str | torch.device | None = None,
+    **kwargs: Any,
 ) -> Report:
     """What is rewritten in a model, what is not, and why. Nothing is computed and nothing is changed; weights need
     not exist.
@@ -53,12 +61,14 @@ def explain(
     puts on every gradient. Then weights and inputs must be real; gradients, buffers and random state stay as they are.
 
     `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a
-    model on the meta device works. `explain(compiled)` of a compiled model that already ran tells what that compile
-    did. For a transformers model, `explain(model)` makes its own inputs. Raises TypeError where there is nothing to
-    go by.
+    model on the meta device works. A model that is on no GPU is told of as if it were on `device`, "cpu" or "cuda"; by
+    default on a GPU where `"peft_fx.machine"` names one, and on the CPU otherwise. No GPU is needed for that.
+    `explain(compiled)` of a compiled model that already ran tells what that compile did. For a transformers model,
+    `explain(model)` makes its own inputs. Raises TypeError where there is nothing to go by, and ValueError for a device
+    that cannot be had.
     """
     if measure:
-        report = explain(model, *args, options=options, **kwargs)
+        report = explain(model, *args, options=options, device=device, **kwargs)
         plain, compiled_options = unwrapped(model)
         kwargs = kwargs if args or kwargs else own_inputs(plain, "explain")
         chosen = parse(options) if options is not None else compiled_options or Options()
@@ -73,7 +83,7 @@ def explain(
         kwargs = own_inputs(plain, "explain")
     chosen = parse(options) if options is not None else compiled_options or Options()
     with telling_of_a_batch("explain", plain, args, kwargs):
-        return _trace(plain, args, kwargs, chosen)
+        return _trace(plain, args, kwargs, chosen, device)
 
 
 def unwrapped(model: Any) -> tuple[Any, Options | None]:
@@ -122,22 +132,25 @@ def own_inputs(model: Any, caller: str) -> dict[str, Any]:
 # tracing
 
 
-class Idle(AdapterPass):
-    """The same pass, which keeps a copy of the graph as it was, so that what would be kept without us can be told
-    too; `kept` are bytes by component, `nodes` the text of each adapter's module, each before and after."""
+class Idle(RetargetedPass):
+    """The same pass, on the device that is told of. It keeps a copy of the graph as it was, so that what would be kept
+    without us can be told too; `kept` are bytes by component, `nodes` the text of each adapter's module, each before
+    and after."""
 
     untouched: Graph | None = None
 
-    def __init__(self, record: Record, others: Sequence[Any] = ()):
-        super().__init__(record, others)
+    def __init__(self, record: Record, retarget: Retarget):
+        super().__init__(record, retarget)
         self.kept: dict[str, dict[str, int]] = {}
         self.nodes: dict[str, dict[str, Lines]] = {}
 
     def apply(self, graph: Graph) -> list[Outcome]:
+        self.retarget.exchange(graph, compat.V.fake_mode)
         self.untouched = copy_graph(graph)
         outcomes = super().apply(graph)
         names = _names_told(outcomes[0])
-        before, after = (listings(g, self.roles_in(g)[0], names) for g in (self.untouched, graph))
+        with self.retarget.there(self.untouched, graph):
+            before, after = (listings(g, self.roles_in(g)[0], names) for g in (self.untouched, graph))
         for outcome in outcomes:
             of_call = zip(names, _names_told(outcome), strict=True)
             self.nodes |= {told: {"before": before[name], "after": after[name]} for name, told in of_call}
@@ -157,7 +170,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        record, kept = self.idle.record, self.idle.kept
+        record, kept, exchange = self.idle.record, self.idle.kept, self.idle.retarget.exchange
+        exchange(gm.graph, compat.V.fake_mode)  # what patterns have made since
         if record.subgraphs:  # what a subgraph keeps is not known to the graph that calls it
             split: tuple[GraphModule, GraphModule]
             split = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
@@ -166,6 +180,7 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
             before = GraphModule(gm, self.idle.untouched)
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
+            exchange(before.graph, compat.V.fake_mode)
             kept["before"] = partitioned(before, joint_inputs, record.roles, kwargs)[2]
         forward, backward, kept["after"] = partitioned(gm, joint_inputs, record.roles, kwargs)
         return forward, backward
@@ -174,43 +189,46 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         return None
 
 
-def _compile_idly(gm: GraphModule, example_inputs: Sequence[Any], record: Record) -> tuple[Any, Idle]:
+def _compile_idly(
+    gm: GraphModule, example_inputs: Sequence[Any], record: Record, retarget: Retarget
+) -> tuple[Any, Idle]:
     """The backend's way through Inductor up to the partitioned graphs, and no further: calls answer with fake tensors.
 
     Returns the callable and what the pass saw; where our pass fails, the untouched graph's, as the backend would.
     """
-    idle = Idle(record)
-    patches = {
-        **patches_for(idle, record.options.inductor),
-        "custom_partitioner_fn": Partitioner(idle),
-        "fx_graph_cache": False,
-    }
+    idle = Idle(record, retarget)
+    patches = patches_for(idle, record.options.inductor) | IDLE | {"custom_partitioner_fn": Partitioner(idle)}
     untouched = copy_of(gm)
     with compat.functorch_config.patch(enable_autograd_cache=False):
         try:
             called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
         except PassError as error:
             record.failure = str(error)
-            plain = {**record.options.inductor, "fx_graph_cache": False}
+            plain = record.options.inductor | IDLE
             called = compat.compile_fx(untouched, example_inputs, inner_compile=answer, config_patches=plain)
     idle.untouched = None
     return called, idle
 
 
-def _trace(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Report:
+def _trace(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, device: str | torch.device | None
+) -> Report:
     fake_mode = new_fake_mode()
+    traced_on = device_traced(model, args, kwargs)
+    retarget = Retarget(traced_on, device_of(options, device, traced_on))
     traced: list[tuple[Record, Idle | None]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
-        record = Record.of(gm, list(example_inputs), roles_of(gm, example_inputs, known), options)
+        roles = roles_of(gm, example_inputs, known)
+        record = Record.of(gm, list(example_inputs), roles, options, retarget.device)
         traced.append((record, None))
         untouched = copy_of(gm)
         try:
-            called, idle = _compile_idly(gm, example_inputs, record)
+            called, idle = _compile_idly(gm, example_inputs, record, retarget)
         except compat.DynamicOutputShapeException:
             record.lowered = False
             with compat.sizes_that_depend_on_values():
-                _compile_idly(untouched, example_inputs, record)
+                _compile_idly(untouched, example_inputs, record, retarget)
             raise
         traced[-1] = record, idle
         return noting_calls(called, record)
@@ -273,7 +291,7 @@ def _run_again(record: Record) -> None:
         for device, dtype, enabled in record.autocast:
             ambient.enter_context(torch.autocast(device, dtype, enabled))
         with context, any_size, torch.set_grad_enabled(record.grad), nothing_changed():
-            _compile_idly(gm, record.inputs, record)
+            _compile_idly(gm, record.inputs, record, Retarget(CPU, CPU))
 
 
 def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Report:

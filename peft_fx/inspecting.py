@@ -15,8 +15,8 @@ from peft_fx.terminal import Problem, check_writable, progress, silence_others
 DESCRIPTION = """\
 Says what peft_fx makes of a model: each adapter with the form chosen for it and why, what is refused and why, and the
 bytes that backward keeps, before and after. The model is built from its configuration on the meta device, with PEFT's
-LoRA: no weight exists, nothing is downloaded, nothing is computed. The graph is the one that a CPU would be given;
---machine says whose speeds decide.
+LoRA: no weight exists, nothing is downloaded, nothing is computed. --machine says whose speeds decide, and with them
+whether the graph is the one that a GPU or a CPU is given.
 """
 EPILOG = """\
 examples:
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         model = configs.model_of(args)
         batch = configs.batch_of(model, args.tokens, args.batch)
         say("tracing it and running the passes")
-        report = peft_fx.explain(peft_fx.loss_only(model) if args.loss_only else model, options=options, **batch)
+        told = peft_fx.loss_only(model) if args.loss_only else model
+        report = peft_fx.explain(told, options=options, device=args.device, **batch)
     if args.diff is None:
         print(report)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import peft_fx
 from peft_fx import configs
 from peft_fx.estimates import Estimate, unit_of
-from peft_fx.estimating import OPTIMIZERS, VARIANTS
+from peft_fx.estimating import OPTIMIZERS, VARIANTS, by_preparation
 from peft_fx.terminal import Problem, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\
@@ -76,18 +76,16 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         require("A figure", "matplotlib", extra="bench")
     silence_others()
-    found: list[Estimate] = []
-    with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) + 1) as say:
+    traces = len(args.seq) * len(by_preparation(args.variants or VARIANTS))
+    with progress(f"{args.config}, rank {args.rank}", steps=traces + 1) as say:
         say("building the model without its weights")
         model = without_mask(configs.model_of(args))
-        chosen = {"options": options, "variants": args.variants, "optimizer": args.optimizer}
-        for T in args.seq:
-            say(f"T = {T}")
-            try:
-                found.append(peft_fx.estimate(model, **chosen, **configs.batch_of(model, T, args.batch)))
-            except ValueError as error:
-                raise Problem(str(error)) from error
-    whole = Estimate([r for e in found for r in e.rows], found[0].machine, found[0].left_out)
+        chosen = {"options": options, "device": args.device, "variants": args.variants, "optimizer": args.optimizer}
+        batch = configs.batch_of(model, args.seq[0], args.batch)
+        try:
+            whole = peft_fx.estimate(model, **chosen, seq_lens=args.seq, progress=say, **batch)
+        except ValueError as error:
+            raise Problem(str(error)) from error
     print(whole)
     print(_conclusions(whole, args.memory))
     if args.json:

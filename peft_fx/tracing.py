@@ -14,8 +14,13 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
+from peft_fx.compat import pytree
 from peft_fx.copying import Copies
 from peft_fx.passes.nodes import expr
+
+CPU = torch.device("cpu")
+# where a graph is only looked at, no cache answers in the place of our passes, and nothing is timed on a device
+IDLE: dict[str, Any] = {"fx_graph_cache": False, "shape_padding": False}
 
 
 def new_fake_mode() -> compat.FakeTensorMode:
@@ -96,6 +101,15 @@ def by_nothing_but(backend: Any) -> Iterator[None]:
     stance = "force_eager" if backend is None else "default"
     with limits, torch.compiler.set_stance(stance, force_backend=backend), compat.without_compiled_autograd():
         yield
+
+
+def device_traced(model: Any, args: Any, kwargs: Any) -> torch.device:
+    """Where the ghosts of a call are: where the model's first parameter is, or the first input; on the CPU where that
+    has no memory."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    given = (*parameters, *pytree.tree_leaves((args, kwargs)))
+    device = next((t.device for t in given if isinstance(t, torch.Tensor)), CPU)
+    return CPU if device.type == "meta" else device
 
 
 def compiled_call(backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:

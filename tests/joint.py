@@ -19,7 +19,8 @@ from peft_fx import compat, compiling
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.flow import Role
-from peft_fx.tracing import copy_graph
+from peft_fx.retargeting import Retarget
+from peft_fx.tracing import CPU, copy_graph
 
 
 @dataclass
@@ -34,13 +35,16 @@ class Joint:
     outputs: int = 0  # those of forward, where that is known
     _modules: dict[Graph, GraphModule] = field(default_factory=dict, repr=False)
 
-    def rewritten(self, **options: Any) -> tuple[Graph, pipeline.Outcome]:
-        """A copy of the graph with the passes applied, under `options` without their prefix."""
+    def rewritten(self, device: torch.device = CPU, **options: Any) -> tuple[Graph, pipeline.Outcome]:
+        """A copy of the graph with the passes applied, under `options` without their prefix, on a device."""
         graph = GraphModule(self.module, copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
-        settings = replace(parsed.settings(torch.device("cpu")), rebuild_random=parsed.lowering == "inductor")
-        roles = compiling.roles_in(graph, self.roles)
-        return graph, pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
+        settings = replace(parsed.settings(device), rebuild_random=parsed.lowering == "inductor")
+        roles, retarget = compiling.roles_in(graph, self.roles), Retarget(CPU, device)
+        retarget.exchange(graph, self.fake_mode)
+        with retarget.there(graph):
+            outcome = pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
+        return graph, outcome
 
     def run_on_given(self, graph: Graph, tangent: float = 1.0) -> list[torch.Tensor | None]:
         """The same on the tensors that the module was called with, and a tangent."""
