@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_fx
+from peft_fx import checking
 from peft_fx.passes import rewrite
 from tests.oracle import EAGER, WEIGHT
 from tests.spellings import BF16, Lora, linear, peft_casts
@@ -234,22 +235,22 @@ def out_of_recompiles() -> nn.Module:
     return model
 
 
-MADE = [
-    plain,
-    compiled_before,
-    compiled_itself,
-    in_place,
-    functools.partial(in_place, broken),
-    functools.partial(in_place, runs=False),
-    layer_by_layer,
-    layers_replaced,
-    function_inside,
-    checkpointed,
-    class_compiled,
-    hooked,
-    partly_disabled,
-    out_of_recompiles,
-]
+MADE: dict[str, Callable[[], Any]] = {
+    "plain": plain,
+    "compiled_before": compiled_before,
+    "compiled_itself": compiled_itself,
+    "in_place": in_place,
+    "in_place_with_breaks": functools.partial(in_place, broken),
+    "in_place_not_run_yet": functools.partial(in_place, runs=False),
+    "layer_by_layer": layer_by_layer,
+    "layers_replaced": layers_replaced,
+    "function_inside": function_inside,
+    "checkpointed": checkpointed,
+    "class_compiled": class_compiled,
+    "hooked": hooked,
+    "partly_disabled": partly_disabled,
+    "out_of_recompiles": out_of_recompiles,
+}
 AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "force_eager": lambda: torch.compiler.set_stance("force_eager"),
     "eager_on_recompile": lambda: torch.compiler.set_stance("eager_on_recompile"),
@@ -270,9 +271,29 @@ def seen(make: Callable[[], Any]) -> tuple[bool, bool]:
         return right.ok, peft_fx.check(model, given, options=WEIGHT).ok
 
 
-@pytest.mark.parametrize("make", MADE, ids=lambda f: getattr(f, "__name__", str(f)))
-def test_what_was_compiled_before_is_not_what_is_checked(make: Callable[[], Any]) -> None:
-    assert seen(make) == (True, False)
+@pytest.mark.parametrize("name", MADE)
+def test_what_was_compiled_before_is_not_what_is_checked(name: str) -> None:
+    assert seen(MADE[name]) == (True, False)
+
+
+def test_what_was_compiled_is_as_it_was() -> None:
+    """It answers after a check, is told of alone, and a later length is the second one."""
+    model, given = in_place(broken), torch.randn(200, WIDTH)
+    impl, report = model._compiled_call_impl, peft_fx.explain(model)
+    peft_fx.check(model, given, options=WEIGHT)
+    assert model._compiled_call_impl is impl
+    assert peft_fx.explain(model) == report
+    with torch.compiler.set_stance("fail_on_recompile"):
+        ran(model)
+    with pytest.raises(RuntimeError, match="recompile"), torch.compiler.set_stance("fail_on_recompile"):
+        ran(model, 200)
+
+
+def test_a_model_that_runs_uncompiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever keeps Dynamo from it: rows that are not what they are called are a problem."""
+    monkeypatch.setattr(checking, "compiled_call", lambda backend: checking._call)
+    found = peft_fx.check(Two(), torch.randn(200, WIDTH), options=WEIGHT)
+    assert [p for p in found.problems if "ran in eager mode" in p]
 
 
 @pytest.mark.parametrize("name", AROUND)
