@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        k, v = self.kv(h).repeat_interleave(2, -1).chunk(2, -1)
+        k, v = self.kv(h).repeat_interleave(4, -1).chunk(2, -1)
         return x + self.o((self.q(h) @ k.mT).softmax(-1) @ v) + self.mlp(h)
 
 
