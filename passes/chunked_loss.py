@@ -115,7 +115,8 @@ def chunk_loss(
         ):
             return [], [], known
     except Unfit as why:
-        told = bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
+        large = always or plan.hinted * plan.row_bytes > LEAST  # of few rows a loop would not have been worth it
+        told = large and bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
         return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], known
     return [done], [], known + _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
 

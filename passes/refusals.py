@@ -137,7 +137,7 @@ def _reads_one_of(analysis: Analysis, step: Step, sources: set[object]) -> bool:
     def read(n: Node) -> Iterable[Node]:
         passed = n.target in READS or is_random(n)
         operands = n.all_input_nodes if n is product or passed else ()
-        return (i for i in operands if i is not factor and is_tensor(i) and not analysis.flow.is_weight(i))
+        return (i for i in operands if i is not factor and not analysis.flow.is_weight(i))
 
     return any(analysis.reader.number[n] in sources for n in _reached(product, read) if n is not product)
 
@@ -327,12 +327,15 @@ def _of_some_rows(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
                 if not are_low_rank(shape(A)[-2:], shape(B)[-2:]) or not placed.isdisjoint(parameters):
                     continue
                 linear = (first, A) in _weighted(analysis, _through(inner))
-                weight = _weight_of_rows(analysis, node, _rows_read(analysis, first, A), parameters, linear)
+                read = list(_rows_read(analysis, first, A))
+                weight = _weight_of_rows(analysis, node, read, parameters, linear)
                 if weight is not None:
                     found = ("shape", SOME_ROWS) if linear else ("nonlinear", BETWEEN)
+                    found = ("dropout", DROPPED) if any(map(is_random, read)) else found
                     yield Refusal(flow.site_name(weight, [Matrix(A, 0), Matrix(B, 0)]), *found)
 
 
+DROPPED = "the adapter reads a dropped-out copy of the base's input: no single W' exists"
 BETWEEN = "something between the products of an adapter of some rows is not linear"
 SOME_ROWS = "the adapter is added to some rows of what its layer gives: a W' would be for these alone"
 
@@ -358,23 +361,23 @@ def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, N
         yield from _weighted(analysis, node)
 
 
-def _rows_read(analysis: Analysis, product: Product, weight: Node) -> set[Node]:
-    """What a product reads, and the values that this is some rows of."""
+def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[Node]:
+    """What a product reads, and the values that this is some rows of, or with a mask."""
     flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
         passed = n.target in READS | ROWS or is_random(n)
         return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
 
-    start = product.right if product.left is weight else product.left
-    return {analysis.reader.number[n] for n in _reached(start, read)}
+    return _reached(product.right if product.left is weight else product.left, read)
 
 
 def _weight_of_rows(
-    analysis: Analysis, product: Node, read: set[Node], parameters: list[Node], linear: bool
+    analysis: Analysis, product: Node, read: list[Node], parameters: list[Node], linear: bool
 ) -> Matrix | None:
     """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
-    flow = analysis.flow
+    flow, number = analysis.flow, analysis.reader.number
+    same_rows = {number[n] for n in read}
     passed = READS | ROWS | SUMS
 
     def put(n: Node) -> Iterable[Node]:
@@ -388,7 +391,7 @@ def _weight_of_rows(
             for base, W in _weighted(analysis, node):
                 weight = Matrix(W, shape(W)[-1], rows=shape(W)[-2])
                 apart = set(flow.parameters(W)).isdisjoint(parameters)
-                same = apart and bool(read & _rows_read(analysis, base, W))
+                same = apart and any(number[n] in same_rows for n in _rows_read(analysis, base, W))
                 if same and stands_beside(flow, weight, parameters, same, linear):
                     return weight
     return None
@@ -551,7 +554,7 @@ def _different(analysis: Analysis, step: Step, sources: set[object], windows: se
             continue
         met.append(node)
         if is_random(node):
-            return "dropout", "the adapter reads a dropped-out copy of the base's input: no single W' exists"
+            return "dropout", DROPPED
         if _is_in_place(node):
             return "mutation", f"the input is changed in place between its two uses ({_label(node)})"
         todo += node.all_input_nodes

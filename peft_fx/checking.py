@@ -257,8 +257,9 @@ def _reference(model: nn.Module, args: Any, kwargs: Any, eager: Run) -> tuple[st
         try:
             casts = Casts(dtype)
             exact = casts(model).to(dtype)
+            given = casts((args, kwargs))
             with Widening(dtype):
-                found = _run(_call, exact, *casts((args, kwargs)))
+                found = _run(_call, exact, *given)
             same = all((g is None) == (eager.gradients[name] is None) for name, g in found.gradients.items())
             if found.loss.dtype == dtype and torch.isfinite(found.loss) and same:
                 return str(dtype).removeprefix("torch."), found

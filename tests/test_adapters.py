@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -60,6 +61,21 @@ def test_an_adapter_whose_weight_is_trained_too_is_one() -> None:
 def test_a_rank_may_be_larger_than_a_layer_is_wide() -> None:
     """What reads the layer's input and is added to its product is an adapter at any size, if the layer is frozen."""
     assert names(told(Lora(scale_right, N=2, r=8), tensor(2, 17, K))) == [("W", "weight")]
+
+
+class Dropped(Lora):
+    """Its adapter reads a dropped-out copy of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x @ self.W + (F.dropout(x, 0.5) @ self.A) @ self.B
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize(("n", "r"), [(N, R), (2, 8), (N, K + 4), (K, R)])
+def test_behind_dropout_an_adapter_is_refused_at_any_size(n: int, r: int, is_trained: bool) -> None:
+    module = Dropped(scale_right, N=n, r=r)
+    module.W.requires_grad_(is_trained and r < min(n, K))
+    assert names(told(module, tensor(17, K))) == [("W", "dropout")]
 
 
 def test_beside_full_fine_tuning_only_the_adapters_are_told() -> None:

@@ -321,6 +321,16 @@ def test_the_report_has_a_row() -> None:
 CHUNKS, LEAST = chunked_loss.chunks, chunked_loss.LEAST  # as they are, without the fixture
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_few_rows_are_no_refusal(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is nothing to gain, there is nothing to cure; also where more rows may come."""
+    monkeypatch.setattr(chunked_loss, "chunks", CHUNKS)
+    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    f = torch.compile(Other(NOT_DONE["returned"][0]), backend=peft_fx.backend, options=EAGER, dynamic=dynamic)
+    f(*losses.inputs(dtype=torch.float32))[0].backward()
+    assert not peft_fx.explain(f).refusals
+
+
 @pytest.mark.parametrize(
     ("machine", "rows", "k", "vocabulary"),
     [("cpu", 2048, 512, 128256), ("cpu", 1024, 256, 64000), ("h100", 8192, 2048, 128256), ("cpu", 8192, 2048, 128256)],

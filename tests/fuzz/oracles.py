@@ -278,9 +278,14 @@ def _steps(t: Tensor) -> list[int]:
 
 def _all_equal(before: Results, after: Results, prefix: str = "") -> None:
     for i, (b, a) in enumerate(zip(before, after, strict=True)):
-        if b is not None and not torch.equal(b, a):
+        if b is not None and not _same(b, a):
             far = f"up to {(b.double() - a.double()).abs().max():.3g} of {b.double().abs().max():.3g}"
             raise Failure(f"{prefix}result {i} of {len(before)} differs by {far}")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, and where one is no number the other is none."""
+    return torch.equal(a, b) or (torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()))
 
 
 def _no_worse(draws: list[Draw], after: list[Results]) -> None:
