@@ -624,13 +624,14 @@ class Rows:
 
 
 def is_scaled_by_a_root(node: Node) -> bool:
-    """Whether a value is scaled by one over the root of a graph input and a number, as by batch norm in evaluation."""
+    """Whether a value is scaled by one over the root of a variance and a number, as by batch norm: of a graph input in
+    evaluation, of what the batch gives in training."""
     for operand in node.all_input_nodes if node.target in SCALINGS else ():
         rooted = False
         while operand.target in ROOTS | PASSED and len(operand.all_input_nodes) == 1:
             rooted |= operand.target in ROOTS
             (operand,) = operand.all_input_nodes
-        if rooted and operand.op == "placeholder":
+        if rooted and (operand.op == "placeholder" or operand.target is operator.getitem):
             return True
     return False
 

@@ -285,8 +285,13 @@ def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
     """The trained matrix in a factor that is computed from changing values beside it."""
     flow = analysis.flow
     computed = (n for n in _reached(factor, lambda n: () if flow.is_weight(n) else n.all_input_nodes))
-    found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and len(shape(n)) > 1)
+    found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and is_matrix(n))
     return next((n for n in found if shape(n)[0] != shape(n)[1] and numel(shape(n)) == numel(shape(factor))), None)
+
+
+def is_matrix(node: Node) -> bool:
+    """Whether a value is longer than one along more than one dimension: a norm's scale `[1,C,1,1]` is a vector."""
+    return sum(n != 1 for n in shape(node)) > 1
 
 
 def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
@@ -483,7 +488,8 @@ def _narrow_operand(analysis: Analysis, node: Node) -> Node | None:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
         found = [n for n in operands if analysis.flow.is_weight(n) and value(n).ndim and analysis.flow.is_trained(n)]
         same = all(analysis.flow.is_weight(n) for n in operands)  # a product of weights reads nothing
-        return found[0] if len(operands) == 2 and len(found) == 1 and not same else None
+        of_a_norm = any(is_scaled_by_a_root(n) for n in operands)
+        return found[0] if len(operands) == 2 and len(found) == 1 and not (same or of_a_norm) else None
     for product in _products(node):
         weights = analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right)
         if weights or product.gathered:  # a trained table is no adapter of what its rows are added to
