@@ -291,7 +291,7 @@ def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
 
 def is_matrix(node: Node) -> bool:
     """Whether a value is longer than one along more than one dimension: a norm's scale `[1,C,1,1]` is a vector."""
-    return sum(n != 1 for n in shape(node)) > 1
+    return bool(sum(n != 1 for n in shape(node)) > 1)
 
 
 def _of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:

@@ -327,9 +327,11 @@ def _verdict(variants: tuple[Variant, ...], problems: list[str], report: Report)
     _, inductor, ours = variants
     weight = sum("weight" in (s.forward, s.input_grad) for s in report.sites)
     adapters = len(report.sites) + len(report.refusals)
-    if not adapters:
+    if not adapters and not report.losses:
         return "There is no adapter in this model: peft_fx leaves it to Inductor."
     done = f"peft_fx puts {weight} of {adapters} adapters in weight form."
+    if not adapters:
+        done = "There is no adapter in this model; peft_fx computes its loss in chunks."
     exact = "Its results are as exact as without it." if not problems else "Something speaks against it."
     kept, peak = (_change(getattr(ours, k), getattr(inductor, k)) for k in ("kept", "peak"))
     return f"{done} {exact} Against Inductor alone, a step keeps {kept} for backward, and its peak is {peak}."

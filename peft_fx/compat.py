@@ -28,7 +28,13 @@ from torch._dynamo.compiled_autograd import _disable as without_compiled_autogra
 from torch._dynamo.convert_frame import input_codes
 
 # the backends whose `reset` torch._dynamo.reset() calls; what torch.compile and torch.compiler.disable make of a module
-from torch._dynamo.eval_frame import DisableContext, OptimizedModule, cached_backends, reset_code
+from torch._dynamo.eval_frame import (
+    DisableContext,
+    OptimizedModule,
+    cached_backends,
+    reset_code,
+    set_code_exec_strategy,
+)
 
 # what is raised where a backend raises, and where Dynamo aborts a compile, to trace the same code again
 from torch._dynamo.exc import BackendCompilerFailed, RestartAnalysis
@@ -36,6 +42,9 @@ from torch._dynamo.guards import DeletedGuardManagerWrapper
 
 # the sizes that each code object has met, by which Dynamo makes them dynamic
 from torch._dynamo.pgo import get_code_state
+
+# what a code object that ran out of recompiles is left at
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 # graph breaks, by reason
 from torch._dynamo.utils import counters
@@ -245,8 +254,12 @@ def same_memory(x: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def forgetting() -> Iterator[None]:
     """What Dynamo compiled inside the block never answers after it; what was compiled before still does. Nor does it
-    know of the sizes that it met there."""
+    know of the sizes that it met there. What Dynamo has given up, after too many compiles, it tries inside the block
+    too; after it once more, and then gives it up again. It still counts what is gone: with a graph break, the code of
+    modules behind it has as many recompiles less."""
     before = {code: cache_entries(code) for code in _codes()}
+    for code in filter(before.get, before):  # without a compiled version, it is skipped for a reason of its own
+        set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
     sizes = copy.deepcopy(get_code_state())
     try:
         yield
