@@ -23,6 +23,7 @@ from peft_fx.passes.identities import without_detours, without_identities
 from peft_fx.passes.keep import Keep
 from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
+from peft_fx.passes.merged import merged_already
 from peft_fx.passes.moments import Budget, Moments, from_moments
 from peft_fx.passes.notation import scale_of, written
 from peft_fx.passes.parts import Wholes
@@ -61,12 +62,14 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What was found in one graph and done to it: `factored` is whether vectors were taken out of sums, `rebuilt` how
-    many values backward makes again; `spare` are the seconds of a step, by the price, that the forms save and that are
-    too few to notice; `seconds` is the time of the passes themselves."""
+    """What was found in one graph and done to it: `merged` are adapters in weight form as they were written, `factored`
+    is whether vectors were taken out of sums, `rebuilt` how many values backward makes again; `spare` are the seconds
+    of a step, by the price, that the forms save and that are too few to notice; `seconds` is the time of the passes
+    themselves."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    merged: list[Site] = field(default_factory=list)
     losses: list[ChunkedLoss] = field(default_factory=list)
     inputs: list[KeptInput] = field(default_factory=list)
     factored: bool = False
@@ -125,7 +128,7 @@ def run(
     added += factors
     wholes = Wholes(graph, roles, fake_mode)
     unfused = Unfused(graph, Flow(graph, roles) if factors or wholes.joined else flow, fake_mode)
-    analysis = Analysis(graph, roles, strict=settings.numerics == "strict")
+    analysis = first = Analysis(graph, roles, strict=settings.numerics == "strict")
     inputs = layer_inputs(analysis.flow)
     rows = Rows(graph.nodes, analysis.flow)
     found, refused = regions(graph, rows, analysis)
@@ -147,6 +150,7 @@ def run(
     chosen = _decided(sums, analysis.flow, regimes, outcome)
     outcome.sites = _numbered(_joined(outcome.sites))
     members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
+    outcome.merged = merged_already(first, members.keys(), hint)
     _log(outcome)
     rewriter = Rewriter(graph, fake_mode, settings.rounding)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))

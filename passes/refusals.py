@@ -24,6 +24,7 @@ from peft_fx.passes.nodes import (
     LAYOUTS,
     SCALINGS,
     SUMS,
+    argument,
     aten,
     is_random,
     is_tensor,
@@ -345,6 +346,18 @@ BETWEEN = "something between the products of an adapter of some rows is not line
 SOME_ROWS = "the adapter is added to some rows of what its layer gives: a W' would be for these alone"
 
 
+def _takes_rows(node: Node) -> bool:
+    """Whether an op takes some rows of a value, or puts some among others; parts of the features are another thing."""
+    if node.target not in ROWS:
+        return False
+    try:
+        dim = argument(node, "dim")
+    except KeyError:  # of all dimensions
+        return True
+    ndim = next(value(n).ndim for n in node.all_input_nodes if is_tensor(n))
+    return bool(dim % ndim != ndim - 1)
+
+
 def _weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
     """The products that a node is made of, each with the weight that it multiplies a value by."""
     for product in _products(node):
@@ -371,7 +384,7 @@ def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[N
     flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
-        passed = n.target in READS | ROWS or is_random(n)
+        passed = n.target in READS or _takes_rows(n) or is_random(n)
         return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
 
     return _reached(product.right if product.left is weight else product.left, read)
@@ -383,13 +396,15 @@ def _weight_of_rows(
     """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
     flow, number = analysis.flow, analysis.reader.number
     same_rows = {number[n] for n in read}
-    passed = READS | ROWS | SUMS
+
+    def passed(n: Node) -> bool:
+        return n.target in READS | SUMS or _takes_rows(n)
 
     def put(n: Node) -> Iterable[Node]:
-        return (u for u in n.users if u in flow.forward and u.target in passed)
+        return (u for u in n.users if u in flow.forward and passed(u))
 
     def beside(n: Node) -> Iterable[Node]:
-        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if n.target in passed else ()
+        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed(n) else ()
 
     for end in _reached(product, put):
         for node in _reached(end, beside):
@@ -599,7 +614,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"
-    if node.target in ROWS and not any(_is_computed_from(n, beyond) for n in others):
+    if _takes_rows(node) and not any(_is_computed_from(n, beyond) for n in others):
         return "shape", SOME_ROWS
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
         return "nonlinear", f"{label} between the adapter's products"

@@ -44,7 +44,8 @@ class Refusal:
 class Site:
     """An adapter with a weight form, and the forms that were chosen for it.
 
-    `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint). `forward`
+    `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint; no tokens for a
+    weight that the model merges itself). `forward`
     and `input_grad` are "weight", "activation" or "none", `adapter_grad` is "low_rank", "dense" or "none". `flops`
     and `bytes` (moved) are {"before", "after"}, of all of the site's products in one step; `reason` is the price's.
     `algebra` has what is computed in plain notation, [as written, now], under "forward" and "input_grad", and under

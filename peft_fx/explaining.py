@@ -300,6 +300,8 @@ def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Rep
     for record, idle in traced:
         for outcome in record.outcomes:
             report.sites.extend(outcome.sites)
+            known = {s.name for s in report.sites}  # a merged weight may be handed on from graph to graph
+            report.sites.extend(s for s in outcome.merged if s.name not in known)
             report.losses.extend(outcome.losses)
             report.inputs.extend(outcome.inputs)
             told = set() if record.lowered else {r.name for r in report.refusals}  # Dynamo tries more than once

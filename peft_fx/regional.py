@@ -95,7 +95,12 @@ def renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
 
     o = outcome
     return replace(
-        o, sites=all_of(o.sites), refusals=all_of(o.refusals), losses=all_of(o.losses), inputs=all_of(o.inputs)
+        o,
+        sites=all_of(o.sites),
+        merged=all_of(o.merged),
+        refusals=all_of(o.refusals),
+        losses=all_of(o.losses),
+        inputs=all_of(o.inputs),
     )
 
 

@@ -24,6 +24,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import peft_fx
+from peft_fx.passes.merged import ALREADY
 from peft_fx.preparing import TABLE, curable
 from tests import joint
 from tests.oracle import weight_form
@@ -411,13 +412,24 @@ def test_poly_still_refuses_an_unknown_task(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["parameters", "experts"])
 def test_what_is_in_weight_form_already_is_left(name: str) -> None:
-    """PEFT's target_parameters, stacked experts among them: the same ops, each as often, and nothing to tell."""
+    """PEFT's target_parameters, stacked experts among them: the same ops, each as often, and that is told."""
     model, x = peft_fx.prepare(build(name)), batch()
     captured = joint.capture(model, x)
     graph, outcome = captured.rewritten(form="weight", keep="inductor")
     before, after = (Counter(str(n.target) for n in g.nodes) for g in (captured.graph, graph))
     assert after == before
     assert outcome.sites == outcome.refusals == []
+    assert [(s.forward, s.adapter_grad, s.rank > 0) for s in outcome.merged] == [("weight", "dense", True)] * 2
+    told = peft_fx.explain(model, x, options={"peft_fx.form": "weight"})
+    assert [s.name for s in told.sites] == [s.name for s in outcome.merged]
+    assert "already in weight form" in str(told)
+
+
+def test_experts_are_told_of_behind_a_graph_break() -> None:
+    """As by PEFT itself: what is merged in one graph is read in another."""
+    told = [peft_fx.explain(model, batch()).sites for model in (build("experts"), peft_fx.prepare(build("experts")))]
+    assert [[(s.forward, s.reason) for s in sites] for sites in told[:1]] == [[("weight", ALREADY)] * 2]
+    assert [s.reason for s in told[1]] == [ALREADY] * 2
 
 
 def test_the_backend_sees_through() -> None:

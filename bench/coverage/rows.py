@@ -20,6 +20,7 @@ from bench.coverage.adapters import METHODS, NOISE, Method
 from bench.coverage.architectures import ARCHITECTURES, Architecture
 from bench.coverage.packages import MODULES, Module
 from peft_fx.measuring import median_times
+from peft_fx.passes.merged import ALREADY
 
 Entry = Method | Architecture | Module
 TABLES: dict[str, Mapping[str, Entry]] = {"peft": METHODS, "architectures": ARCHITECTURES, "packages": MODULES}
@@ -65,14 +66,15 @@ def explained(entry: Entry) -> dict[str, Any]:
     torch._dynamo.reset()
     model, inputs = entry.build()
     report = peft_fx.explain(peft_fx.prepare(model), options=OPTIONS, **inputs)
+    sites = [s for s in report.sites if s.reason != ALREADY]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     row: dict[str, Any] = {
         "adapters": len(layers) or 2,  # other packages' sit on both layers of the block
         "in_weights": sum(isinstance(m, ParamWrapper) for m in layers),
         "graphs": report.graphs,
-        "sites": len(report.sites),
-        "forward": sum(s.forward == "weight" for s in report.sites),
-        "input_grad": sum(s.input_grad == "weight" for s in report.sites),
+        "sites": len(sites),
+        "forward": sum(s.forward == "weight" for s in sites),
+        "input_grad": sum(s.input_grad == "weight" for s in sites),
         "refusals": dict(sorted(Counter(r.code for r in report.refusals).items())),
         "kept": report.kept_bytes,
     }
