@@ -130,7 +130,7 @@ def _attempt(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def said(error: Exception) -> str:
     """The kind of an error and its first line; all of it goes to stderr."""
     traceback.print_exception(error)
-    inner = getattr(error, "inner_exception", None) or error.__cause__ or error  # what a backend raised, not that it did
+    inner = getattr(error, "inner_exception", None) or error.__cause__ or error  # what a backend raised
     return f"{type(inner).__name__}: {_first_line(inner)}"
 
 
