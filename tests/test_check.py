@@ -44,7 +44,7 @@ def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     real = torch.compile
 
-    def compile(model: Any, **kwargs: Any) -> Any:
+    def compile(model: Any = None, **kwargs: Any) -> Any:
         return real(model, **({"backend": "aot_eager"} if "backend" not in kwargs else kwargs))
 
     monkeypatch.setattr(torch, "compile", compile)
