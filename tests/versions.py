@@ -91,7 +91,8 @@ def main() -> None:
         files = [str(p) for t in TESTS if (p := ROOT / "tests" / f"test_{t}.py").exists()]
         rows[name] = row(name, tests or files, index)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
-        PAGE.write_text(page(rows))
+        _, mark, rest = PAGE.read_text().partition("\n## ")  # what else is known stays
+        PAGE.write_text(page(rows) + mark + rest)
 
 
 if __name__ == "__main__":
