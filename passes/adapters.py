@@ -39,6 +39,8 @@ def adds(flow: Flow, weight: Matrix, factors: Sequence[Matrix]) -> bool:
 def stands_beside(flow: Flow, weight: Matrix, parameters: Sequence[Node], same_input: bool, linear: bool) -> bool:
     """Whether what is added to a weight's product by trained parameters, and cannot join it, is an adapter."""
     if _told_apart(flow, weight, parameters):
+        if same_input and linear and sum(len(shape(p)) > 1 for p in parameters) == 1:
+            return _has_fewer(parameters, weight)  # one matrix by itself may be a layer of its own
         return same_input or are_small(parameters, weight.shape)
     return same_input and linear and _has_fewer(parameters, weight)
 

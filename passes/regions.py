@@ -225,11 +225,15 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
 
 
 def _is_a_layer(product: Node, base: Node, row: Row, rows: Rows, sizes: tuple[Size, Size]) -> bool:
-    """Whether a trained product, before the base's or behind it, is no small part of the whole map, or gives it a width
-    that the layer has not."""
+    """Whether a trained product is no small part of the whole map: one beside the base's, by itself, with as large a
+    weight; one before it or behind it, also if it gives the map a width that the layer has not."""
     trained, _ = rows.brought(product)
-    if not trained or not (base in rows.of[product].products or product in rows.of[base].products):
+    if not trained:
         return False
+    if base not in rows.of[product].products and product not in rows.of[base].products:
+        others = [p for p in row.products if p is not product]
+        alone = not any(p in rows.of[product].products or product in rows.of[p].products for p in others)
+        return alone and any(numel(shape(p)) >= numel(sizes) for p in trained)
     frozen = {n for p in row.products if not rows.brought(p)[0] for n in _weight_sizes(p, rows)}
     return not are_small(trained, sizes) or not frozen.issuperset({*sizes} & {*_weight_sizes(product, rows)})
 

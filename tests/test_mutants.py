@@ -609,7 +609,7 @@ def layers_captured() -> joint.Joint:
 
 def nothing_but_the_adapter() -> bool:
     outcome = layers_captured().rewritten(form="weight")[1]
-    return [s.rank for s in outcome.sites] == [3] and not outcome.refusals
+    return [(s.rank, s.method) for s in outcome.sites] == [(3, "low-rank")] and not outcome.refusals
 
 
 ADAPTER_MUTANTS = {
