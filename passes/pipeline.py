@@ -347,9 +347,10 @@ class _Priced:
     def spare(self, T: int) -> float:
         """Seconds that the forms save at so many tokens, and the part of the layer's own products' that is no loss."""
         found = self.decision(T)
-        written = next(v for k, v in found.seconds.items() if WEIGHT not in k)
+        chosen = found.seconds.get((found.forward, found.input_grad), 0.0)
+        written = next((v for k, v in found.seconds.items() if WEIGHT not in k), chosen)
         own = sum(price.base(self.settings.machine, s).seconds for s in (self.forward, self.grad) if s)
-        return written - found.seconds[found.forward, found.input_grad] + UNNOTICED * own
+        return written - chosen + UNNOTICED * own
 
     def forms(self, T: int) -> tuple[str, str]:
         found = self.decision(T)
