@@ -713,7 +713,7 @@ def program(rng: Random) -> Program:
     planted, steps = rng.randrange(count), []
     while len(steps) < count:
         v = rng.choice([next(reversed(d.values)), *d.values])
-        table = ADAPTERS if len(steps) == planted or rng.random() < 0.25 else OTHER
+        table = ADAPTERS if len(steps) == planted or rng.random() < 0.6 else OTHER
         make = rng.choices([f for _, f in table], [w for w, _ in table])[0]
         before = dict(d.values), dict(d.weights)
         step = make(d, v)
