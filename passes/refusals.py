@@ -286,11 +286,11 @@ def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
     """The trained matrix in a factor that is computed from changing values beside it."""
     flow = analysis.flow
     computed = (n for n in _reached(factor, lambda n: () if flow.is_weight(n) else n.all_input_nodes))
-    found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and is_matrix(n))
+    found = (n for n in computed if flow.is_weight(n) and flow.is_trained(n) and _is_matrix(n))
     return next((n for n in found if shape(n)[0] != shape(n)[1] and numel(shape(n)) == numel(shape(factor))), None)
 
 
-def is_matrix(node: Node) -> bool:
+def _is_matrix(node: Node) -> bool:
     """Whether a value is longer than one along more than one dimension: a norm's scale `[1,C,1,1]` is a vector."""
     return bool(sum(n != 1 for n in shape(node)) > 1)
 
