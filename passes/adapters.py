@@ -28,8 +28,10 @@ def adds(flow: Flow, weight: Matrix, factors: Sequence[Matrix]) -> bool:
     own = flow.parameters(weight.name)
     read = {p for f in factors for p in flow.parameters(f.name)}
     others = read.difference(own)
-    if not own or not others:
+    if not own or not read:
         return True  # of no parameters, nothing is known
+    if not others:
+        return False  # the layer's own product, in parts
     if _told_apart(flow, weight, others):
         with_it = len(others) < len(read)  # computed from W, as the norm of a direction is
         return len(factors) > 1 or with_it or all(_has_fewer([p], weight) for p in others)

@@ -239,8 +239,11 @@ def _without_base(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
                 continue
             pairs = [(flow.roles[p].name, flow.roles[q].name) for p in flow.parameters(A) for q in flow.parameters(B)]
             module = max((common_path(a, b) for a, b in pairs if a != b), key=len, default="")
-            own = [role for role in flow.roles.values() if role.name.startswith(module)]
-            if all(role.trainable for role in own) and placed.isdisjoint(flow.parameters(A)):
+            own = {p for p, role in flow.roles.items() if role.name.startswith(module)}
+            bases = (W for u in _sources(analysis, inner) for W in _layers_of(analysis, u) if W is not A)
+            if any(shape(W)[-1] == shape(B)[-1] and not own.isdisjoint(flow.parameters(W)) for W in bases):
+                continue  # a layer, trained as well, of which this is no adapter
+            if all(flow.roles[p].trainable for p in own) and placed.isdisjoint(flow.parameters(A)):
                 name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
                 yield Refusal(
                     name, "different_input", "no product is added to the adapter's: its base is in another graph"
