@@ -553,8 +553,12 @@ class Rows:
 
     def _cut(self, node: Node, row: Row, trained: frozenset[Node], frozen: frozenset[Node]) -> Row:
         """A layer ends where the next begins: the result of an adapted layer is a source to a weight of another."""
-        new = trained | frozen
-        if not new or not self.is_adapted(row) or any(self.in_one_module(p, f) for p in new for f in row.frozen):
+        new, met = trained | frozen, self._frozen_met(row) if row.trained else frozenset()
+
+        def has_part_of_it(parameters: frozenset[Node]) -> bool:
+            return any(self.in_one_module(p, f) for p in parameters for f in met)
+
+        if not new or not has_part_of_it(row.trained) or has_part_of_it(new):
             return row
         layouts = [node]
         while layouts[-1].target in COPIES | CASTS | RESHAPES:
@@ -565,6 +569,11 @@ class Rows:
         start = max(reversed(layouts), key=lambda n: len(shape(n)))  # the one that tells most tokens apart
         dims = regroup(fresh(start).dims, shape(node))
         return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
+
+    def _frozen_met(self, row: Row) -> frozenset[Node]:
+        """The frozen parameters behind a value's products, those that a weight shares with trained ones as well."""
+        weights = (n for p in row.products for n in p.args[-2:] if isinstance(n, Node) and self.flow.is_weight(n))
+        return row.frozen | {p for w in weights for p in self.flow.parameters(w) if not self.flow.roles[p].trainable}
 
     def is_adapted(self, row: Row) -> bool:
         """Whether a trained parameter of the same module acts beside a frozen weight."""
