@@ -1,0 +1,317 @@
+"""Adapter gradients a few tokens at a time, where they read copies of activations.
+
+`dA = uᵀ·(dy·Bᵀ)` and `dB = (u·A)ᵀ·dy` read u [T,K] and dy [T,N] in the adapter's dtype. Where a product cannot read a
+coarser tensor in place (`transients.py`), it reads a copy, wider than the tensor itself, and several are alive at once,
+those of siblings with one input among them. All of this treats each token by itself, and ends in sums over tokens: so
+it is done for a chunk of tokens after the other,
+
+    dA = Σ_i uᵢᵀ·(dyᵢ·Bᵀ)      dB = Σ_i (uᵢ·A)ᵀ·dyᵢ
+
+and no more than a chunk's copies are alive. The sums are those of the whole in another order, in the same dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from peft_fx.passes.algebra import MANTISSA
+from peft_fx.passes.flow import Flow
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.nodes import (
+    CASTS,
+    LAYOUTS,
+    MATRIX_PRODUCTS,
+    SCALINGS,
+    SUMS,
+    aten,
+    is_random,
+    is_tensor,
+    shape,
+    tensor_arg,
+    value,
+    value_numbers,
+)
+from peft_fx.passes.rewrite import Builder, erase_unused
+from peft_fx.passes.rowwise import SIZED, Row, Rows, Treatment, Unfit, treatment
+
+LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
+MOST = 8  # chunks
+
+
+def by_chunks(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], machine: Machine) -> list[Node]:
+    """Does so wherever a copy is large enough, in place; returns the nodes added. Dynamic numbers of tokens are left
+    whole."""
+    added: list[Node] = []
+    for group in _groups(graph, flow, machine):
+        try:
+            region = _Region.of(group)
+        except Unfit:
+            continue
+        if region is not None:
+            added += _rewritten(graph, fake_mode, region)
+            for i, node in enumerate(region.following):
+                group.position[node] = group.position[region.place] + (i + 1) / (len(region.following) + 1)
+    return [n for n in added if not n._erased]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A product that reads copies: the ways from the casts that make them to the product, and what tells equal copies;
+    `tokens` is T."""
+
+    node: Node
+    ways: tuple[tuple[Node, ...], ...]
+    copies: frozenset[Any]
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Products that read copies of the same values, the last of them in backward, and their place in the graph."""
+
+    members: tuple[_Reading, ...]
+    position: dict[Node, float]
+    backward: frozenset[Node] | set[Node]
+    chunks: int
+
+
+def _groups(graph: Graph, flow: Flow, machine: Machine) -> Iterator[_Group]:
+    """Neighbours in backward that share a copy, with what of forward they read that is made of copies too."""
+    number, position = value_numbers(graph), {n: float(i) for i, n in enumerate(graph.nodes)}
+    least = machine.bandwidth * LEAST * machine.launch
+    products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
+    found = {r.node: r for n in products if (r := _reading(n, flow, number)) is not None}
+    groups: list[set[_Reading]] = []
+    for reading in (r for n, r in found.items() if n in flow.backward):
+        own = {reading, *(found[n] for n in _read_by(reading) if n in found)}
+        copies = {c for r in own for c in r.copies}
+        near = next((i for i, g in enumerate(groups[-2:]) if not own.isdisjoint(g) or _share(g, copies)), None)
+        if near is not None:  # siblings, of which the one between has met in no copy yet
+            start = len(groups[-2:]) - near
+            own |= set().union(*groups[-start:])
+            del groups[-start:]
+        groups.append(own)
+    for group in groups:
+        members = sorted(group, key=lambda r: position[r.node])
+        tokens = members[0].tokens
+        count = min(MOST, int(max(r.bytes for r in members) / least) if least else MOST)
+        count = next((n for n in range(count, count // 2, -1) if tokens % n == 0), count)
+        if count > 1 and all(r.tokens == tokens for r in members):
+            yield _Group(tuple(members), position, flow.backward, count)
+
+
+def _share(group: set[_Reading], copies: set[Any]) -> bool:
+    return any(not r.copies.isdisjoint(copies) for r in group)
+
+
+def _reading(node: Node, flow: Flow, number: dict[Node, Node]) -> _Reading | None:
+    """What a product reads of copies; None where that is nothing."""
+    ways = [way for i in (0, 1) if (way := _way(tensor_arg(node, i), flow))]
+    (m, k), (_, n) = (shape(tensor_arg(node, i)) for i in (0, 1))
+    weights = [flow.is_weight(tensor_arg(node, i)) for i in (0, 1)]
+    tokens = k if not any(weights) else n if weights[0] else m
+    if not ways or all(weights) or not all(isinstance(size, int) for size in (m, k, n)):
+        return None
+    copies = frozenset((number[_source(way[0])], value(way[0]).dtype) for way in ways)
+    size = max(value(way[0]).numel() * value(way[0]).dtype.itemsize for way in ways)
+    return _Reading(node, tuple(map(tuple, ways)), copies, int(tokens), size)
+
+
+def _way(node: Node, flow: Flow) -> list[Node]:
+    """From a cast to a finer dtype down to an operand, through layouts and factors: numbers, a vector, a mask."""
+    if node.op != "call_function" or flow.is_weight(node):
+        return []
+    if node.target in CASTS:
+        before = value(tensor_arg(node, 0)).dtype
+        return [node] if before in MANTISSA and MANTISSA[before] < MANTISSA.get(value(node).dtype, 0) else []
+    if node.target in LAYOUTS - {aten.expand.default} or node.target in SCALINGS:
+        read = [n for n in node.args[:2] if is_tensor(n) and value(n).numel() == value(node).numel()]
+        way = next((way for n in read if (way := _way(n, flow))), [])
+        return [*way, node] if way else []
+    return []
+
+
+def _source(cast: Node) -> Node:
+    """What a copy is of, however that is laid out."""
+    node = tensor_arg(cast, 0)
+    while node.target in LAYOUTS - {aten.expand.default} and is_tensor(node.args[0]):
+        node = node.args[0]
+    return node
+
+
+def _read_by(reading: _Reading) -> set[Node]:
+    """The products that give what a product multiplies its copies by."""
+    ends = {way[-1] for way in reading.ways}
+    start = {n for n in reading.node.all_input_nodes if n not in ends}
+    passed = LAYOUTS | CASTS | SCALINGS | SUMS
+    return _reached(start, lambda n: n.all_input_nodes if n.target in passed else ())
+
+
+@dataclass(frozen=True)
+class _Region:
+    """What is done by chunks: nodes in the graph's order with what they make of tokens, those among them that are read
+    outside; the node that the chunks are put behind, and what follows from these before it."""
+
+    nodes: dict[Node, Treatment]
+    outputs: list[Node]
+    place: Node
+    following: list[Node]
+    tokens: int
+    chunks: int
+
+    @classmethod
+    def of(cls, group: _Group) -> _Region | None:
+        """`Unfit` where tokens cannot be told apart; None where more than a layout of a result is computed before the
+        place."""
+        start = {n for r in group.members for way in r.ways for n in way} | {r.node for r in group.members}
+        nodes = sorted(_hull(start, group.position), key=group.position.__getitem__)
+        known: dict[Node, Rows] = {}
+        row, treated = Row(group.members[0].tokens, known), {}
+        for node in nodes:
+            treated[node] = how = treatment(node, row)
+            read_inside = any(user in nodes for user in node.users)
+            if how.rows is None and (read_inside or MANTISSA.get(value(node).dtype, 0) < MANTISSA[torch.float32]):
+                raise Unfit("nonlinear", "a sum over tokens is read by what is added up, or is rounded")
+            if how.rows is not None:
+                known[node] = how.rows
+            for i, there in how.operands.items():
+                if node.args[i] in treated and treated[node.args[i]].rows != there:  # type: ignore[index]
+                    raise Unfit("shape", f"rows are not told apart in {node.target}")
+            if any(n in known for n in node.all_input_nodes if n not in [node.args[i] for i in how.operands]):
+                raise Unfit("shape", f"rows are lost in {node.target}")
+        summed = _reached({r.node for r in group.members}, lambda n: (u for u in n.users if u in treated))
+        outputs = [n for n in nodes if n in summed and any(u not in treated for u in n.users)]
+        place = max((nodes[-1], *_others(group, treated)), key=group.position.__getitem__)
+        end = group.position[place]
+
+        def early(n: Node) -> Iterator[Node]:
+            return (u for u in n.users if u not in treated and group.position.get(u, end) <= end)
+
+        following = _reached({u for n in outputs for u in early(n)}, early)
+        if place in following or any(is_random(n) or n.op != "call_function" for n in following):
+            return None
+        late = sorted(following, key=group.position.__getitem__)
+        return cls(treated, outputs, place, late, row.count, group.chunks)  # type: ignore[arg-type]
+
+
+def _others(group: _Group, inside: dict[Node, Treatment]) -> Iterator[Node]:
+    """The layers' own products that read the same gradients. Behind them a gradient is in memory, and a chunk's copy is
+    made of that: before, Inductor makes every chunk's in the kernel that makes the gradient, and keeps them all."""
+    for source in {_source(way[0]) for r in group.members for way in r.ways if r.node in group.backward}:
+        same = _reached({source}, lambda n: (u for u in n.users if u.target in LAYOUTS | CASTS))
+        readers = (u for n in same for u in n.users if u.target in MATRIX_PRODUCTS and u not in inside)
+        yield from (u for u in readers if u in group.backward)
+
+
+def _reached(start: set[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    found, todo = set(start), list(start)
+    while todo:
+        new = [n for n in step(todo.pop()) if n not in found]
+        found.update(new)
+        todo += new
+    return found
+
+
+def _hull(start: set[Node], position: dict[Node, float]) -> set[Node]:
+    """Nodes, and all that lies between two of them."""
+    end = max(map(position.__getitem__, start))
+    after = _reached(start, lambda n: (u for u in n.users if position.get(u, end + 1) <= end))
+    return _reached(start, lambda n: (i for i in n.all_input_nodes if i in after))
+
+
+def _rewritten(graph: Graph, fake_mode: AbstractContextManager[Any], region: _Region) -> list[Node]:
+    """Puts the chunks in the place of a region's nodes; the nodes added."""
+    build = Builder(graph, fake_mode)
+    _read_sources(graph, region)
+    each = math.ceil(region.tokens / region.chunks)
+    results: dict[Node, list[Node]] = {n: [] for n in region.outputs}
+    with graph.inserting_after(region.place):
+        end = graph.call_function(aten.alias.default, (region.place,))  # what follows comes behind this place
+    for node in reversed(region.following):
+        end.append(node)
+    with graph.inserting_before(end):
+        flat = _flat(build, region)
+        for start in range(0, region.tokens, each):
+            _chunk(build, region, flat, (start, min(start + each, region.tokens)), results)
+        for node, parts in results.items():
+            build.like, rows = node, region.nodes[node].rows
+            whole = parts[-1]
+            if rows is not None:
+                whole = build.reshape(build.call(aten.cat.default, parts, rows.start), shape(node))
+            node.replace_all_uses_with(
+                build.laid_out(whole, value(node).stride()), delete_user_cb=lambda u: u not in region.nodes
+            )
+    graph.erase_node(end)
+    inputs = {n for node in region.nodes for n in node.all_input_nodes if n not in region.nodes}
+    for node in (*reversed(region.nodes), *inputs):
+        if not node._erased:
+            erase_unused(graph, node)  # what else reads a copy has it whole
+    return build.added
+
+
+def _read_sources(graph: Graph, region: _Region) -> None:
+    """A copy that is rounded back is what it is a copy of."""
+    for copy in [n for n in region.nodes if n.target in CASTS]:
+        source = tensor_arg(copy, 0)
+        for back in [u for u in copy.users if u.target in CASTS and value(u).dtype == value(source).dtype]:
+            back.replace_all_uses_with(source)
+            graph.erase_node(back)
+
+
+def _flat(build: Builder, region: _Region) -> dict[tuple[Node, Rows], Node]:
+    """What the region reads of tokens, these in one dimension."""
+    found: dict[tuple[Node, Rows], Node] = {}
+    for node, how in region.nodes.items():
+        build.like = node
+        for i, rows in how.operands.items():
+            n = tensor_arg(node, i)
+            if n not in region.nodes and (n, rows) not in found:
+                found[n, rows] = build.reshape(n, rows.sizes(shape(n), [region.tokens]))
+    return found
+
+
+def _chunk(
+    build: Builder,
+    region: _Region,
+    flat: dict[tuple[Node, Rows], Node],
+    bounds: tuple[int, int],
+    results: dict[Node, list[Node]],
+) -> None:
+    """The region's nodes for some tokens. Of sums over tokens the result is the sum so far, of others what they are for
+    these tokens."""
+    start, stop = bounds
+    made: dict[Any, Node] = {}
+    for node, how in region.nodes.items():
+        build.like = node
+        args: list[Any] = list(node.args)
+        for i, arg in enumerate(args):
+            if arg in region.nodes:
+                args[i] = made[arg]
+            elif i in how.operands:
+                key = arg, how.operands[i]
+                if key not in made:
+                    part = build.call(aten.slice.Tensor, flat[key], key[1].start, start, stop)
+                    made[key] = build.reshape(part, key[1].part(shape(arg), stop - start))
+                args[i] = made[key]
+        target = aten.reshape.default if node.target is aten.view.default else node.target
+        if node.target in SIZED:
+            assert how.rows is not None
+            args[1] = how.rows.part(shape(node), stop - start)
+        if how.rows is None and results[node] and target is aten.mm.default:
+            new = build.call(aten.addmm.default, results[node][-1], *args)
+        else:
+            new = build.call(target, *args, **node.kwargs)
+            if how.rows is None and results[node]:
+                new = build.add(results[node][-1], new)
+        made[node] = new
+        if node in results:
+            rows = how.rows
+            results[node].append(new if rows is None else build.reshape(new, rows.sizes(shape(new), [stop - start])))
