@@ -63,9 +63,9 @@ def explain(
     `explain(model, *args, **kwargs)` traces the call on fake tensors, under `options` as torch.compile takes them; a
     model on the meta device works. A model that is on no GPU is told of as if it were on `device`, "cpu" or "cuda"; by
     default on a GPU where `"peft_fx.machine"` names one, and on the CPU otherwise. No GPU is needed for that.
-    `explain(compiled)` of a compiled model that already ran tells what that compile did. For a transformers model,
-    `explain(model)` makes its own inputs. Raises TypeError where there is nothing to go by, and ValueError for a device
-    that cannot be had.
+    `explain(compiled)` of a compiled model that already ran tells what that compile did, if it was this backend's. For
+    a transformers model, `explain(model)` makes its own inputs. Raises TypeError where there is nothing to go by, and
+    ValueError for a device that cannot be had.
     """
     if measure:
         report = explain(model, *args, options=options, device=device, **kwargs)
@@ -75,7 +75,8 @@ def explain(
         return replace(report, errors=gradient_errors(plain, args, kwargs, chosen))
     plain, compiled_options = unwrapped(model)
     if not args and not kwargs:
-        records = records_of(plain) if isinstance(plain, torch.nn.Module) else []
+        others = isinstance(model, compat.OptimizedModule) and compiled_options is None
+        records = records_of(plain) if isinstance(plain, torch.nn.Module) and not others else []
         wanted = compiled_options if plain is not model else None
         records = [r for r in records if wanted is None or r.options == wanted]
         if records:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch._dynamo import exc
 from torch._dynamo.utils import counters
@@ -17,7 +17,7 @@ import peft_fx
 from peft_fx import compiling
 from peft_fx.passes import pipeline
 from tests.oracle import WEIGHT
-from tests.peft_models import adapt, layers, mlp
+from tests.peft_models import adapt, fill, layers, mlp
 from tests.spellings import Lora, scale_right
 
 WIDTH = 64
@@ -130,6 +130,30 @@ def test_the_same_model_for_each_of_its_uses() -> None:
     step(f)
     assert graphs() >= 4
     assert told(f) == sorted(list(layers(model)) * graphs())
+
+
+def test_adapters_that_are_put_in_after_a_compile() -> None:
+    """The graph without them answers no more where they are; the one with them is the report, as `merge_and_unload`
+    makes it one without again."""
+    model = mlp().requires_grad_(False)
+    f = compiled(model)
+    step(f, batch().requires_grad_(True))
+    assert told(f) == []
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=["0", "2"]), model)
+    fill(model)
+    step(f)
+    assert set(told(f)) == set(layers(model)) == {"0", "2"}
+
+
+def test_a_model_that_another_backend_compiled_as_well() -> None:
+    """Its compile is no work of ours: without a call to trace there is nothing to tell of it."""
+    model = Scaled()
+    step(compiled(model))
+    other = torch.compile(model, backend="aot_eager")
+    step(other)
+    with pytest.raises(TypeError, match="explain"):
+        peft_fx.explain(other)
+    assert sorted(s.name for s in peft_fx.explain(other, batch(), options=WEIGHT).sites) == EACH
 
 
 def test_graph_breaks() -> None:
