@@ -102,7 +102,7 @@ def _groups(graph: Graph, flow: Flow, machine: Machine) -> Iterator[_Group]:
     for group in groups:
         members = sorted(group, key=lambda r: position[r.node])
         tokens = members[0].tokens
-        count = min(MOST, int(max(r.bytes for r in members) / least) if least else MOST)
+        count = min(MOST, tokens, int(max(r.bytes for r in members) / least) if least else MOST)
         count = next((n for n in range(count, count // 2, -1) if tokens % n == 0), count)
         if count > 1 and all(r.tokens == tokens for r in members):
             yield _Group(tuple(members), position, flow.backward, count)
@@ -171,8 +171,11 @@ class _Region:
     def of(cls, group: _Group) -> _Region | None:
         """`Unfit` where tokens cannot be told apart; None where more than a layout of a result is computed before the
         place."""
-        start = {n for r in group.members for way in r.ways for n in way} | {r.node for r in group.members}
-        nodes = sorted(_hull(start, group.position), key=group.position.__getitem__)
+        products, ways = {r.node for r in group.members}, {n for r in group.members for way in r.ways for n in way}
+        between = _hull(products, group.position) - products
+        if not all(n.target in LAYOUTS | CASTS | SCALINGS | SUMS for n in between):
+            raise Unfit("nonlinear", "more than an adapter lies between its products")
+        nodes = sorted(products | ways | between, key=group.position.__getitem__)
         known: dict[Node, Rows] = {}
         row, treated = Row(group.members[0].tokens, known), {}
         for node in nodes:

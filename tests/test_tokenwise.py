@@ -136,7 +136,7 @@ def test_what_is_rounded_back_is_read_itself() -> None:
 
 @pytest.mark.parametrize("magnitude", [False, True])
 @pytest.mark.parametrize("siblings", [1, 3])
-@pytest.mark.parametrize("sizes", [(64, 32), (2, 31, 32), (83, 32)])
+@pytest.mark.parametrize("sizes", [(64, 32), (2, 31, 32), (83, 32), (3, 32)])
 def test_integers_are_equal(sizes: tuple[int, ...], siblings: int, magnitude: bool) -> None:
     """Bit for bit, at lengths that chunks do not divide as well."""
     captured = joint.capture(Layers(32, 48, siblings, magnitude), *tokens(*sizes))
@@ -146,6 +146,13 @@ def test_integers_are_equal(sizes: tuple[int, ...], siblings: int, magnitude: bo
         chunked = captured.rewritten(**SLOW)[0]
     assert len(list(copies(chunked))) > 2 * len(list(copies(whole)))
     assert joint.equal(captured.run(whole, bound=1), captured.run(chunked, bound=1))
+
+
+def test_no_tokens_at_all() -> None:
+    captured = joint.trace(Layers(32, 48), *tokens(0, 32))
+    with in_chunks():
+        chunked = captured.rewritten(**SLOW)[0]
+    assert joint.equal(captured.run(captured.graph), captured.run(chunked))
 
 
 def test_tokens_as_columns() -> None:
@@ -167,12 +174,46 @@ def test_gradients_are_no_worse() -> None:
 
 
 def test_dropout_in_activation_form() -> None:
-    """The adapter reads a masked copy; its own gradients are made by chunks all the same, of the same mask."""
+    """The adapter reads a masked copy in forward. Its own gradients are made by chunks all the same, of the same mask;
+    nothing of forward is, nor of what lies between the layers."""
     captured = joint.capture(Layers(32, 48, dropout=0.5), *tokens(64, 32))
+    with in_chunks(10**9):
+        whole = captured.rewritten(**SLOW)[0]
     with in_chunks():
         chunked = captured.rewritten(**SLOW)[0]
     assert len(list(copies(chunked))) > 20
-    assert joint.equal(captured.run(captured.graph, bound=1), captured.run(chunked, bound=1))
+    assert joint.equal(captured.run(whole, bound=1), captured.run(chunked, bound=1))
+    for once in (aten.tanh.default, aten.relu.default, aten.rand.default, torch.ops.prims.inductor_random.default):
+        assert len(chunked.find_nodes(op="call_function", target=once)) == len(
+            whole.find_nodes(op="call_function", target=once)
+        )
+    large = [
+        [n for n in g.nodes if n.target is aten.mm.default and value(n).dtype == BF16 and 64 in value(n).shape]
+        for g in (whole, chunked)
+    ]
+    assert len(large[0]) == len(large[1]) == 6
+    kept = [sum(value(n).numel() for n in captured.split(g)[0].graph.output_node().args[0]) for g in (whole, chunked)]
+    assert kept[0] == kept[1]
+
+
+def test_layers_that_read_one_value_far_apart() -> None:
+    """What a later layer's gradient is computed from is no part of an earlier one's: nothing between them is done by
+    chunks."""
+
+    class Cross(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            first, _ = self.children()
+            return self._adapted(x, first) + self._adapted(torch.tanh(self._adapted(x, first)).detach() * x, first)
+
+    captured = joint.capture(Cross(32, 32, 1), *tokens(64, 32))
+    with in_chunks(10**9):
+        whole = captured.rewritten(**SLOW)[0]
+    with in_chunks():
+        chunked = captured.rewritten(**SLOW)[0]
+    assert joint.equal(captured.run(whole, bound=1), captured.run(chunked, bound=1))
+    assert len(chunked.find_nodes(op="call_function", target=aten.tanh.default)) == len(
+        whole.find_nodes(op="call_function", target=aten.tanh.default)
+    )
 
 
 def test_a_dynamic_number_of_tokens_is_left_whole() -> None:
