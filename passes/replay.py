@@ -166,7 +166,11 @@ class Replay:
         found = self.values[x].rows
         if x is b:  # weight + s·x, of which the rows are s·x
             scale = (1 if node.target is aten.add.Tensor else -1) * node.kwargs.get("alpha", 1)  # type: ignore[operator]
-            found = found if scale == 1 else self.build.call(aten.mul.Tensor, self.written(x), scale)
+            if scale != 1 and isinstance(found, Diagonal):
+                scaled = self.build.call(aten.mul.Tensor, found.of or self._ones(node, found.width), scale)
+                found = Diagonal(found.columns, scaled)
+            elif scale != 1:
+                found = self.build.call(aten.mul.Tensor, self.written(x), scale)
         other = a if x is b else b
         if isinstance(other, Node):
             other = other.args[1] if is_constant(other) else self._weight(other)

@@ -365,7 +365,9 @@ def fused(d: Draft, v: str) -> Step:
     a, c = (d.rng.choice(list(ways)[:3]) for _ in range(2))
     a = a if d.chance(0.8) else d.rng.choice(list(ways))
     lines, others = ((f"h = {x} @ {W}{b}", *ways[way], f"{y} = {text}") for way in (a, c))
-    plain = a in list(ways)[:3] and prod(lead) > 2 and m > 2 < K
+    # where the layer is trained and a frozen factor is half as wide, nothing says which of both is the layer
+    told_apart = W.removeprefix("self.") in d.weights or min(m, K) > 4
+    plain = a in list(ways)[:3] and prod(lead) > 2 and m > 2 < K and told_apart
     return d.step(*lines, reads=(v,), makes=y, other=others if plain else ())
 
 
