@@ -8,7 +8,7 @@ backward, and marked to be rebuilt in backward. W itself is never written.
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -250,7 +250,7 @@ class Rewriter:
         weight, dtype = _unfolded(group.weight), value(group.operand).dtype
         terms = [(s, t.T if weight.flipped else t) for s, t in zip(group.ratios, group.remainders, strict=True) if s]
         terms = [(s, replace(t, factors=tuple(map(_unfolded, t.factors)))) for s, t in terms]
-        summands = frozenset((s.key(), t.factors) for s, t in terms)
+        summands = frozenset(Counter((s.key(), t.factors) for s, t in terms).items())  # one may be there twice
         key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:

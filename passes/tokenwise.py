@@ -46,8 +46,8 @@ MOST = 8  # chunks
 
 
 def by_chunks(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], machine: Machine) -> list[Node]:
-    """Does so wherever a copy is large enough, in place; returns the nodes added. Dynamic numbers of tokens are left
-    whole."""
+    """Does so in place, wherever a copy is large enough; returns the nodes added. With a dynamic number of tokens,
+    copies are made whole."""
     added: list[Node] = []
     for group in _groups(graph, flow, machine):
         try:
@@ -130,13 +130,19 @@ def _way(node: Node, flow: Flow) -> list[Node]:
     if node.op != "call_function" or flow.is_weight(node):
         return []
     if node.target in CASTS:
-        before = value(tensor_arg(node, 0)).dtype
-        return [node] if before in MANTISSA and MANTISSA[before] < MANTISSA.get(value(node).dtype, 0) else []
+        return [node] if _is_copy(value(tensor_arg(node, 0)).dtype, value(node).dtype) else []
     if node.target in LAYOUTS - {aten.expand.default} or node.target in SCALINGS:
         read = [n for n in node.args[:2] if is_tensor(n) and value(n).numel() == value(node).numel()]
         way = next((way for n in read if (way := _way(n, flow))), [])
         return [*way, node] if way else []
     return []
+
+
+def _is_copy(of: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a wider dtype holds all that another does: float16 has more bits than bfloat16, and not its range."""
+    if not {of, dtype} <= MANTISSA.keys() or MANTISSA[of] >= MANTISSA[dtype]:
+        return False
+    return bool(torch.finfo(of).max <= torch.finfo(dtype).max)
 
 
 def _source(cast: Node) -> Node:
@@ -296,7 +302,7 @@ def _chunk(
         build.like = node
         args: list[Any] = list(node.args)
         for i, arg in enumerate(args):
-            if arg in region.nodes:
+            if isinstance(arg, Node) and arg in region.nodes:
                 args[i] = made[arg]
             elif i in how.operands:
                 key = arg, how.operands[i]

@@ -1,9 +1,13 @@
 """Every spelling of LoRA is rewritten, exactly on integers and no worse than eager on floats."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
 
 import peft_fx
+from peft_fx.passes import rewrite
 from tests.oracle import PAIR, assert_bit_equal, exact, gate, integers, run, to_dtype, weight_form
 from tests.spellings import ANY_RANK, SPELLINGS, Case, K, Lora, N, R, Stack, lora, x
 
@@ -125,3 +129,31 @@ def test_base_weight_is_never_written():
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     run(weight_form(module), module, to_dtype(x(33, K)(), torch.bfloat16))
     assert all(torch.equal(before[name], p) for name, p in module.named_parameters())
+
+
+class OnceAndTwice(torch.nn.Module):
+    """One layer used twice, its adapter added once and twice: W' is another each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W = torch.nn.Parameter(torch.empty(K, N), requires_grad=False)
+        self.A, self.B = torch.nn.Parameter(torch.empty(K, R)), torch.nn.Parameter(torch.empty(R, N))
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        once = x @ self.W + (x @ self.A) @ self.B
+        return once * (z @ self.W + (z @ self.A) @ self.B + (z @ self.A) @ self.B)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_an_adapter_that_is_added_twice(counted: bool) -> None:
+    """What is counted once where it is added twice is found, and nothing else is."""
+    module = integers(OnceAndTwice().double(), 1)
+    inputs = integers(to_dtype((*x(33, K)(), *x(33, K)()), torch.float64), 2)
+    f = weight_form(module)
+    with nullcontext() if counted else patch.object(rewrite, "Counter", dict.fromkeys):
+        got = run(f, module, inputs)
+    want = run(module, module, inputs)
+    assert [s.forward for s in peft_fx.explain(f).sites] == ["weight", "weight"]
+    assert all(torch.equal(a, b) for a, b in zip(got.y, want.y, strict=True)) == counted
+    if counted:
+        assert_bit_equal(got, want)
