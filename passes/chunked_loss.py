@@ -44,7 +44,7 @@ from peft_fx.passes.nodes import (
 from peft_fx.passes.price import rounds_twice
 from peft_fx.passes.regimes import AtLeast
 from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.rowwise import FILLS, SIZED, Row, Rows, Treatment, Unfit, treatment
+from peft_fx.passes.rowwise import FILLS, SIZED, Rows, Treatment, Unfit, treatments
 from peft_fx.passes.sites import Refusal
 from peft_fx.passes.transients import exact_products
 
@@ -327,20 +327,7 @@ def _hull(graph: Graph, region: set[Node], scalar: Node | None) -> list[Node]:
 
 
 def _loop(nodes: list[Node], plan: Plan, scalar: Node | None) -> Loop:
-    known: dict[Node, Rows] = {}
-    treated: dict[Node, Treatment] = {}
-    row = Row(plan.rows, known)
-    for node in nodes:
-        treated[node] = treatment(node, row)
-        if (rows := treated[node].rows) is not None:
-            known[node] = rows
-        elif any(user in nodes for user in node.users):
-            raise Unfit("nonlinear", f"rows meet in {node.target} before the loss")
-        for i, there in treated[node].operands.items():
-            if node.args[i] in treated and treated[node.args[i]].rows != there:  # type: ignore[index]
-                raise Unfit("shape", f"rows are not told apart in {node.target}")
-        if any(n in known for n in node.all_input_nodes if n not in [node.args[i] for i in treated[node].operands]):
-            raise Unfit("shape", f"rows are lost in {node.target}")
+    treated = treatments(nodes, plan.rows)
     outputs = {n: t for n, t in treated.items() if any(u not in treated for u in n.users)}
     return Loop(treated, outputs, scalar)
 

@@ -88,6 +88,26 @@ def treatment(node: Node, row: Row) -> Treatment:
     return rule(node, row)
 
 
+def treatments(nodes: Iterable[Node], count: Size) -> dict[Node, Treatment]:
+    """What nodes make of `count` rows, in order. `Unfit` where one reads a sum over rows of another, or rows that its
+    rule knows nothing of."""
+    known: dict[Node, Rows] = {}
+    treated: dict[Node, Treatment] = {}
+    row, inside = Row(count, known), dict.fromkeys(nodes)
+    for node in inside:
+        treated[node] = how = treatment(node, row)
+        if how.rows is not None:
+            known[node] = how.rows
+        elif any(user in inside for user in node.users):
+            raise _meeting(node)
+        for i, there in how.operands.items():
+            if node.args[i] in treated and treated[node.args[i]].rows != there:  # type: ignore[index]
+                raise Unfit("shape", f"rows are not told apart in {node.target}")
+        if any(n in known for n in node.all_input_nodes if n not in [node.args[i] for i in how.operands]):
+            raise Unfit("shape", f"rows are lost in {node.target}")
+    return treated
+
+
 def _rule(*targets: Any) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(targets, rule))

@@ -39,7 +39,7 @@ from peft_fx.passes.nodes import (
     value_numbers,
 )
 from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.rowwise import SIZED, Row, Rows, Treatment, Unfit, treatment
+from peft_fx.passes.rowwise import SIZED, Rows, Treatment, Unfit, treatments
 
 LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
 MOST = 8  # chunks
@@ -182,20 +182,11 @@ class _Region:
         if not all(n.target in LAYOUTS | CASTS | SCALINGS | SUMS for n in between):
             raise Unfit("nonlinear", "more than an adapter lies between its products")
         nodes = sorted(products | ways | between, key=group.position.__getitem__)
-        known: dict[Node, Rows] = {}
-        row, treated = Row(group.members[0].tokens, known), {}
-        for node in nodes:
-            treated[node] = how = treatment(node, row)
-            read_inside = any(user in nodes for user in node.users)
-            if how.rows is None and (read_inside or MANTISSA.get(value(node).dtype, 0) < MANTISSA[torch.float32]):
-                raise Unfit("nonlinear", "a sum over tokens is read by what is added up, or is rounded")
-            if how.rows is not None:
-                known[node] = how.rows
-            for i, there in how.operands.items():
-                if node.args[i] in treated and treated[node.args[i]].rows != there:  # type: ignore[index]
-                    raise Unfit("shape", f"rows are not told apart in {node.target}")
-            if any(n in known for n in node.all_input_nodes if n not in [node.args[i] for i in how.operands]):
-                raise Unfit("shape", f"rows are lost in {node.target}")
+        tokens = group.members[0].tokens
+        treated = treatments(nodes, tokens)
+        sums = (value(n).dtype for n, how in treated.items() if how.rows is None)
+        if any(MANTISSA.get(dtype, 0) < MANTISSA[torch.float32] for dtype in sums):
+            raise Unfit("dtype", "a sum over tokens is rounded, and would be in each chunk")
         summed = _reached({r.node for r in group.members}, lambda n: (u for u in n.users if u in treated))
         outputs = [n for n in nodes if n in summed and any(u not in treated for u in n.users)]
         place = max((nodes[-1], *_others(group, treated)), key=group.position.__getitem__)
@@ -208,7 +199,7 @@ class _Region:
         if place in following or any(is_random(n) or n.op != "call_function" for n in following):
             return None
         late = sorted(following, key=group.position.__getitem__)
-        return cls(treated, outputs, place, late, row.count, group.chunks)  # type: ignore[arg-type]
+        return cls(treated, outputs, place, late, tokens, group.chunks)
 
 
 def _others(group: _Group, inside: dict[Node, Treatment]) -> Iterator[Node]:
