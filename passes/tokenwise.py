@@ -54,21 +54,19 @@ def by_chunks(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], 
             region = _Region.of(group)
         except Unfit:
             continue
-        if region is not None:
-            added += _rewritten(graph, fake_mode, region)
-            for i, node in enumerate(region.following):
-                group.position[node] = group.position[region.place] + (i + 1) / (len(region.following) + 1)
+        added += _rewritten(graph, fake_mode, region)
+        for i, node in enumerate(region.following):
+            group.position[node] = group.position[region.place] + (i + 1) / (len(region.following) + 1)
     return [n for n in added if not n._erased]
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """A product that reads copies: the ways from the casts that make them to the product, and what tells equal copies;
-    `tokens` is T."""
+    """A product that reads copies: the ways from the casts that make them to the product; `tokens` is T, `bytes` are
+    the largest copy's."""
 
     node: Node
     ways: tuple[tuple[Node, ...], ...]
-    copies: frozenset[Any]
     tokens: int
     bytes: int
 
@@ -85,15 +83,20 @@ class _Group:
 
 def _groups(graph: Graph, flow: Flow, machine: Machine) -> Iterator[_Group]:
     """Neighbours in backward that share a copy, with what of forward they read that is made of copies too."""
-    number, position = value_numbers(graph), {n: float(i) for i, n in enumerate(graph.nodes)}
     least = machine.bandwidth * LEAST * machine.launch
     products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
-    found = {r.node: r for n in products if (r := _reading(n, flow, number)) is not None}
+    found = {r.node: r for n in products if (r := _reading(n, flow)) is not None}
+    if all(r.bytes < 2 * least for r in found.values()):
+        return
+    number, position = value_numbers(graph), {n: float(i) for i, n in enumerate(graph.nodes)}
+    copies = {r: {(number[_source(way[0])], value(way[0]).dtype) for way in r.ways} for r in found.values()}
     groups: list[set[_Reading]] = []
     for reading in (r for n, r in found.items() if n in flow.backward):
         own = {reading, *(found[n] for n in _read_by(reading) if n in found)}
-        copies = {c for r in own for c in r.copies}
-        near = next((i for i, g in enumerate(groups[-2:]) if not own.isdisjoint(g) or _share(g, copies)), None)
+        read = set().union(*(copies[r] for r in own))
+        near = next(
+            (i for i, g in enumerate(groups[-2:]) if not all(read.isdisjoint(copies[r]) for r in g) or own & g), None
+        )
         if near is not None:  # siblings, of which the one between has met in no copy yet
             start = len(groups[-2:]) - near
             own |= set().union(*groups[-start:])
@@ -108,11 +111,7 @@ def _groups(graph: Graph, flow: Flow, machine: Machine) -> Iterator[_Group]:
             yield _Group(tuple(members), position, flow.backward, count)
 
 
-def _share(group: set[_Reading], copies: set[Any]) -> bool:
-    return any(not r.copies.isdisjoint(copies) for r in group)
-
-
-def _reading(node: Node, flow: Flow, number: dict[Node, Node]) -> _Reading | None:
+def _reading(node: Node, flow: Flow) -> _Reading | None:
     """What a product reads of copies; None where that is nothing."""
     ways = [way for i in (0, 1) if (way := _way(tensor_arg(node, i), flow))]
     (m, k), (_, n) = (shape(tensor_arg(node, i)) for i in (0, 1))
@@ -120,9 +119,8 @@ def _reading(node: Node, flow: Flow, number: dict[Node, Node]) -> _Reading | Non
     tokens = k if not any(weights) else n if weights[0] else m
     if not ways or all(weights) or not all(isinstance(size, int) for size in (m, k, n)):
         return None
-    copies = frozenset((number[_source(way[0])], value(way[0]).dtype) for way in ways)
     size = max(value(way[0]).numel() * value(way[0]).dtype.itemsize for way in ways)
-    return _Reading(node, tuple(map(tuple, ways)), copies, int(tokens), size)
+    return _Reading(node, tuple(map(tuple, ways)), int(tokens), size)
 
 
 def _way(node: Node, flow: Flow) -> list[Node]:
@@ -174,9 +172,8 @@ class _Region:
     chunks: int
 
     @classmethod
-    def of(cls, group: _Group) -> _Region | None:
-        """`Unfit` where tokens cannot be told apart; None where more than a layout of a result is computed before the
-        place."""
+    def of(cls, group: _Group) -> _Region:
+        """`Unfit` where tokens cannot be told apart, or where the chunks have no place in the graph's order."""
         products, ways = {r.node for r in group.members}, {n for r in group.members for way in r.ways for n in way}
         between = _hull(products, group.position) - products
         if not all(n.target in LAYOUTS | CASTS | SCALINGS | SUMS for n in between):
@@ -197,7 +194,9 @@ class _Region:
 
         following = _reached({u for n in outputs for u in early(n)}, early)
         if place in following or any(is_random(n) or n.op != "call_function" for n in following):
-            return None
+            raise Unfit(
+                "shape", "a product that reads the same gradient is computed from a result, or something random"
+            )
         late = sorted(following, key=group.position.__getitem__)
         return cls(treated, outputs, place, late, tokens, group.chunks)
 

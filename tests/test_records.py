@@ -133,8 +133,7 @@ def test_the_same_model_for_each_of_its_uses() -> None:
 
 
 def test_adapters_that_are_put_in_after_a_compile() -> None:
-    """The graph without them answers no more where they are; the one with them is the report, as `merge_and_unload`
-    makes it one without again."""
+    """The graph without them answers no more where they are; the one with them is in the report."""
     model = mlp().requires_grad_(False)
     f = compiled(model)
     step(f, batch().requires_grad_(True))
