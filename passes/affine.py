@@ -571,9 +571,11 @@ class Rows:
         return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
 
     def _frozen_met(self, row: Row) -> frozenset[Node]:
-        """The frozen parameters behind a value's products, those that a weight shares with trained ones as well."""
+        """The frozen parameters behind a value's products, those that a weight shares with trained ones as well; the
+        tables of indices that spread a trained parameter over a matrix (OFT's) are no layer's."""
         weights = (n for p in row.products for n in p.args[-2:] if isinstance(n, Node) and self.flow.is_weight(n))
-        return row.frozen | {p for w in weights for p in self.flow.parameters(w) if not self.flow.roles[p].trainable}
+        behind = {p for w in weights for p in self.flow.parameters(w) if value(p).is_floating_point()}
+        return row.frozen | {p for p in behind if not self.flow.roles[p].trainable}
 
     def is_adapted(self, row: Row) -> bool:
         """Whether a trained parameter of the same module acts beside a frozen weight."""
