@@ -513,6 +513,8 @@ def stateful(d: Draft, v: str) -> Step:
         n = d.rng.choice([A, B])
     else:
         held = "int64" if kind == "counter" else dtype
+        if kind == "scale" and held == "float64":
+            held = "float32"  # Dynamo 2.13 takes a float64 of no dimensions for a number, and leaves writes to it out
         n = d.param("n", (K,) if kind == "statistic" else sizes.get(kind, ()), held, 0.0, buffer=d.chance(0.8))
     now = [d.chance(0.3), d.chance(0.7), d.chance(0.4)]
     now[1] |= not any(now)
