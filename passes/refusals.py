@@ -43,7 +43,7 @@ ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
 READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
 REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
-ROWS = {  # what takes some rows of a value, or puts some among others
+TAKING = {  # some rows of a value
     aten.index.Tensor,
     aten.index_select.default,
     aten.slice.Tensor,
@@ -51,15 +51,13 @@ ROWS = {  # what takes some rows of a value, or puts some among others
     aten.split.Tensor,
     aten.split_with_sizes.default,
     aten.unbind.int,
+}
+PUTTING = REPLACING | {  # rows among others
     aten.cat.default,
     aten.constant_pad_nd.default,
     aten.where.self,
     aten.masked_fill.Scalar,
-    aten.index_put.default,
     aten.index_add.default,
-    aten.index_copy.default,
-    aten.slice_scatter.default,
-    aten.select_scatter.default,
     aten.scatter_add.default,
     aten.scatter.src,
 }
@@ -77,13 +75,14 @@ def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) ->
             found += _suspects(analysis, sum_, placed)
     found += [*_without_base(analysis, placed), *_without_end(analysis, placed), *_of_results(analysis, rows, placed)]
     found += [*_of_changing_factors(analysis, placed), *_of_some_rows(analysis, placed)]
-    found += _of_replaced_rows(analysis, placed)
+    found += [*_of_scaled_rows(analysis, placed), *_of_replaced_rows(analysis, placed)]
     return list({r.name: r for r in reversed(found)}.values())[::-1]
 
 
 def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refusal]:
-    bases = [o.term for o in sum_.terms if o.term and o.product and len(o.term.factors) == 2]
-    bases = [t for t in bases if _is_of_a_layer(analysis, t)]
+    bases = _bases(analysis, sum_.terms)
+    result_is_read = not bases  # without the adapter: one that is linear in the layer's input has another refusal
+    bases = bases or _bases(analysis, [o for occ in sum_.terms for o in _of_a_result(analysis, occ)])
     quantized = None if bases else _quantized_base(analysis, sum_)
     if not bases and quantized is None:
         return
@@ -103,6 +102,8 @@ def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refu
         obstacles = list(_obstacles(analysis, way))
         same_input = _reads_one_of(analysis, way[-1], sources)
         linear = all(code == "dropout" for code, _ in obstacles)
+        if result_is_read and same_input and not obstacles:
+            continue
         parameters = _trained_in(analysis, own)
         weights = [f for t in bases for f in t.factors if analysis.flow.is_weight(f.name)]
         weights = [w for w in weights if stands_beside(analysis.flow, w, parameters, same_input, linear)]
@@ -349,9 +350,9 @@ BETWEEN = "something between the products of an adapter of some rows is not line
 SOME_ROWS = "the adapter is added to some rows of what its layer gives: a W' would be for these alone"
 
 
-def _takes_rows(node: Node) -> bool:
+def _is_of_rows(node: Node, ops: Set[object] = TAKING | PUTTING) -> bool:
     """Whether an op takes some rows of a value, or puts some among others; parts of the features are another thing."""
-    if node.target not in ROWS:
+    if node.target not in ops:
         return False
     try:
         dim = argument(node, "dim")
@@ -387,7 +388,7 @@ def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[N
     flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
-        passed = n.target in READS or _takes_rows(n) or is_random(n)
+        passed = n.target in READS or _is_of_rows(n) or is_random(n)
         return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
 
     return _reached(product.right if product.left is weight else product.left, read)
@@ -401,7 +402,7 @@ def _weight_of_rows(
     same_rows = {number[n] for n in read}
 
     def passed(n: Node) -> bool:
-        return n.target in READS | SUMS or _takes_rows(n)
+        return n.target in READS | SUMS or _is_of_rows(n)
 
     def put(n: Node) -> Iterable[Node]:
         return (u for u in n.users if u in flow.forward and passed(u))
@@ -418,6 +419,50 @@ def _weight_of_rows(
                 if same and stands_beside(flow, weight, parameters, same, linear):
                     return weight
     return None
+
+
+def _of_scaled_rows(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
+    """Trained vectors that multiply some rows of what a frozen layer gives, or of what it reads."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward):
+        vector = _narrow_operand(analysis, node) if node.target is aten.mul.Tensor else None
+        if vector is None or _is_matrix(vector) or not placed.isdisjoint(flow.parameters(vector)):
+            continue
+        for way, ops in _ways_to_layers(analysis, node):
+            weights = (W for n in way for _, W in _weighted(analysis, n) if not flow.is_trained(W))
+            W = next((W for W in weights if _is_beside(analysis, vector, W)), None)
+            if W is not None and any(_is_of_rows(n, ops) for n in way):
+                yield Refusal(flow.site_name(Matrix(W, 0), [Matrix(vector, 0)]), "shape", SCALED_ROWS)
+                break
+
+
+def _ways_to_layers(analysis: Analysis, node: Node) -> Iterator[tuple[list[Node], Set[object]]]:
+    """What a value is made of, up to products with weights, and where it is put; then, down to them, what reads it.
+
+    Each with the ops by which it is of some rows alone: of a value of all rows, some may be read (a norm's, in front of
+    a head that reads the last token).
+    """
+    flow = analysis.flow
+
+    def passed(n: Node) -> bool:
+        if n.target in SCALINGS and sum(not flow.is_weight(i) for i in n.all_input_nodes) > 1:
+            return False  # a norm, or a gate
+        return n in flow.forward and (n.target in READS | SUMS or _is_of_rows(n))
+
+    def before(n: Node) -> Iterable[Node]:
+        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if n is node or passed(n) else ()
+
+    def put(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if u in flow.forward) if n is node or n.target in LAYOUTS | CASTS else ()
+
+    def after(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if passed(u) or any(_weighted(analysis, u))) if n is node or passed(n) else ()
+
+    yield [*_reached(node, before), *_reached(node, put)], TAKING | PUTTING
+    yield list(_reached(node, after)), PUTTING
+
+
+SCALED_ROWS = "a vector multiplies some rows alone: a W' would be for these"
 
 
 def _of_replaced_rows(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
@@ -462,6 +507,21 @@ def _through(node: Node) -> Node:
     while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
         node = parts[0].operand
     return node
+
+
+def _bases(analysis: Analysis, terms: Iterable[Occurrence]) -> list[Term]:
+    products = [o.term for o in terms if o.term and o.product and len(o.term.factors) == 2]
+    return [t for t in products if _is_of_a_layer(analysis, t)]
+
+
+def _of_a_result(analysis: Analysis, occ: Occurrence) -> tuple[Occurrence, ...]:
+    """The terms of an addend that is what a layer with a bias gives, and that others read too."""
+    node = None if occ.product is not None else _operand(occ)
+    if node is None or len(addends(node := _through(node)) or []) < 2:
+        return ()
+    terms = analysis.reader.read(node)
+    others = [n for o in terms if o.product is None and (n := _operand(o)) is not None]
+    return terms if all(map(analysis.flow.is_weight, others)) else ()
 
 
 def _is_of_a_layer(analysis: Analysis, term: Term) -> bool:
@@ -617,7 +677,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
         if any(_is_computed_from(n, beyond) for n in others):
             return "nonlinear", f"{label} of two values of the adapter"
         return "input_dependent", f"{label} by a value of each token, which no W' can hold"
-    if _takes_rows(node) and not any(_is_computed_from(n, beyond) for n in others):
+    if _is_of_rows(node) and not any(_is_computed_from(n, beyond) for n in others):
         return "shape", SOME_ROWS
     if torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in ROW_WISE | REDUCTIONS:
         return "nonlinear", f"{label} between the adapter's products"

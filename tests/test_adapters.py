@@ -95,6 +95,7 @@ class Rows(Lora):
     def __init__(self, spell: Callable[[Rows, Tensor], Tensor]):
         super().__init__(scale_right)
         self.spell, self.A2, self.B2 = spell, trained(K, R), trained(R, N)  # type: ignore[assignment]
+        self.v, self.u = trained(1, N), trained(1, K)
         self.register_buffer("i", torch.tensor([0, 2]))
         self.register_buffer("m", torch.tensor([True, False, True, False]))
 
@@ -172,7 +173,42 @@ def nonlinear(m, x):
     return y
 
 
+def scaled(m, x):
+    y = x @ m.W
+    y[:2] *= m.v
+    return y
+
+
+def scaled_one(m, x):
+    y = x @ m.W
+    y[1].mul_(m.v)
+    return y
+
+
+def scaled_at_numbers(m, x):
+    y = x @ m.W
+    y[m.i] = y[m.i] * m.v
+    return y
+
+
+def scaled_where(m, x):
+    y = x @ m.W
+    return torch.where(m.m[:, None, None], y * m.v, y)
+
+
+def scaled_beside(m, x):
+    first, second = (x @ m.W).split(2)
+    return torch.cat([first * m.v, second])
+
+
+def scaled_before(m, x):
+    x = x.clone()
+    x[:, -3:] *= m.u
+    return x @ m.W
+
+
 BY_ROWS = {
+    **dict.fromkeys((scaled, scaled_one, scaled_at_numbers, scaled_where, scaled_beside, scaled_before), "shape"),
     **dict.fromkeys((slices, slices_of_two, last_tokens, one_row, numbers, added_at_numbers, scattered), "shape"),
     **dict.fromkeys((put_among_zeros, side_by_side, masked, filled), "shape"),
     chosen: "shared",
@@ -183,6 +219,45 @@ BY_ROWS = {
 @pytest.mark.parametrize("spell", BY_ROWS, ids=lambda spell: spell.__name__)
 def test_an_adapter_of_some_rows_is_refused(spell: Callable) -> None:
     assert names(told(Rows(spell), tensor(4, 7, K))) == [("W", BY_ROWS[spell])]
+
+
+class Pooled(nn.Module):
+    """A trained norm between two frozen layers, of which the second reads one token."""
+
+    def __init__(self, norm: nn.Module, first: bool):
+        super().__init__()
+        self.up, self.norm, self.head, self.first = nn.Linear(K, N), norm, nn.Linear(N, 5), first
+        self.up.requires_grad_(False)
+        self.head.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.head(self.norm(y[:, 0]) if self.first else self.norm(y)[:, 0])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_of_which_one_token_is_read_is_no_adapter(norm: type, first: bool) -> None:
+    assert names(told(Pooled(norm(N), first), tensor(4, 7, K))) == []
+
+
+class Sequential(nn.Module):
+    """Houlsby's adapter: behind a frozen layer, and added to what that gives."""
+
+    def __init__(self, bias: bool, act: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.base = nn.Linear(K, N, bias=bias).requires_grad_(False)
+        self.down, self.up, self.act = nn.Linear(N, R), nn.Linear(R, N), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.up(self.act(self.down(y)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("act", [torch.relu, nn.functional.gelu, torch.tanh])
+def test_a_bottleneck_behind_a_layer_is_refused(bias: bool, act: Callable) -> None:
+    assert names(told(Sequential(bias, act), tensor(4, 7, K))) == [("base", "nonlinear")]
 
 
 def test_an_adapter_of_some_rows_is_left_as_it_is() -> None:
