@@ -173,7 +173,7 @@ class Ours(Row):
 def _inductor(options: dict[str, Any]) -> Callable[..., Any]:
     """What torch.compile hands graphs to, by itself."""
     compiled: Any = torch.compile(nn.Identity(), options=options or None)
-    found: Callable[..., Any] = compat.innermost_backend(compiled.dynamo_ctx.callback)
+    found: Callable[..., Any] = compat.innermost_backend(compat.callback_of(compiled))
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType
@@ -108,6 +109,7 @@ __all__ = [
     "at_least",
     "cache_entries",
     "cached_backends",
+    "callback_of",
     "compile_fx",
     "counters",
     "default_store",
@@ -227,6 +229,14 @@ def sizes_that_depend_on_values() -> Iterator[None]:
         yield
     finally:
         shape_env.settings = before
+
+
+def callback_of(compiled: Any) -> Any:
+    """What Dynamo compiles the frames of a compiled module, function or bound method with; None where that is not
+    found."""
+    if isinstance(compiled, OptimizedModule):
+        return compiled.dynamo_ctx.callback
+    return inspect.getclosurevars(compiled).nonlocals.get("callback") if inspect.isfunction(compiled) else None
 
 
 def innermost_backend(callback: Any) -> Any:

@@ -75,7 +75,7 @@ def explain(
         return replace(report, errors=gradient_errors(plain, args, kwargs, chosen))
     plain, compiled_options = unwrapped(model)
     if not args and not kwargs:
-        others = isinstance(model, compat.OptimizedModule) and compiled_options is None
+        others = compiled_options is None and compat.callback_of(model) is not None
         records = records_of(plain) if isinstance(plain, torch.nn.Module) and not others else []
         wanted = compiled_options if plain is not model else None
         records = [r for r in records if wanted is None or r.options == wanted]
@@ -90,15 +90,15 @@ def explain(
 def unwrapped(model: Any) -> tuple[Any, Options | None]:
     """The model inside a compiled one, and the options that it was compiled with."""
     if isinstance(model, compat.OptimizedModule):
-        return model._orig_mod, _options_in(model.dynamo_ctx)
+        return model._orig_mod, _options_in(model)
     inner = getattr(model, "_torchdynamo_orig_callable", None)
     if inner is not None:
-        return getattr(inner, "__self__", inner), None
+        return getattr(inner, "__self__", inner), _options_in(model)
     return model, None
 
 
-def _options_in(context: Any) -> Options | None:
-    wrapper = compat.innermost_backend(context.callback)
+def _options_in(compiled: Any) -> Options | None:
+    wrapper = compat.innermost_backend(compat.callback_of(compiled))
     given = getattr(wrapper, "kwargs", None)
     ours = getattr(wrapper, "compiler_fn", None) is not None and isinstance(given, dict)
     try:

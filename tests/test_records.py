@@ -144,14 +144,17 @@ def test_adapters_that_are_put_in_after_a_compile() -> None:
     assert set(told(f)) == set(layers(model)) == {"0", "2"}
 
 
-def test_a_model_that_another_backend_compiled_as_well() -> None:
+@pytest.mark.parametrize("called", ["the module", "its forward"])
+def test_a_model_that_another_backend_compiled_as_well(called: str) -> None:
     """Its compile is no work of ours: without a call to trace there is nothing to tell of it."""
     model = Scaled()
-    step(compiled(model))
-    other = torch.compile(model, backend="aot_eager")
+    ours = compiled(model if called == "the module" else model.forward)
+    step(ours)
+    other = torch.compile(model if called == "the module" else model.forward, backend="aot_eager")
     step(other)
     with pytest.raises(TypeError, match="explain"):
         peft_fx.explain(other)
+    assert sorted(s.name for s in peft_fx.explain(ours).sites) == EACH
     assert sorted(s.name for s in peft_fx.explain(other, batch(), options=WEIGHT).sites) == EACH
 
 
