@@ -166,6 +166,7 @@ def quieten() -> None:
     """Third parties' warnings off, and no silent fall-back of Dynamo's or ours: a variant is what it says, or an
     error."""
     os.environ.pop("PEFT_FX_DISABLE", None)
+    torch._dynamo.config.disable = False
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", message="peft_fx")
     for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):

@@ -126,7 +126,7 @@ def backend(
     """
     compat.cached_backends[id(backend)] = backend  # else a second reset is not told to what was compiled before one
     chosen = parse(options, mode)
-    if os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0"):
+    if is_disabled():
         return _lower(gm, example_inputs, chosen, None)
     record = record_of(gm, example_inputs, chosen)
     given = [t if isinstance(t, torch.nn.Parameter) else getattr(t, "_base", None) for t in example_inputs]
@@ -145,6 +145,11 @@ def backend(
         raise
     _note(record, given)
     return compiled
+
+
+def is_disabled() -> bool:
+    """Whether the environment has the backend hand every graph to Inductor untouched."""
+    return os.environ.get("PEFT_FX_DISABLE", "0") not in ("", "0")
 
 
 def record_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Record:

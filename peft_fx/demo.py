@@ -20,7 +20,8 @@ import torch
 from tabulate import tabulate
 
 import peft_fx
-from peft_fx import machines
+from peft_fx import compat, machines
+from peft_fx.compiling import is_disabled
 from peft_fx.configs import positive
 from peft_fx.measuring import Memory, memory_of, quartiles, times_in_turn
 from peft_fx.options import CHOICES
@@ -117,7 +118,7 @@ def _width(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """The whole demo; returns the exit status. Raises a Problem where something that it needs is missing."""
     require("The demo", "transformers", "peft", "rich")
-    if problem := _missing_compiler():
+    if problem := _switched_off() or _missing_compiler():
         raise Problem(problem)
     silence_others()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -134,6 +135,15 @@ def run(args: argparse.Namespace) -> int:
     _print_adapters(variants[OURS])
     _print_losses(losses)
     return 0
+
+
+def _switched_off() -> str:
+    """What would make the demo compare something with itself."""
+    if compat.dynamo_config.disable:
+        return "torch.compile is switched off: unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE."
+    if is_disabled():
+        return "peft_fx is switched off: unset PEFT_FX_DISABLE."
+    return ""
 
 
 def _missing_compiler() -> str:

@@ -13,6 +13,7 @@ from peft_fx.__main__ import parser
 from peft_fx.demo import EAGER, FROZEN, INDUCTOR, OURS, Cost
 from peft_fx.measuring import Memory
 from peft_fx.passes.machine import MACHINES
+from peft_fx.terminal import Problem
 
 CPU = torch.device("cpu")
 ROUNDS = [0.10, 0.12, 0.30, 0.11, 0.10]  # one of them beside something else
@@ -87,3 +88,11 @@ def test_the_sentence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     order = ["For backward peft_fx keeps", "1. What a training step costs", "the adapters", "3. Losses"]
     assert sorted(order, key=told.index) == order
     assert "100.0 … 120.0" in told
+
+
+def test_nothing_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Problem, match="PEFT_FX_DISABLE"):
+        patch.setenv("PEFT_FX_DISABLE", "1")
+        demo.run(args())
+    with torch._dynamo.config.patch(disable=True), pytest.raises(Problem, match="TORCHDYNAMO_DISABLE"):
+        demo.run(args())
