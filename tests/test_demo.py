@@ -91,8 +91,8 @@ def test_the_sentence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_nothing_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(Problem, match="PEFT_FX_DISABLE"):
-        patch.setenv("PEFT_FX_DISABLE", "1")
-        demo.run(args())
     with torch._dynamo.config.patch(disable=True), pytest.raises(Problem, match="TORCHDYNAMO_DISABLE"):
+        demo.run(args())
+    monkeypatch.setenv("PEFT_FX_DISABLE", "1")
+    with pytest.raises(Problem, match="PEFT_FX_DISABLE"):
         demo.run(args())
