@@ -14,6 +14,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+import peft_fx
 from bench.coverage.adapters import disturb
 
 T, K, VOCAB = 256, 64, 128  # tokens of each of two sequences
@@ -37,10 +38,15 @@ class Architecture:
     lora: Mapping[str, Any] = field(default_factory=dict)
     library: str = "transformers"
     note: str = ""
+    prompt: str = ""  # in LoRA's place a config of PEFT's that adds tokens or keys, and changes no layer
+    already: str = ""
 
     def build(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model with LoRA, in training mode, its adapters away from their start, and a batch."""
         model = self.plain()
+        if self.prompt:
+            config = getattr(peft, self.prompt)(task_type="CAUSAL_LM", num_virtual_tokens=8)
+            return peft_fx.loss_only(peft.get_peft_model(model, config)).train(), self.batch()
         options = {"r": 8, "lora_alpha": 16, **self.lora}
         if not options.keys() & {"target_parameters", "target_modules"}:
             options["target_modules"] = _convolutions(model) if self.layers == "convolutions" else _linear(model)
@@ -215,6 +221,7 @@ def _random(*shape: int) -> Tensor:
 
 BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "tokens": lambda: {"input_ids": _tokens(), "attention_mask": torch.ones(2, T, dtype=torch.long)},
+    "tokens and labels": lambda: BATCHES["tokens"]() | {"labels": _tokens()},
     "encoder and decoder": lambda: {"input_ids": _tokens(), "decoder_input_ids": _tokens()},
     "pixels": lambda: {"pixel_values": _random(2, 3, 64, 64)},
     "speech": lambda: {"input_features": _random(2, 16, 2 * T), "decoder_input_ids": _tokens()},
@@ -254,6 +261,13 @@ def diffusion(
     model: str, options: Mapping[str, Any], inputs: str, layers: str = "linear", note: str = ""
 ) -> Architecture:
     return Architecture(model, "", options, inputs, layers, library="diffusers", note=note)
+
+
+def prompted(config: str, note: str) -> Architecture:
+    """A Llama whose logits are most of a step, and that returns its loss alone."""
+    options, already = {"vocab_size": 1 << 14}, "no layer is changed"
+    batch = "tokens and labels"
+    return Architecture("LlamaForCausalLM", "LlamaConfig", options, batch, note=note, prompt=config, already=already)
 
 
 ARCHITECTURES = {
@@ -311,4 +325,7 @@ ARCHITECTURES = {
     "SD3": diffusion("SD3Transformer2DModel", SD3, "prompt and latents"),
     "Flux": diffusion("FluxTransformer2DModel", FLUX, "prompt and packed latents"),
     "UNet": diffusion("UNet2DConditionModel", UNET, "prompt and image", "convolutions", note="cross-attention"),
+    "Llama, prompt tuning": prompted("PromptTuningConfig", "8 tokens in front of the input"),
+    "Llama, prefix tuning": prompted("PrefixTuningConfig", "8 keys and values a layer"),
+    "Llama, P-tuning": prompted("PromptEncoderConfig", "8 tokens from a small encoder"),
 }

@@ -8,7 +8,6 @@ from typing import Any
 from bench.coverage.adapters import LEFT_OUT, Method
 from bench.coverage.architectures import Architecture
 from bench.coverage.numerics import GATE
-from bench.coverage.packages import Module
 from bench.coverage.rows import LESS, TABLES, Entry
 from bench.report import provenance
 from bench.tables import table
@@ -83,7 +82,7 @@ def state(entry: Entry, row: Row) -> str:
         return MISSING
     if "error" in row:
         return FAILED
-    if getattr(entry, "already", ""):
+    if entry.already:
         return ALREADY
     weight = row["forward"] + row["in_weights"]
     if weight >= row["adapters"]:
@@ -126,10 +125,9 @@ def _described(entry: Entry) -> str:
 
 
 def _weight(entry: Entry, row: Row) -> str:
-    already = entry.already if isinstance(entry, (Method, Module)) else ""
-    told = f"{row['forward']} of {row['adapters']}" if row["forward"] or not already else ""
+    told = f"{row['forward']} of {row['adapters']}" if row["forward"] or not entry.already else ""
     inside = f"{row['in_weights']} by PEFT itself" if row["in_weights"] else ""
-    return "; ".join(part for part in (told, inside, already) if part)
+    return "; ".join(part for part in (told, inside, entry.already) if part)
 
 
 def _gate(gate: Row, less: Row) -> str:

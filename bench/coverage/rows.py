@@ -69,7 +69,7 @@ def explained(entry: Entry) -> dict[str, Any]:
     sites = [s for s in report.sites if s.reason != ALREADY]
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     row: dict[str, Any] = {
-        "adapters": len(layers) or 2,  # other packages' sit on both layers of the block
+        "adapters": len(layers) or (0 if isinstance(entry, Architecture) else 2),  # another package's: on both layers
         "in_weights": sum(isinstance(m, ParamWrapper) for m in layers),
         "graphs": report.graphs,
         "sites": len(sites),
