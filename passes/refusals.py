@@ -261,7 +261,8 @@ def _without_end(analysis: Analysis, placed: Set[Node]) -> Iterator[Refusal]:
         if A is None or not placed.isdisjoint(flow.parameters(A)):
             continue
         name = flow.roles[flow.parameters(A)[0]].name
-        frozen = {W for u in _sources(analysis, inner) for W in _layers_of(analysis, u) if not flow.is_trained(W)}
+        layers = {W for u in _sources(analysis, inner) for W in _layers_of(analysis, u) if not flow.is_trained(W)}
+        frozen = [W for W in layers if are_small(flow.parameters(A), shape(W))]
         near = {W: shared_path(flow.roles[flow.parameters(W)[0]].name, name) for W in frozen}
         W = max(near, key=lambda W: (near[W], str(W)), default=None)
         if W is not None and near[W]:
@@ -281,7 +282,9 @@ def _of_changing_factors(analysis: Analysis, placed: Set[Node]) -> Iterator[Refu
                 if any(flow.is_weight(n) for n in operands):
                     continue
                 A = next((a for n in operands if (a := _trained_part(analysis, n)) is not None), None)
-                if A is not None and B is not None and placed.isdisjoint({*flow.parameters(A), *flow.parameters(B)}):
+                if A is None or B is None or not are_low_rank(shape(A)[-2:], shape(B)[-2:]):
+                    continue
+                if placed.isdisjoint({*flow.parameters(A), *flow.parameters(B)}):
                     name = flow.site_name(Matrix(A, 0), [Matrix(B, 0)])
                     yield Refusal(name, "input_dependent", "a factor of the adapter changes from call to call")
 

@@ -260,6 +260,40 @@ def test_a_bottleneck_behind_a_layer_is_refused(bias: bool, act: Callable) -> No
     assert names(told(Sequential(bias, act), tensor(4, 7, K))) == [("base", "nonlinear")]
 
 
+class Halves(nn.Module):
+    """What a frozen layer gives, and what a trained matrix of the same module makes of its input, both returned: as in
+    front of a graph break inside an adapter."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layer = nn.Module()
+        self.layer.W, self.layer.A = trained(K, N).requires_grad_(False), trained(K, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.layer.W, x @ self.layer.A
+
+
+def test_half_of_an_adapter_is_one_and_a_layer_is_none() -> None:
+    assert names(told(Halves(R), tensor(4, 7, K))) == [("layer.W", "different_input")]
+    assert names(told(Halves(2 * N), tensor(4, 7, K))) == []
+
+
+class Drawn(nn.Module):
+    """A product with a trained matrix and a mask of its own in each call, and with another matrix behind it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.W, self.A, self.B = trained(K, N).requires_grad_(False), trained(K, width), trained(width, N)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x @ self.W + torch.relu(x) @ (self.A * mask) @ self.B
+
+
+def test_factors_that_change_are_an_adapters_where_they_are_narrow() -> None:
+    for width, found in ((R, {"input_dependent"}), (2 * N, set())):
+        assert {code for _, code in names(told(Drawn(width), tensor(4, 7, K), tensor(K, width)))} == found
+
+
 def test_an_adapter_of_some_rows_is_left_as_it_is() -> None:
     module, inputs = integers(Rows(numbers), 1), (tensor(4, 7, K),)
     integers(inputs, 2)
