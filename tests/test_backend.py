@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import types
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -528,10 +529,13 @@ TRAIN = """
 """
 
 
+SESSION = uuid.uuid4().hex
+
+
 def python(source: str, cwd: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
-    """A process of its own, whose caches are in `cwd`."""
+    """A process of its own, whose graphs are cached for `cwd` alone; headers that g++ has read are everyone's."""
     variables = {k: v for k, v in os.environ.items() if k not in ("TORCH_LOGS", "PEFT_FX_DISABLE")}
-    variables |= {"TORCHINDUCTOR_CACHE_DIR": str(cwd / "inductor"), **environment}
+    variables |= {"TORCH_COMPILE_CACHE_KEY_TAG": f"{SESSION} {cwd}", **environment}
     command = [sys.executable, "-W", "error:peft_fx:RuntimeWarning", "-c", textwrap.dedent(source)]
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
