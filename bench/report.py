@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
-  against_tokens.png   peak memory and time of a step against T
+  against_tokens.png   what a step keeps for backward, and its peak, against T
 
 and, between its `<!-- bench: ... -->` marks, the tables of docs/benchmarks.md.
 """
@@ -199,7 +198,7 @@ def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
 
 
 def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
-    """Two panels over T: peak memory and seconds of a step."""
+    """Two panels over T: bytes kept for backward, and the peak of a step."""
     if content is None:
         return
     rows = _series(content["rows"])
@@ -208,15 +207,16 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
     most = max(m["peak"] for row in rows for m in row["results"].values() if "peak" in m)
     unit, size = ("GB", 1e9) if most > 1e9 else ("MB", 1e6)
     for name in VARIANTS:
-        found = [(r["setup"]["tokens"], m) for r in rows if "times" in (m := r["results"].get(name, {}))]
+        found = [(r["setup"]["tokens"], m) for r in rows if "peak" in (m := r["results"].get(name, {}))]
         if not found:
             continue
         x = [tokens for tokens, _ in found]
         plain = name.removesuffix("-ckpt")
-        look: dict[str, Any] = {"color": COLOURS[plain], "marker": "o", "linestyle": "-" if plain == name else ":"}
-        left.plot(x, [m["peak"] / size for _, m in found], label=VARIANTS[name].title, **look)
-        right.plot(x, [statistics.median(m["times"]) for _, m in found], **look)
-    for axes, text in ((left, f"peak of a step, {unit}"), (right, "seconds of a step")):
+        line = "--" if name == "frozen" else "-" if plain == name else ":"  # the floor lies over what reaches it
+        look: dict[str, Any] = {"color": COLOURS[plain], "marker": "o", "linestyle": line}
+        left.plot(x, [m["kept"] / size for _, m in found], label=VARIANTS[name].title, **look)
+        right.plot(x, [m["peak"] / size for _, m in found], **look)
+    for axes, text in ((left, f"kept for backward, {unit}"), (right, f"peak of a step, {unit}")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(T, [str(tokens) for tokens in T])
