@@ -92,7 +92,8 @@ def _unchanged(node: Node) -> list[Addend] | None:
 
 
 def _expand(node: Node) -> list[Addend] | None:
-    return _unchanged(node)  # where it repeats nothing, which the reader sees by the number of elements
+    """A value that repeats another has a name of its own."""
+    return _unchanged(node) if numel(shape(tensor_arg(node, 0))) == numel(shape(node)) else None
 
 
 def _cast(node: Node) -> list[Addend] | None:
@@ -430,8 +431,8 @@ class Reader:
             source = tensor_arg(node, 0)
             one = numel(shape(source)) == numel(sizes[-2:])
             return self.term(source, Layout(1, sizes[-1])) if one else None
-        if RULES.get(node.target) is _unchanged and shape(tensor_arg(node, 0)) == sizes:
-            return self._shared(tensor_arg(node, 0))
+        if RULES.get(node.target) is _unchanged and shape(tensor_arg(node, 0))[-2:] == sizes[-2:]:
+            return self._shared(tensor_arg(node, 0))  # a batch that is laid out anew repeats what it did
         if node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1]:  # type: ignore[arg-type]
             found = self._shared(tensor_arg(node, 0))
             return found and found.T

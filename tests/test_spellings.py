@@ -157,3 +157,22 @@ def test_an_adapter_that_is_added_twice(counted: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got.y, want.y, strict=True)) == counted
     if counted:
         assert_bit_equal(got, want)
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_tokens_that_are_repeated(repeated: bool, merged: bool) -> None:
+    """Eager mode multiplies a view that has no rows of its own batch by batch, by W repeated: one matrix all the same."""
+
+    class Repeating(Lora):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.unsqueeze(1)
+            x = x.expand(-1, 3, -1, -1) if repeated else x
+            return x @ self.W + (x @ (self.A @ self.B) if merged else x @ self.A @ self.B) * 2
+
+    module = integers(Repeating(lora(ANY_RANK[0])).double(), 1)
+    inputs = integers(to_dtype(x(4, 7, K)(), torch.float64), 2)
+    f = weight_form(module)
+    assert_bit_equal(run(f, module, inputs), run(module, module, inputs))
+    (site,) = peft_fx.explain(f).sites
+    assert (site.forward, site.input_grad) == ("weight", "weight")
