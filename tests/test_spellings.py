@@ -162,7 +162,7 @@ def test_an_adapter_that_is_added_twice(counted: bool) -> None:
 @pytest.mark.parametrize("repeated", [True, False])
 @pytest.mark.parametrize("merged", [True, False])
 def test_tokens_that_are_repeated(repeated: bool, merged: bool) -> None:
-    """Eager mode multiplies a view that has no rows of its own batch by batch, by W repeated: one matrix all the same."""
+    """Eager mode multiplies a view without rows of its own batch by batch, by W repeated: one matrix all the same."""
 
     class Repeating(Lora):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
