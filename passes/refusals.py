@@ -81,8 +81,10 @@ def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) ->
 
 def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refusal]:
     bases = _bases(analysis, sum_.terms)
-    result_is_read = not bases  # without the adapter: one that is linear in the layer's input has another refusal
-    bases = bases or _bases(analysis, [o for occ in sum_.terms for o in _of_a_result(analysis, occ)])
+    results: set[Node] = set()  # of a layer, read by an adapter behind it that is added to them
+    if not bases:
+        results = {n for occ in sum_.terms if (n := _result(analysis, occ)) is not None}
+        bases = _bases(analysis, [o for n in results for o in analysis.reader.read(n)])
     quantized = None if bases else _quantized_base(analysis, sum_)
     if not bases and quantized is None:
         return
@@ -102,8 +104,8 @@ def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refu
         obstacles = list(_obstacles(analysis, way))
         same_input = _reads_one_of(analysis, way[-1], sources)
         linear = all(code == "dropout" for code, _ in obstacles)
-        if result_is_read and same_input and not obstacles:
-            continue
+        if results and (not obstacles or results.isdisjoint(_through(n) for o in own for n in o.all_input_nodes)):
+            continue  # one that is linear in the layer's input has another refusal; one of another layer its own
         parameters = _trained_in(analysis, own)
         weights = [f for t in bases for f in t.factors if analysis.flow.is_weight(f.name)]
         weights = [w for w in weights if stands_beside(analysis.flow, w, parameters, same_input, linear)]
@@ -517,14 +519,13 @@ def _bases(analysis: Analysis, terms: Iterable[Occurrence]) -> list[Term]:
     return [t for t in products if _is_of_a_layer(analysis, t)]
 
 
-def _of_a_result(analysis: Analysis, occ: Occurrence) -> tuple[Occurrence, ...]:
-    """The terms of an addend that is what a layer with a bias gives, and that others read too."""
+def _result(analysis: Analysis, occ: Occurrence) -> Node | None:
+    """The addend that is what a layer with a bias gives, and that others read too."""
     node = None if occ.product is not None else _operand(occ)
     if node is None or len(addends(node := _through(node)) or []) < 2:
-        return ()
-    terms = analysis.reader.read(node)
-    others = [n for o in terms if o.product is None and (n := _operand(o)) is not None]
-    return terms if all(map(analysis.flow.is_weight, others)) else ()
+        return None
+    others = [n for o in analysis.reader.read(node) if o.product is None and (n := _operand(o)) is not None]
+    return node if all(map(analysis.flow.is_weight, others)) else None
 
 
 def _is_of_a_layer(analysis: Analysis, term: Term) -> bool:
