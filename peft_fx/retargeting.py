@@ -155,10 +155,10 @@ LOGSUMEXP = 1  # its place among the results of each
 
 def _exchanged(graph: Graph, fake_mode: compat.FakeTensorMode) -> None:
     """Attention's kernels as a GPU has them: the flash kernel in half precision without a mask, else the one that is
-    efficient in memory. In float64 there is none, and the CPU's stays."""
+    efficient in memory. Where there is none, as in float64, the CPU's stays."""
     build = Builder(graph, fake_mode)
     for node in graph.find_nodes(op="call_function", target=CPU_FLASH):
-        if value(argument(node, "query")).dtype != torch.float64:
+        if _takes_flash(node) or _takes_efficient(node):
             build.like = node
             with graph.inserting_before(node):
                 _replace(build, node, _attention(build, node))
@@ -171,11 +171,22 @@ def _exchanged(graph: Graph, fake_mode: compat.FakeTensorMode) -> None:
                 _replace(build, node, _attention_backward(build, node, forward, random))
 
 
+def _takes_flash(node: Node) -> bool:
+    q = value(argument(node, "query"))
+    return bool(argument(node, "attn_mask") is None and q.dtype in HALF and q.shape[-1] <= WIDEST_HEAD)
+
+
+def _takes_efficient(node: Node) -> bool:
+    """Not of queries that share keys."""
+    q, k = (value(argument(node, name)) for name in ("query", "key"))
+    return bool(q.dtype != torch.float64 and q.shape[1] == k.shape[1])
+
+
 def _attention(build: Builder, node: Node) -> Node:
     """The forward kernel; the CPU's two results are the first two of its own."""
     q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
     dropout, causal, scale = (argument(node, name) for name in ("dropout_p", "is_causal", "scale"))
-    if mask is None and value(q).dtype in HALF and value(q).shape[-1] <= WIDEST_HEAD:
+    if _takes_flash(node):
         return build.call(FLASH, q, k, v, dropout, causal, scale=scale)
     in_backward = any(item.args[1] == LOGSUMEXP and item.users for item in node.users)
     bias = None if mask is None else _for_each_row(build, mask, q, k)

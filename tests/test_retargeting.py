@@ -172,19 +172,21 @@ def test_a_seed_is_kept_and_not_drawn_again() -> None:
 
 
 class Attention(nn.Module):
-    """Heads of 16 features, with adapters on q."""
+    """Heads of 16 features, with adapters on q; both read one head of keys where these are shared."""
 
-    def __init__(self, dtype: torch.dtype, masked: bool):
+    def __init__(self, dtype: torch.dtype, masked: bool, shared: bool):
         super().__init__()
         self.W = nn.Parameter(frozen(32, 32).to(dtype), requires_grad=False)
         self.A, self.B = nn.Parameter(trained(32, 4).to(dtype)), nn.Parameter(trained(4, 32).to(dtype))
-        self.masked = masked
+        self.masked, self.shared = masked, shared
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q = x @ self.W + (x @ self.A) @ self.B
         q, k = (t.view(2, 24, 2, 16).transpose(1, 2) for t in (q, x))
         mask = mask if self.masked else None
-        y = nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask, is_causal=not self.masked)
+        k = k[:, :1] if self.shared else k
+        options = {"attn_mask": mask, "is_causal": not self.masked, "enable_gqa": self.shared}
+        y = nn.functional.scaled_dot_product_attention(q, k, k, **options)
         return y.transpose(1, 2).reshape(2, 24, 32)
 
 
@@ -198,24 +200,26 @@ OF_A_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 }
 KERNELS = [
-    (BF16, False, FLASH),
-    (torch.float16, False, FLASH),
-    (FP32, False, EFFICIENT),
-    (BF16, True, EFFICIENT),
-    (torch.float64, False, OF_A_CPU),
+    (BF16, False, False, FLASH),
+    (torch.float16, False, False, FLASH),
+    (FP32, False, False, EFFICIENT),
+    (BF16, True, False, EFFICIENT),
+    (torch.float64, False, False, OF_A_CPU),
+    (BF16, False, True, FLASH),
+    (FP32, False, True, OF_A_CPU),
 ]
 
 
 @cache
-def attention(dtype: torch.dtype, masked: bool) -> joint.Joint:
+def attention(dtype: torch.dtype, masked: bool, shared: bool = False) -> joint.Joint:
     inputs = torch.randn(2, 24, 32, dtype=dtype, requires_grad=True), torch.zeros(24, 24, dtype=dtype)
-    return joint.trace(Attention(dtype, masked), *inputs)
+    return joint.trace(Attention(dtype, masked, shared), *inputs)
 
 
-@pytest.mark.parametrize(("dtype", "masked", "kernels"), KERNELS)
-def test_attention_is_the_devices(dtype: torch.dtype, masked: bool, kernels: set[Any]) -> None:
+@pytest.mark.parametrize(("dtype", "masked", "shared", "kernels"), KERNELS)
+def test_attention_is_the_devices(dtype: torch.dtype, masked: bool, shared: bool, kernels: set[Any]) -> None:
     """Forward and backward; each node says of its value what its op makes of what it reads."""
-    traced = attention(dtype, masked)
+    traced = attention(dtype, masked, shared)
     graph = GraphModule(traced.module, joint.copy_graph(traced.graph)).graph
     retarget = Retarget(CPU, GPU)
     retarget.exchange(graph, traced.fake_mode)
