@@ -61,6 +61,7 @@ PUTTING = REPLACING | {  # rows among others
     aten.scatter_add.default,
     aten.scatter.src,
 }
+LOOKUPS = {aten.embedding.default, aten.gather.default, *TAKING}  # their whole numbers are places
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 
 
@@ -541,7 +542,7 @@ def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
         node = _operand(occ)
         while node is not None and addends(node) is not None and len(node.all_input_nodes) == 1:
             node = node.all_input_nodes[0]
-        for n in node.all_input_nodes if node is not None else []:
+        for n in node.all_input_nodes if node is not None and node.target not in LOOKUPS else []:
             if is_tensor(n) and value(n).ndim > 1 and not value(n).is_floating_point() and analysis.flow.parameters(n):
                 return n if analysis.flow.is_weight(n) else None
     return None

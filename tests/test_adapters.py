@@ -260,6 +260,22 @@ def test_a_bottleneck_behind_a_layer_is_refused(bias: bool, act: Callable) -> No
     assert names(told(Sequential(bias, act), tensor(4, 7, K))) == [("base", "nonlinear")]
 
 
+class Positions(nn.Module):
+    """A trained table of positions, added to what a layer gives; the positions are a buffer of whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.table = nn.Linear(K, N), nn.Embedding(7, N)
+        self.register_buffer("positions", torch.arange(7)[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(torch.cat([x[:, :1] @ self.up.weight.T, self.up(x[:, 1:])], 1) + self.table(self.positions))
+
+
+def test_places_in_a_table_are_no_quantised_weight() -> None:
+    assert names(told(Positions(), tensor(4, 7, K))) == []
+
+
 class Halves(nn.Module):
     """What a frozen layer gives, and what a trained matrix of the same module makes of its input, both returned: as in
     front of a graph break inside an adapter."""

@@ -297,7 +297,7 @@ METHODS = {
 }
 
 LEFT_OUT = {
-    "prompt, prefix and P-tuning, CPT, cartridge": "tokens or keys are added; no layer is changed",
+    "CPT, cartridge": "tokens or keys are added; no layer is changed",
     "adaption_prompt, shadow": "a branch beside whole layers; no delta of a weight",
     "xlora, arrow": "weigh several adapters for each token by a router: need trained adapters on disk",
     "loftq, eva, corda, lora_ga": "LoRA from data or from a quantised weight: afterwards plain LoRA",
