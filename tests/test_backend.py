@@ -529,13 +529,13 @@ TRAIN = """
 """
 
 
-SESSION = uuid.uuid4().hex
+RUN = uuid.uuid4().hex
 
 
 def python(source: str, cwd: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
     """A process of its own, whose graphs are cached for `cwd` alone; headers that g++ has read are everyone's."""
     variables = {k: v for k, v in os.environ.items() if k not in ("TORCH_LOGS", "PEFT_FX_DISABLE")}
-    variables |= {"TORCH_COMPILE_CACHE_KEY_TAG": f"{SESSION} {cwd}", **environment}
+    variables |= {"TORCH_COMPILE_CACHE_KEY_TAG": f"{RUN} {cwd}", **environment}
     command = [sys.executable, "-W", "error:peft_fx:RuntimeWarning", "-c", textwrap.dedent(source)]
     done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
