@@ -220,6 +220,11 @@ def _reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[No
         todo += new
 
 
+def _values_read(analysis: Analysis, node: Node) -> list[Node]:
+    """What a node reads besides weights."""
+    return [n for n in node.all_input_nodes if not analysis.flow.is_weight(n)]
+
+
 def _is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
     """Whether a trained parameter of a weight is in the module around a kernel's own."""
     roles = analysis.flow.roles
@@ -379,11 +384,10 @@ def _weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
 
 def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, Node]]:
     """The nearest products with a weight that a value comes from, through whatever acts on each number by itself."""
-    flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
         passed = n.target in READS or torch.Tag.pointwise in getattr(n.target, "tags", ())
-        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
+        return _values_read(analysis, n) if passed else ()
 
     for node in _reached(start, read):
         yield from _weighted(analysis, node)
@@ -391,11 +395,10 @@ def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, N
 
 def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[Node]:
     """What a product reads, and the values that this is some rows of, or with a mask."""
-    flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
         passed = n.target in READS or _is_of_rows(n) or is_random(n)
-        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed else ()
+        return _values_read(analysis, n) if passed else ()
 
     return _reached(product.right if product.left is weight else product.left, read)
 
@@ -414,7 +417,7 @@ def _weight_of_rows(
         return (u for u in n.users if u in flow.forward and passed(u))
 
     def beside(n: Node) -> Iterable[Node]:
-        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if passed(n) else ()
+        return _values_read(analysis, n) if passed(n) else ()
 
     for end in _reached(product, put):
         for node in _reached(end, beside):
@@ -456,7 +459,7 @@ def _ways_to_layers(analysis: Analysis, node: Node) -> Iterator[tuple[list[Node]
         return n in flow.forward and (n.target in READS | SUMS or _is_of_rows(n))
 
     def before(n: Node) -> Iterable[Node]:
-        return (i for i in n.all_input_nodes if not flow.is_weight(i)) if n is node or passed(n) else ()
+        return _values_read(analysis, n) if n is node or passed(n) else ()
 
     def put(n: Node) -> Iterable[Node]:
         return (u for u in n.users if u in flow.forward) if n is node or n.target in LAYOUTS | CASTS else ()
@@ -516,6 +519,7 @@ def _through(node: Node) -> Node:
 
 
 def _bases(analysis: Analysis, terms: Iterable[Occurrence]) -> list[Term]:
+    """The products `x·W` of layers, of the terms of a sum."""
     products = [o.term for o in terms if o.term and o.product and len(o.term.factors) == 2]
     return [t for t in products if _is_of_a_layer(analysis, t)]
 
