@@ -281,7 +281,9 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         options = {k: v for k, v in vars(self.record.options).items() if k not in ("inductor", "machine")}
         machine = self.record.settings.machine
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
-        decides = repr((source_digest(), sorted(options.items()), machine, roles, torch.__version__, theirs))
+        # Inductor's own key has no instruction set: code for AVX512 answers a process that is held to AVX2, wrongly
+        versions = torch.__version__, torch.backends.cpu.get_cpu_capability()
+        decides = repr((source_digest(), sorted(options.items()), machine, roles, versions, theirs))
         return hashlib.sha256(decides.encode()).hexdigest()
 
 

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 import peft_fx
 from peft_fx import compat, compiling, machines
 from peft_fx.options import CHOICES, parse
-from peft_fx.passes import pipeline, price, rewrite
+from peft_fx.passes import machine, pipeline, price, rewrite
 from peft_fx.passes.flow import Role
 from peft_fx.passes.nodes import CAST, aten, is_random, value
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
@@ -462,6 +462,16 @@ def test_the_machine_changes_the_key(monkeypatch) -> None:
     slower = replace(machines.MACHINES["cpu"], bandwidth=1e9)
     monkeypatch.setattr(machines, "table_entry", lambda device: slower)
     assert key() != before
+
+
+def test_the_instruction_set_changes_the_key(monkeypatch) -> None:
+    """Inductor's code for AVX512, run by a process that `ATEN_CPU_CAPABILITY` holds to AVX2, has wrong numbers."""
+    keys = set()
+    for capability in ("DEFAULT", "AVX2", "AVX512", "SVE256"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.setattr(machine, "WIDE", {capability})
+        keys.add(key())
+    assert len(keys) == 4
 
 
 def test_every_byte_of_the_source_changes_the_key(tmp_path, monkeypatch) -> None:
