@@ -335,11 +335,13 @@ def _uuids(passes: Sequence[Any]) -> list[Any]:
 
 @functools.cache
 def source_digest() -> str:
-    """A hash of every source file of the project."""
+    """A hash of every source file of the project, whatever folder it is in."""
     digest = hashlib.sha256()
     root = pathlib.Path(peft_fx.__file__).parent
-    for path in sorted([*root.glob("*.py"), *(root / "passes").glob("*.py")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folders = root, root / "passes"  # in a checkout a link, which is not followed from above
+    files = {path.relative_to(root).as_posix(): path for folder in folders for path in folder.rglob("*.py")}
+    for name, path in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

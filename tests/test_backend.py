@@ -475,22 +475,29 @@ def test_the_instruction_set_changes_the_key(monkeypatch) -> None:
 
 
 def test_every_byte_of_the_source_changes_the_key(tmp_path, monkeypatch) -> None:
-    """Of every file in both folders; a copy elsewhere with the same bytes has the same key."""
+    """Of every file in every folder, and each one's place; a copy elsewhere with the same bytes has the same key."""
     shutil.copytree(ROOT / "peft_fx", tmp_path / "peft_fx", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compiling, "peft_fx", types.SimpleNamespace(__file__=str(tmp_path / "peft_fx/__init__.py")))
     digest = compiling.source_digest.__wrapped__
     before = digest()
     assert before == compiling.source_digest()
     files = sorted((tmp_path / "peft_fx").rglob("*.py"))
-    assert {f.parent.name for f in files} == {"peft_fx", "passes"}
+    assert {f.parent.name for f in files} >= {"peft_fx", "passes"}
     seen = {before}
+    inner = tmp_path / "peft_fx/passes/inner/deeper.py"
+    inner.parent.mkdir()
+    inner.write_text("x = 1\n")
+    files.append(inner)
+    seen.add(before := digest())
     for file in files:
         source = file.read_bytes()
         file.write_bytes(source[:-1] + b" ")
         seen.add(digest())
         file.write_bytes(source)
-    assert len(seen) == len(files) + 1
+    assert len(seen) == len(files) + 2
     assert digest() == before
+    inner.rename(inner.parent.parent / inner.name)
+    assert digest() not in seen
 
 
 def test_the_source_is_part_of_the_key(monkeypatch) -> None:

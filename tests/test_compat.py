@@ -67,7 +67,7 @@ def private_names(source: str) -> set[str]:
 def test_private_names_are_in_one_place() -> None:
     """Everything else in peft_fx and its passes gets by on what PyTorch documents."""
     root = pathlib.Path(compat.__file__).parent
-    found = {p.name: private_names(p.read_text()) for p in (*root.glob("*.py"), *(root / "passes").glob("*.py"))}
+    found = {p.name: private_names(p.read_text()) for p in (*root.rglob("*.py"), *(root / "passes").rglob("*.py"))}
     assert {name for name, names in found.items() if names} == {"compat.py"}
     assert {"torch._inductor.config", "torch.Tensor._make_subclass"} <= found["compat.py"]
 

@@ -16,7 +16,7 @@ from peft_fx.passes import sites
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [p for folder in ("peft_fx", "passes") for p in (ROOT / folder).glob("*.py")]
+SOURCES = [p for folder in ("peft_fx", "passes") for p in (ROOT / folder).rglob("*.py")]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
