@@ -33,6 +33,7 @@ from peft_fx.passes.refusals import refusals
 from peft_fx.passes.regimes import AtLeast, Regimes
 from peft_fx.passes.regions import Region, regions, rewrite
 from peft_fx.passes.rewrite import Rewriter
+from peft_fx.passes.scaled_reads import scale_results
 from peft_fx.passes.sites import ACTIVATION, NONE, WEIGHT, Analysis, Group, Refusal, Site
 from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.tokenwise import by_chunks
@@ -206,6 +207,8 @@ def _for_backward(
     if default and not _all_cheaper_as_written(outcome, settings):
         added += read_in_place(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
         added += by_chunks(graph, Flow(graph, roles), fake_mode, settings.machine)
+    if default:
+        added += scale_results(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
     weights = {members.get(p, roles[p].name) for p in moments.weights}
     outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
     keep = analysed(compressed.rebuilt if compressed else frozenset())

@@ -55,6 +55,7 @@ STAGES = [
     "Rewriter",
     "from_moments",
     "read_in_place",
+    "scale_results",
 ]
 MARK = "mark"  # the last one, a method of Keep
 

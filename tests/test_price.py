@@ -31,6 +31,7 @@ MODULES = [
     "refusals",
     "regions",
     "rewrite",
+    "scaled_reads",
     "sites",
     "transfer",
     "transients",
