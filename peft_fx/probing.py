@@ -63,7 +63,9 @@ def _measured(name: str, threads: int) -> Machine:
         torch.set_num_threads(threads)
     rates = [cores * 2 * sides[d] ** 3 / seconds[d] for d in DTYPES]
     bandwidth, stores = 3 * 4 * PASS / seconds["pass"], 4 * STORED * (STORED + 2 * RANK) / seconds["stores"]
-    bf16, fp16, fp32, fp64 = (rounded(rate / 1e12) for rate in rates)
+    # ratios first: what is chosen hangs on them, and two rates rounded apart would be equal now and then
+    single = rounded(rates[2] / 1e12)
+    bf16, fp16, fp32, fp64 = (single * rounded(rate / rates[2]) for rate in rates)
     return cpu(name, (bf16, fp16, fp32, fp64), rounded(cores * bandwidth / 1e9), rounded(cores * stores / 1e9))
 
 

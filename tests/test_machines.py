@@ -348,6 +348,18 @@ def test_small_changes_of_a_probe_are_none(monkeypatch: pytest.MonkeyPatch) -> N
     assert found(1.0) != found(4.0)
 
 
+@pytest.mark.parametrize("single", [80e9, 88e9, 90e9, 100e9])
+def test_ratios_of_a_probes_rates_are_kept(monkeypatch: pytest.MonkeyPatch, single: float) -> None:
+    """bfloat16 at 1.7 times float32's rate, as measured, is multiplied sooner, wherever the two lie between two powers
+    of two."""
+    ratios = dict(zip(RATES, (1.7, 0.05, 1.0, 0.45), strict=True))
+    taken = {d: 2 * 64**3 / (single * ratio) for d, ratio in ratios.items()} | {"pass": 1e-3, "stores": 1e-3}
+    monkeypatch.setattr(probing, "_seconds", lambda: (taken, dict.fromkeys(RATES, 64)))
+    machine = probing.probe("this")
+    assert machine.has_units_of(torch.bfloat16)
+    assert machine.speed(torch.float64).peak == machine.speed(torch.float32).peak / 2
+
+
 def test_cores_share_a_probes_rates_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """One core is measured: as many threads as may run at once have as many times its rates."""
     taken = dict.fromkeys((*RATES, "pass", "stores"), 1e-3)
