@@ -11,7 +11,7 @@ from tests.fuzz.oracles import Case, Failure, judge
 from tests.fuzz.search import CORPUS, Found, replayed, search, shrunk
 from tests.test_mutants import MUTANTS
 
-CASES = 60
+CASES = 150
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*.py")), ids=lambda path: path.stem)
