@@ -12,7 +12,7 @@
     affine.py      which values are, row by row, an affine map of one source
     regions.py     which of these maps are an adapter that is no sum of products
     replay.py      such a map run on the rows of an identity in place of the tokens
-    refusals.py    what looks like an adapter and has no weight form, and why
+    refusals/      what looks like an adapter and has no weight form, and why
     merged.py      which adapters the model adds to the weight itself
     machine.py     how fast a device is, in a few numbers
     price.py       what each form of a site costs on a machine

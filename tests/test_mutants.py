@@ -615,7 +615,7 @@ def nothing_but_the_adapter() -> bool:
 ADAPTER_MUTANTS = {
     "any_size_is_added": (sites.adapters, "adds", lambda *args: True),
     "nothing_is_added": (sites.adapters, "adds", lambda *args: False),
-    "any_layer_is_refused": (refusals, "stands_beside", lambda *args: True),
+    "any_layer_is_refused": (refusals.sums, "stands_beside", lambda *args: True),
     "any_layer_transforms": (regions, "_is_a_layer", lambda *args: False),
 }
 

@@ -28,7 +28,7 @@ MODULES = [
     "pipeline",
     "price",
     "quantised",
-    "refusals",
+    "refusals.obstacles",
     "regions",
     "rewrite",
     "scaled_reads",

@@ -1,0 +1,197 @@
+"""Adapters of some rows: added to, multiplied to or put in the place of a part of the batch or of a table. A W' would
+be for these rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Set
+
+import torch
+from torch.fx import Node
+
+from peft_fx.passes.adapters import are_low_rank, stands_beside
+from peft_fx.passes.affine import Rows
+from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.nodes import (
+    CASTS,
+    LAYOUTS,
+    SCALINGS,
+    SUMS,
+    argument,
+    aten,
+    is_random,
+    is_tensor,
+    numel,
+    shape,
+    value,
+)
+from peft_fx.passes.refusals.ways import (
+    READS,
+    is_beside,
+    is_matrix,
+    narrow_operand,
+    reached,
+    through,
+    values_read,
+    weighted,
+)
+from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.transfer import Product
+
+REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
+TAKING = {  # some rows of a value
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
+PUTTING = REPLACING | {  # rows among others
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.where.self,
+    aten.masked_fill.Scalar,
+    aten.index_add.default,
+    aten.scatter_add.default,
+    aten.scatter.src,
+}
+DROPPED = "the adapter reads a dropped-out copy of the base's input: no single W' exists"
+BETWEEN = "something between the products of an adapter of some rows is not linear"
+SOME_ROWS = "the adapter is added to some rows of what its layer gives: a W' would be for these alone"
+SCALED_ROWS = "a vector multiplies some rows alone: a W' would be for these"
+REPLACED = "rows of the weight are replaced by trained ones, before any product: already in weight form"
+
+
+def of_some_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+    """Products `u·A·B` of two narrow matrices that are put among a layer's rows, of which u are some: a sub-batch's, or
+    some tokens'."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
+        for last, B in weighted(analysis, node):
+            inner = last.right if last.left is B else last.left
+            for first, A in _first_factors(analysis, inner):
+                parameters = [*flow.parameters(A), *flow.parameters(B)]
+                if not are_low_rank(shape(A)[-2:], shape(B)[-2:]) or not placed.isdisjoint(parameters):
+                    continue
+                linear = (first, A) in weighted(analysis, through(inner))
+                read = list(_rows_read(analysis, first, A))
+                weight = _weight_of_rows(analysis, node, read, parameters, linear)
+                if weight is not None:
+                    found = ("shape", SOME_ROWS) if linear else ("nonlinear", BETWEEN)
+                    found = ("dropout", DROPPED) if any(map(is_random, read)) else found
+                    yield Refusal(flow.site_name(weight, [Matrix(A, 0), Matrix(B, 0)]), *found)
+
+
+def is_of_rows(node: Node, ops: Set[object] = TAKING | PUTTING) -> bool:
+    """Whether an op takes some rows of a value, or puts some among others; parts of the features are another thing."""
+    if node.target not in ops:
+        return False
+    try:
+        dim = argument(node, "dim")
+    except KeyError:  # of all dimensions
+        return True
+    ndim = next(value(n).ndim for n in node.all_input_nodes if is_tensor(n))
+    return bool(dim % ndim != ndim - 1)
+
+
+def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, Node]]:
+    """The nearest products with a weight that a value comes from, through whatever acts on each number by itself."""
+
+    def read(n: Node) -> Iterable[Node]:
+        passed = n.target in READS or torch.Tag.pointwise in getattr(n.target, "tags", ())
+        return values_read(analysis, n) if passed else ()
+
+    for node in reached(start, read):
+        yield from weighted(analysis, node)
+
+
+def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[Node]:
+    """What a product reads, and the values that this is some rows of, or with a mask."""
+
+    def read(n: Node) -> Iterable[Node]:
+        passed = n.target in READS or is_of_rows(n) or is_random(n)
+        return values_read(analysis, n) if passed else ()
+
+    return reached(product.right if product.left is weight else product.left, read)
+
+
+def _weight_of_rows(
+    analysis: Analysis, product: Node, read: list[Node], parameters: list[Node], linear: bool
+) -> Matrix | None:
+    """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
+    flow, number = analysis.flow, analysis.reader.number
+    same_rows = {number[n] for n in read}
+
+    def passed(n: Node) -> bool:
+        return n.target in READS | SUMS or is_of_rows(n)
+
+    def put(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if u in flow.forward and passed(u))
+
+    def beside(n: Node) -> Iterable[Node]:
+        return values_read(analysis, n) if passed(n) else ()
+
+    for end in reached(product, put):
+        for node in reached(end, beside):
+            for base, W in weighted(analysis, node):
+                weight = Matrix(W, shape(W)[-1], rows=shape(W)[-2])
+                apart = set(flow.parameters(W)).isdisjoint(parameters)
+                same = apart and any(number[n] in same_rows for n in _rows_read(analysis, base, W))
+                if same and stands_beside(flow, weight, parameters, same, linear):
+                    return weight
+    return None
+
+
+def of_scaled_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+    """Trained vectors that multiply some rows of what a frozen layer gives, or of what it reads."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n in flow.forward):
+        vector = narrow_operand(analysis, node) if node.target is aten.mul.Tensor else None
+        if vector is None or is_matrix(vector) or not placed.isdisjoint(flow.parameters(vector)):
+            continue
+        for way, ops in _ways_to_layers(analysis, node):
+            weights = (W for n in way for _, W in weighted(analysis, n) if not flow.is_trained(W))
+            W = next((W for W in weights if is_beside(analysis, vector, W)), None)
+            if W is not None and any(is_of_rows(n, ops) for n in way):
+                yield Refusal(flow.site_name(Matrix(W, 0), [Matrix(vector, 0)]), "shape", SCALED_ROWS)
+                break
+
+
+def _ways_to_layers(analysis: Analysis, node: Node) -> Iterator[tuple[list[Node], Set[object]]]:
+    """What a value is made of, up to products with weights, and where it is put; then, down to them, what reads it.
+
+    Each with the ops by which it is of some rows alone: of a value of all rows, some may be read (a norm's, in front of
+    a head that reads the last token).
+    """
+    flow = analysis.flow
+
+    def passed(n: Node) -> bool:
+        if n.target in SCALINGS and sum(not flow.is_weight(i) for i in n.all_input_nodes) > 1:
+            return False  # a norm, or a gate
+        return n in flow.forward and (n.target in READS | SUMS or is_of_rows(n))
+
+    def before(n: Node) -> Iterable[Node]:
+        return values_read(analysis, n) if n is node or passed(n) else ()
+
+    def put(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if u in flow.forward) if n is node or n.target in LAYOUTS | CASTS else ()
+
+    def after(n: Node) -> Iterable[Node]:
+        return (u for u in n.users if passed(u) or any(weighted(analysis, u))) if n is node or passed(n) else ()
+
+    yield [*reached(node, before), *reached(node, put)], TAKING | PUTTING
+    yield list(reached(node, after)), PUTTING
+
+
+def of_replaced_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+    """Rows of a frozen weight that trained ones are put in the place of, as in a table of words."""
+    flow = analysis.flow
+    for node in (n for n in analysis.position if n.target in REPLACING and n in flow.forward and flow.is_weight(n)):
+        weight, *others = (n for n in node.all_input_nodes if is_tensor(n))
+        trained = [p for n in others for p in flow.parameters(n) if flow.roles[p].trainable]
+        if not trained or flow.parameters(weight)[:1] == [] or not placed.isdisjoint(trained):
+            continue
+        table = flow.parameters(weight)[0]
+        if not flow.roles[table].trainable and all(numel(shape(p)) < numel(shape(table)) for p in trained):
+            yield Refusal(flow.site_name(Matrix(table, 0), [Matrix(p, 0) for p in trained]), "shape", REPLACED)

@@ -1,0 +1,108 @@
+"""The ways in a graph that all who look for adapters without a weight form go: up to what a value is made of, down to
+what reads it; and what they ask of a node on the way."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+
+from torch.fx import Node
+
+from peft_fx.passes.affine import is_scaled_by_a_root
+from peft_fx.passes.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
+from peft_fx.passes.sites import Analysis
+from peft_fx.passes.transfer import Product, addends
+
+NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
+READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
+
+
+def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Node]:
+    """The nodes near one, in the order of the steps to them."""
+    seen, todo = {start}, [start]
+    while todo and len(seen) < NEAR:
+        node = todo.pop(0)
+        yield node
+        new = [n for n in step(node) if n not in seen]
+        seen.update(new)
+        todo += new
+
+
+def values_read(analysis: Analysis, node: Node) -> list[Node]:
+    """What a node reads besides weights."""
+    return [n for n in node.all_input_nodes if not analysis.flow.is_weight(n)]
+
+
+def through(node: Node) -> Node:
+    """Where a value comes from before it was laid out, cast or scaled by a number."""
+    while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
+        node = parts[0].operand
+    return node
+
+
+def products(node: Node) -> list[Product]:
+    return [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
+
+
+def weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
+    """The products that a node is made of, each with the weight that it multiplies a value by."""
+    for product in products(node):
+        operands = (product.left, product.right)
+        weights = [n for n in operands if analysis.flow.is_weight(n)]
+        if len(weights) == 1 and len(shape(weights[0])) > 1:
+            yield product, weights[0]
+
+
+def narrow_operand(analysis: Analysis, node: Node) -> Node | None:
+    """The trained weight that a node multiplies a value by, a vector or a matrix that is not square."""
+    if node.target is aten.mul.Tensor:
+        operands = [n for n in node.all_input_nodes if is_tensor(n)]
+        found = [n for n in operands if analysis.flow.is_weight(n) and value(n).ndim and analysis.flow.is_trained(n)]
+        same = all(analysis.flow.is_weight(n) for n in operands)  # a product of weights reads nothing
+        of_a_norm = any(is_scaled_by_a_root(n) for n in operands)
+        return found[0] if len(operands) == 2 and len(found) == 1 and not (same or of_a_norm) else None
+    for product in products(node):
+        weights = analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right)
+        if weights or product.gathered:  # a trained table is no adapter of what its rows are added to
+            continue
+        for operand in (product.left, product.right):
+            rows, cols = shape(operand)[:2] if product.window is not None else shape(operand)[-2:]
+            if rows != cols and analysis.flow.is_weight(operand) and analysis.flow.is_trained(operand):
+                return operand
+    return None
+
+
+def is_matrix(node: Node) -> bool:
+    """Whether a value is longer than one along more than one dimension: a norm's scale `[1,C,1,1]` is a vector."""
+    return bool(sum(n != 1 for n in shape(node)) > 1)
+
+
+def is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
+    """Whether a trained parameter of a weight is in the module around a kernel's own."""
+    roles = analysis.flow.roles
+    module = roles[analysis.flow.parameters(kernel)[0]].name.split(".")[:-2]
+    return any(
+        roles[p].trainable and roles[p].name.split(".")[: len(module)] == module
+        for p in analysis.flow.parameters(weight)
+    )
+
+
+def trained_in(analysis: Analysis, nodes: Iterable[Node]) -> list[Node]:
+    """The trained parameters that some nodes read."""
+    flow = analysis.flow
+    weights = {n for node in nodes for n in node.all_input_nodes if flow.is_weight(n)}
+    return sorted({p for w in weights for p in flow.parameters(w) if flow.roles[p].trainable}, key=str)
+
+
+def sources(analysis: Analysis, node: Node) -> list[int]:
+    """The numbers of the values that a product multiplies weights by."""
+    operands = (n for p in products(node) for n in (p.left, p.right))
+    return [analysis.reader.number[through(n)] for n in operands if not analysis.flow.is_weight(n)]
+
+
+def layers_of(analysis: Analysis, u: int) -> list[Node]:
+    """The weights that forward multiplies a value by."""
+    flow = analysis.flow
+    readers = (n for n in analysis.position if n in flow.forward and u in sources(analysis, n))
+    found = [w for n in readers for p in products(n) for w in (p.left, p.right)]
+    return [w for w in found if flow.is_weight(w) and flow.parameters(w)]
