@@ -71,7 +71,8 @@ class Keep:
         self.kept_known = True
         self.frozen, self.origins = frozenset(self.kept), {}
         reads = {n for g in self.gradients for n in g.all_input_nodes if self._is_activation(n)}
-        for node in sorted(reads, key=self.bytes, reverse=True):
+        in_order = [n for n in graph.nodes if n in reads]  # of equal sizes too, in each run and on each rank
+        for node in sorted(in_order, key=self.bytes, reverse=True):
             origin = self.origins[node] = self._origin(node)
             self.chosen |= origin.chain
             self.kept |= origin.leaves

@@ -208,7 +208,7 @@ class _Change:
                 if operand not in keep.origins:
                     continue
                 origin = keep.origins[operand]
-                costs = (n for n in origin.leaves if self.number[n] not in frozen)
+                costs = (n for n in sorted(origin.leaves) if self.number[n] not in frozen)
                 costs = (n for n in costs if SMALL * keep.bytes(n) > keep.bytes(operand))
                 through = any(products(n) for n in origin.chain)
                 known = frozenset(name for name in names.values() if name)
