@@ -103,7 +103,7 @@ class Region:
         dtypes = [value(n).dtype for n in self.row.products]
         adapter = max((d for d in dtypes if d in MANTISSA), key=MANTISSA.__getitem__)
         K, N = self.features
-        steps = tuple(self._step(n) for n in sorted(self.row.products, key=lambda n: n.name))
+        steps = tuple(self._step(n) for n in sorted(self.row.products))
         return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
 
     def _step(self, node: Node) -> price.Step:
@@ -262,10 +262,10 @@ def _start(source: Node, nodes: frozenset[Node], rows: Rows) -> Node:
 
 def _likeness(product: Node, row: Row, sizes: set[Size], rows: Rows) -> tuple[Any, ...]:
     """How much a product looks like the base's: its weight beside the trained parameters, of the whole map's size, and
-    the source itself read by it."""
+    the source itself read by it; of equals the last in the graph."""
     own = any(rows.in_one_module(t, f) for t in row.trained for f in _weights(product, rows)[:1])
     weight = _weight_sizes(product, rows)
-    return own, set(weight) == sizes, -len(rows.of[product].products), numel(weight), product.name
+    return own, set(weight) == sizes, -len(rows.of[product].products), numel(weight), product
 
 
 def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
