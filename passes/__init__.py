@@ -24,6 +24,8 @@
     scaled_reads.py  and without scaled copies of them
     keep.py        what backward rebuilds instead of keeping
     snapshots.py   copies of what forward writes, for backward
+    halves.py      forward and backward for a given set of values kept, and what a step of them takes
+    budget.py      which values to keep, and which to make again, so that a step fits a number of bytes
     verify.py      what must hold of a graph before and after
     pipeline.py    the order of these steps
 

@@ -111,7 +111,7 @@ class Fused:
     _spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kinds = {n: _kind(n) for n in self.graph.nodes}
+        self.kinds = {n: kind_of(n) for n in self.graph.nodes}
         self._make()
         self.before = {n: [m for r in self.reads[n] if (m := _maker(r, self)) in self.made] for n in self.made}
         self.kernels = _ordered(self, _grouped(self))
@@ -128,7 +128,7 @@ class Fused:
                 self.leaves[node] = frozenset([node])
             elif kind in (LIBRARY, REDUCTION, POINTWISE):
                 self.reads[node] = sorted(found, key=position.__getitem__)  # a set's order is another in each run
-                heavy[node] |= _name(node) in HEAVY
+                heavy[node] |= name_of(node) in HEAVY
                 if kind != POINTWISE or self._is_made(node, heavy[node]):
                     self.made[node] = None
                     self.leaves[node], heavy[node] = frozenset([node]), False
@@ -162,7 +162,7 @@ class Fused:
 
     def size(self, node: Node) -> int:
         """Bytes of what a node makes."""
-        return sum(self.hint(numel([expr(n) for n in v.shape])) * v.dtype.itemsize for v in _tensors(node))
+        return bytes_of(node, self.hint)
 
     def space(self, node: Node) -> tuple[int, ...]:
         """What a kernel's loops run over: of a sum over rows all, and the rows. One over rows that lie apart in memory
@@ -188,12 +188,12 @@ def _tensors(node: Node) -> list[torch.Tensor]:
     return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return schema.name.rpartition("::")[2] if schema is not None else ""
 
 
-def _kind(node: Node) -> str:
+def kind_of(node: Node) -> str:
     target: Any = node.target
     if node.op in ("placeholder", "get_attr"):
         return GIVEN
@@ -204,7 +204,7 @@ def _kind(node: Node) -> str:
         return VIEW if isinstance(source, Node) and _is_view(source.target) else ITEM
     if _is_view(target) or _is_the_same(node):
         return VIEW
-    if _name(node) in REDUCTIONS:
+    if name_of(node) in REDUCTIONS:
         return REDUCTION
     if target in POINTWISES or torch.Tag.pointwise in getattr(target, "tags", ()):
         return POINTWISE
@@ -438,8 +438,8 @@ class _Plan:
                 dying[at].append(b)
         for i, kernel in enumerate(self.fused.kernels):
             for node in kernel.nodes:
-                over = not kernel.library or _name(node) in SCATTERS
-                if not over and _name(node) not in INTO:
+                over = not kernel.library or name_of(node) in SCATTERS
+                if not over and name_of(node) not in INTO:
                     continue
                 for b in self.fused.buffers(node):
                     if b in apart:
@@ -580,23 +580,37 @@ def _same(buffer: Node) -> Any:
 
 
 def _seconds(fused: Fused, kernel: _Kernel, machine: Machine) -> float:
-    """Of a product by the machine's model, of attention by its FLOPs, of all else by the bytes read and written."""
-    node = kernel.nodes[0]
+    """Of a product or attention by what it computes, of all else by the bytes read and written."""
+    if _is_computing(kernel.nodes[0]):
+        return seconds_of(kernel.nodes[0], fused.hint, machine)
     reads = {r for n in kernel.nodes for r in fused.reads[n]}
-    if _name(node) in INTO:
+    return machine.one_pass(sum(map(fused.size, reads)) + sum(fused.size(n) for n in kernel.nodes))
+
+
+def _is_computing(node: Node) -> bool:
+    return name_of(node) in INTO or ATTENTION in name_of(node)
+
+
+def seconds_of(node: Node, hint: Any, machine: Machine) -> float:
+    """Of a product by the machine's model, of attention by its FLOPs, of any other op by itself by the bytes that it
+    reads and writes."""
+    if name_of(node) in INTO:
         a, b = [value(i) for i in node.args if isinstance(i, Node)][-2:]
-        m, k, n = (fused.hint(expr(s)) for s in (a.shape[-2], a.shape[-1], b.shape[-1]))
-        batch = fused.hint(expr(a.shape[0])) if a.ndim > 2 else 1
+        m, k, n = (hint(expr(s)) for s in (a.shape[-2], a.shape[-1], b.shape[-1]))
+        batch = hint(expr(a.shape[0])) if a.ndim > 2 else 1
         return machine.product(m, k, n, a.dtype, batch)
-    if ATTENTION in _name(node):
-        return _attention(fused, node, machine)
-    moved = sum(map(fused.size, reads)) + sum(fused.size(n) for n in kernel.nodes)
-    return machine.one_pass(moved)
+    if ATTENTION in name_of(node):
+        return _attention(_Attention.of(hint, node), node, machine)
+    return machine.one_pass(sum(bytes_of(n, hint) for n in (node, *node.all_input_nodes)))
 
 
-def _attention(fused: Fused, node: Node, machine: Machine) -> float:
+def bytes_of(node: Node, hint: Any) -> int:
+    """Of all tensors that a node gives."""
+    return sum(int(hint(numel([expr(n) for n in v.shape])) * v.dtype.itemsize) for v in _tensors(node))
+
+
+def _attention(sizes: _Attention, node: Node, machine: Machine) -> float:
     """Two products of T×T×d a head in forward, five in backward, half of each where it is causal."""
-    sizes = _Attention.of(fused, node)
     flops = 2 * sizes.batch * sizes.heads * sizes.tokens * sizes.others * sizes.width * (5 if sizes.backward else 2)
     causal = 2 if argument(node, "is_causal") else 1
     return float(flops / causal / machine.speed(sizes.dtype).peak + machine.launch)
@@ -615,11 +629,11 @@ class _Attention:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, fused: Fused, node: Node) -> _Attention:
-        backward = "backward" in _name(node)
+    def of(cls, hint: Any, node: Node) -> _Attention:
+        backward = "backward" in name_of(node)
         q, k = (value(tensor_arg(node, i + backward)) for i in range(2))
-        batch, heads, tokens, width = (fused.hint(expr(n)) for n in q.shape)
-        return cls(backward, batch, heads, tokens, width, fused.hint(expr(k.shape[-2])), q.dtype)
+        batch, heads, tokens, width = (hint(expr(n)) for n in q.shape)
+        return cls(backward, batch, heads, tokens, width, hint(expr(k.shape[-2])), q.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------- scratch
@@ -629,12 +643,12 @@ def _scratch(fused: Fused, kernel: _Kernel, machine: Machine) -> int:
     """Bytes that a library's kernel allocates while it runs, and lets go of: of attention, as PyTorch has it; of a
     product of half-precision matrices on a CPU, the blocks of both that oneDNN packs for each thread."""
     (node,) = kernel.nodes
-    if _name(node) in INTO and machine.is_cpu and value(node).dtype.itemsize == 2:
+    if name_of(node) in INTO and machine.is_cpu and value(node).dtype.itemsize == 2:
         return int(PACKED * torch.get_num_threads())
-    if ATTENTION not in _name(node):
+    if ATTENTION not in name_of(node):
         return 0
     scratch = _scratch_of_threads if machine.is_cpu else _scratch_of_gradients
-    return scratch(_Attention.of(fused, node))
+    return scratch(_Attention.of(fused.hint, node))
 
 
 def _scratch_of_threads(a: _Attention) -> int:

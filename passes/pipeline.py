@@ -78,6 +78,7 @@ class Outcome:
     rebuilt: int = 0
     spare: float = 0.0
     seconds: float = 0.0
+    budget: Any = None
 
 
 @dataclass

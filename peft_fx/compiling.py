@@ -24,11 +24,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
-from peft_fx import compat
+from peft_fx import budgeting, compat
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
-from peft_fx.passes.flow import Role
+from peft_fx.passes.flow import Role, is_tangent
 from peft_fx.passes.nodes import prims
 from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads
@@ -98,6 +98,12 @@ class Record:
         """What the options come to on the device of the graph."""
         found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
         return self.options.settings(self.device or found)
+
+    @functools.cached_property
+    def budget(self) -> budgeting.Asked | None:
+        """The memory budget on the device of the graph."""
+        found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+        return self.options.budget(self.device or found)
 
     @functools.cached_property
     def subgraphs(self) -> list[Subgraph]:
@@ -263,6 +269,25 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             node.meta[DONE] = True
         return [outcome, *(replace(renamed(outcome, names), seconds=0.0) for names in calls[1:])]
 
+    def hold(self, graph: Graph) -> None:
+        """Has the partitioner keep what fits the memory budget, if there is one. Where that fails, what it keeps by
+        itself, after one warning."""
+        record = self.record
+        calls = not is_body(graph) and matching(graph, record.subgraphs) is None
+        if record.budget is None or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
+            return
+        try:
+            held = budgeting.hold(graph, roles_in(graph, record.roles), record.budget, record.settings.machine)
+        except Exception as error:
+            told = f"peft_fx left a graph without its memory budget: {type(error).__name__}: {error}"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+            log.debug("the choice failed", exc_info=error)
+            return
+        if record.outcomes:
+            record.outcomes[-1].budget = held
+        if not held.is_held:
+            warnings.warn(held.why_not(), RuntimeWarning, stacklevel=2)
+
     def roles_in(self, graph: Graph) -> tuple[dict[Node, Role], list[dict[str, str]]]:
         """What a graph's inputs are; of a graph that another calls, also each call's names of the first one's."""
         subgraph = matching(graph, self.record.subgraphs)
@@ -279,6 +304,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             return None
         # the machine by its constants, not by its name or path
         options = {k: v for k, v in vars(self.record.options).items() if k not in ("inductor", "machine")}
+        options["memory_budget"] = self.record.budget
         machine = self.record.settings.machine
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
         # Inductor's own key has no instruction set: code for AVX512 answers a process that is held to AVX2, wrongly
@@ -312,6 +338,7 @@ class Finish(compat.CustomGraphPass):  # type: ignore[misc]
             no_stale_reads(graph)
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
+        self.ours.hold(graph)
 
     def uuid(self) -> Any:
         theirs = _uuids(self.others)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from peft_fx import compat, machines, preparing
+from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.compat import pytree
 from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
@@ -35,7 +36,6 @@ from peft_fx.tracing import (
     telling_of_a_batch,
 )
 
-OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
 DEPTH = 2  # layers of a deep model that are traced, and one more: a further layer costs what that one did
 PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep

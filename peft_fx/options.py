@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peft_fx import machines
+from peft_fx import budgeting, machines
 from peft_fx.compat import list_mode_options, list_options
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.pipeline import Settings
@@ -29,6 +29,8 @@ CHOICES: Mapping[str, tuple[str | bool, ...]] = {
     "chunk_loss": ("auto", True, False),
     "machine": ("auto", *MACHINES),
     "lowering": ("inductor", "aot_eager"),
+    "memory_budget_of": budgeting.OF,
+    "optimizer": tuple(budgeting.OPTIMIZERS),
 }
 
 
@@ -55,6 +57,7 @@ OTHERS: Mapping[str, Callable[[Any], Any]] = {
     "velora_group": _a_group,
     "keep_layers": _patterns,
     "memory_weight": _seconds,
+    "memory_budget": budgeting.parse_budget,
 }
 
 
@@ -74,12 +77,23 @@ class Options:
     memory_weight: float = 0.0
     machine: str = "auto"
     lowering: str = "inductor"
+    memory_budget: int | float | str | None = None
+    memory_budget_of: str = "total"
+    optimizer: str = "adamw"
     inductor: dict[str, Any] = field(default_factory=dict)
 
     def settings(self, device: torch.device) -> Settings:
         machine = machines.resolve(self.machine, device)
         ours = {field.name: getattr(self, field.name) for field in fields(Settings) if hasattr(self, field.name)}
         return Settings(**ours | {"machine": machine})
+
+    def budget(self, device: torch.device) -> budgeting.Asked | None:
+        """The memory budget on a device, if there is one."""
+        if self.memory_budget is None:
+            return None
+        bytes_ = budgeting.resolved(self.memory_budget, device)
+        states = budgeting.OPTIMIZERS[self.optimizer]
+        return budgeting.Asked(bytes_, self.memory_budget_of, states, self.memory_budget == "auto")
 
 
 def _known(key: Any) -> str:

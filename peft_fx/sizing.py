@@ -8,8 +8,9 @@ from typing import Any
 
 import peft_fx
 from peft_fx import configs
+from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.estimates import Estimate, unit_of
-from peft_fx.estimating import OPTIMIZERS, VARIANTS, by_preparation
+from peft_fx.estimating import VARIANTS, by_preparation
 from peft_fx.terminal import Problem, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\

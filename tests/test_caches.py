@@ -75,6 +75,9 @@ OTHER = {
     "keep_layers": ["*.up"],
     "chunk_loss": False,
     "memory_weight": 0.5,
+    "memory_budget": "1GB",
+    "memory_budget_of": "step",
+    "optimizer": "sgd",
 }
 
 

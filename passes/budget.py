@@ -1,0 +1,256 @@
+"""Which values to keep for backward, and which to make again, so that a step fits a number of bytes in the least time.
+
+Between forward and backward a cut is made through the graph, as PyTorch's partitioner makes it. Here making a value
+again has a price where it would be forbidden there: with a price of λ seconds on every byte kept, the least cut
+
+    Σ λ·bytes of what is kept  +  Σ seconds of what is made again
+
+keeps what is worth keeping, exactly, and the larger λ is, the more is made again and the less is kept. So λ is raised
+until the peak of the liveness walk, over both halves as they would be ordered, is within the budget, and no further.
+Layers that are alike would all turn at one λ. A value that is made earlier waits longer for its reader and is alive at
+more high points: by a little its bytes weigh more, and layers turn one after the other, the first one first.
+
+What is never made again: random draws other than from a seed, effects, collectives, calls of other graphs, and what the
+partitioner or a pass has said to keep. What a pass or a checkpoint has said to make again is never kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+
+import networkx as nx  # type: ignore[import-untyped]  # torch requires it
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from peft_fx.passes.algebra import Size
+from peft_fx.passes.halves import Sides, Taken, taken
+from peft_fx.passes.liveness import (
+    ATTENTION,
+    ITEM,
+    NONE,
+    SCATTERS,
+    VIEW,
+    bytes_of,
+    kind_of,
+    name_of,
+    seconds_of,
+)
+from peft_fx.passes.machine import Machine
+from peft_fx.passes.nodes import argument, is_random, value
+from peft_fx.passes.rewrite import REBUILD, SAVE
+
+PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
+EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last
+FINE = 1e-2  # of that weight, to which λ is looked for
+EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
+UNIT = 1e15  # of seconds: a flow of whole numbers is exact
+REPEATED = {CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values kept for backward and values that it makes again; what a step then takes by the walk, and the seconds of
+    it, by the price, that making them again takes."""
+
+    kept: frozenset[Node]
+    rebuilt: frozenset[Node]
+    taken: Taken
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.taken.peak
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The λ at which one choice turns into another, with what is not made again in either; `lowest` is the one between
+    them with the lowest peak."""
+
+    price: float
+    held: frozenset[Node]
+    before: Choice
+    after: Choice
+    lowest: Choice
+
+
+@dataclass
+class Choices:
+    """The choices that there are for a joint graph. `before` are the values that the partitioner keeps by itself: what
+    it then makes again costs nothing more."""
+
+    graph: Graph
+    before: Set[Node]
+    hint: Callable[[Size], int]
+    machine: Machine
+
+    def __post_init__(self) -> None:
+        self.sides = Sides.of(self.graph)
+        self.free = self.sides.rebuilt(self.before)
+        self.nodes = self._upstream()
+        self.bytes = {n: self._bytes(n) for n in self.nodes}
+        self.seconds = {n: self._seconds(n) for n in self.nodes}
+        self._known: dict[frozenset[Node], Choice] = {}
+
+    def within(self, peak: int) -> Choice:
+        """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
+        lowest = self.of(frozenset(self.before))
+        if lowest.peak <= peak:
+            return lowest
+        for turn in self._turns():
+            if turn.lowest.peak <= peak:
+                return self._between(turn, peak) or turn.lowest
+            lowest = min(lowest, turn.lowest, key=lambda choice: (choice.peak, choice.seconds))
+        return lowest
+
+    def of(self, kept: frozenset[Node]) -> Choice:
+        """A set of values kept, with what comes of it."""
+        if kept not in self._known:
+            rebuilt = self.sides.rebuilt(kept)
+            found = taken(self.graph, self.sides, kept, self.hint, self.machine)
+            self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
+        return self._known[kept]
+
+    def _turns(self) -> Iterator[Turn]:
+        """What is kept at higher and higher λ, each with a lower peak. What would raise the peak, as it takes more to
+        make it again than to keep it, or does not lower it, as it is read at the highest point, stays kept."""
+        held: frozenset[Node] = frozenset()
+        here = self.of(self._cut(0.0))
+        yield Turn(0.0, held, here, here, here)
+        while (following := self._next(here, held)) is not None:
+            turn = Turn(following[0], held, here, self.of(following[1]), here)
+            found = self._between(turn, min(turn.after.peak, here.peak - 1)) or here
+            less = self._line(found.kept)[0] < self._line(here.kept)[0]
+            more = (found if less else here).kept - turn.after.kept - held
+            if not less and not more:
+                return  # what is held is not read any more: there is no way on from here
+            if less:
+                here = found
+                yield replace(turn, lowest=found)
+            held |= more
+
+    def _next(self, here: Choice, held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
+        """The least λ at which something else is worth keeping, and what: where two lines cross of seconds by λ, and
+        none is below."""
+        after = self._cut(self._sum(self.seconds, self.nodes), held)  # a byte less is worth all of them
+        while self._line(after)[0] < self._line(here.kept)[0]:
+            (high, least), (low, most) = self._line(here.kept), self._line(after)
+            price = (most - least) / (high - low)
+            between = self._cut(price, held)
+            kept, seconds = self._line(between)
+            if not (low < kept < high and seconds + price * kept < (least + price * high) * (1 - EXACT)):
+                return price, after
+            after = between
+        return None
+
+    def _between(self, turn: Turn, peak: int) -> Choice | None:
+        """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes."""
+        low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
+        best = turn.after if turn.after.peak <= peak else None
+        while high - low > EARLIER * FINE * high:
+            middle = (low + high) / 2
+            found = self.of(self._cut(middle, turn.held, EARLIER))
+            fits = found.peak <= peak
+            low, high, best = (low, middle, found) if fits else (middle, high, best)
+        return best
+
+    def _line(self, kept: Set[Node]) -> tuple[float, float]:
+        """Bytes kept and seconds of making the rest again."""
+        return self._sum(self.bytes, kept), self._sum(self.seconds, self.sides.rebuilt(kept))
+
+    def _sum(self, of: Mapping[Node, float], nodes: Iterable[Node]) -> float:
+        return math.fsum(of[n] for n in nodes if of.get(n, math.inf) < math.inf)  # in any order the same
+
+    def _upstream(self) -> list[Node]:
+        """Forward's values that backward reads, and what those are computed from, in the graph's order."""
+        found: set[Node] = set()
+        todo = list(self.sides.reads)
+        while todo:
+            node = todo.pop()
+            if node not in found and node.op == "call_function":
+                found.add(node)
+                todo += node.all_input_nodes
+        return [n for n in self.graph.nodes if n in found]
+
+    def _bytes(self, node: Node) -> float:
+        """Of a value that can be kept; infinite for others."""
+        if isinstance(value(node), torch.SymInt):
+            return 0.0
+        single = isinstance(value(node), torch.Tensor) and (kind_of(node) != VIEW or is_saved(node))
+        return float(bytes_of(node, self.hint)) if single and not _is_repeated(node) else math.inf
+
+    def _seconds(self, node: Node) -> float:
+        """Of making a value again; infinite where that must not be."""
+        if is_saved(node):
+            return math.inf
+        if node in self.free or _is_repeated(node) or kind_of(node) in (VIEW, ITEM, NONE):
+            return 0.0
+        return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
+
+    def _cut(self, price: float, held: Set[Node] = frozenset(), earlier: float = 0.0) -> frozenset[Node]:
+        """The values kept where a byte kept costs so many seconds, and one of the first value that part more than one
+        of the last; those `held` are not made again.
+
+        Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
+        """
+        flow, last = nx.DiGraph(), len(self.nodes)
+        for i, node in enumerate(self.nodes):
+            made, there = (node, MADE), (node, THERE)
+            flow.add_edge(KEPT, made, **_capacity(math.inf if node in held else self.seconds[node]))
+            flow.add_edge(made, there, **_capacity(price * (1 + earlier * (1 - i / last)) * self.bytes[node]))
+            if node in self.sides.reads:
+                flow.add_edge(there, BACKWARD)
+            if _is_repeated(node) and "ac_graph_id" in node.meta:  # by the partitioner, whether or not it is read
+                flow.add_edge(made, BACKWARD)
+            flow.add_edges_from(((read, THERE), made) for read in node.all_input_nodes if read in self.bytes)
+        if BACKWARD not in flow:
+            return frozenset()
+        _, (kept, _) = nx.minimum_cut(flow, KEPT, BACKWARD, flow_func=nx.algorithms.flow.boykov_kolmogorov)
+        return frozenset(n for n in self.nodes if (n, MADE) in kept and (n, THERE) not in kept)
+
+
+KEPT, MADE, THERE, BACKWARD = "kept", "made", "there", "backward"
+
+
+def _capacity(seconds: float) -> dict[str, int]:
+    return {"capacity": round(seconds * UNIT)} if seconds < math.inf else {}  # without one it is infinite
+
+
+def _is_repeated(node: Node) -> bool:
+    """Whether a pass or a checkpoint has said to make a value again."""
+    return node.meta.get("recompute") in REPEATED
+
+
+def is_saved(node: Node) -> bool:
+    """Whether a pass or the partitioner has said to keep a value, where backward reads it: a copy of what forward then
+    writes looks like nothing but another view of it."""
+    return node.meta.get("recompute") is SAVE
+
+
+def is_repeatable(node: Node) -> bool:
+    """Whether an op gives the same once more, and does nothing else."""
+    schema, target = getattr(node.target, "_schema", None), node.target
+    if schema is None or schema.is_mutable or is_saved(node):
+        return False
+    if is_random(node):
+        return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
+    return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS
+
+
+def mark(graph: Graph, choice: Choice) -> None:
+    """Tags the nodes of a graph by their names in the one that the choice was made for, so that the partitioner makes
+    the same."""
+    kept, rebuilt = ({n.name for n in nodes} for nodes in (choice.kept, choice.rebuilt))
+    makers = {n.all_input_nodes[0].name for n in choice.kept if kind_of(n) == ITEM}  # items can be had of it again
+    for node in graph.nodes:
+        if "ac_graph_id" in node.meta or node.op != "call_function" or isinstance(value(node), torch.SymInt):
+            continue
+        if node.name in kept | makers:
+            node.meta["recompute"] = SAVE
+        elif node.name in rebuilt:
+            node.meta["recompute"] = REBUILD
+        elif _is_repeated(node):
+            del node.meta["recompute"]

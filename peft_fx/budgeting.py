@@ -1,0 +1,186 @@
+"""The memory budget: what a user may write, how many bytes of it a step may take, and the choice for one joint graph.
+
+A budget is of everything that training holds on the device, or of a step alone. Of everything, the weights and the
+optimiser's states are there all the time; the step is what is allocated from the start of forward to the end of
+backward, its gradients among it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from peft_fx import compat
+from peft_fx.passes.budget import Choices, is_saved, mark
+from peft_fx.passes.flow import Roles, is_tangent, returned
+from peft_fx.passes.liveness import VIEW, bytes_of, kind_of
+from peft_fx.passes.machine import Machine
+from peft_fx.tracing import copy_graph
+
+log = logging.getLogger("peft_fx")
+
+UNITS = {
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+OF = ("total", "step")
+OPTIMIZERS = {"adamw": 2, "adam": 2, "lion": 1, "momentum": 1, "sgd": 0}  # bytes of state for a byte of a parameter
+MARGIN = 0.05  # of a device's memory, which "auto" leaves to others
+
+
+def parse_budget(chosen: Any) -> int | float | str:
+    """Bytes; a part of the device's memory, from above 0 to 1; or "auto". ValueError for anything else."""
+    if chosen == "auto":
+        return "auto"
+    amount = chosen
+    if isinstance(chosen, str) and (found := re.fullmatch(r"\s*([0-9.]+(?:[eE]\d+)?)\s*(\w*)\s*", chosen)):
+        unit = {name.lower(): n for name, n in UNITS.items()}.get(found[2].lower() or "b")
+        amount = _number(found[1], unit, bool(found[2]))
+    if isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 < amount < float("inf"):
+        return float(amount) if amount <= 1 else int(amount)
+    units = ", ".join(UNITS)
+    raise ValueError(
+        f"'peft_fx.memory_budget' cannot be {chosen!r}; valid values: bytes, a number with a unit ({units}) such as "
+        "'22GB', a part of the device's memory such as 0.9, 'auto'"
+    )
+
+
+def _number(text: str, unit: int | None, named: bool) -> float | int | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return None if unit is None or (named and number * unit <= 1) else number * unit
+
+
+def resolved(budget: int | float | str, device: torch.device) -> int:
+    """A budget as bytes on a device; ValueError where its memory is not known here. "auto" is what was free when the
+    first graph was compiled."""
+    if isinstance(budget, int):
+        return budget
+    total, free = _memory(str(device))
+    return int(free - MARGIN * total) if isinstance(budget, str) else int(budget * total)
+
+
+@functools.cache
+def _memory(device: str) -> tuple[int, int]:
+    """Bytes of a device in all, and bytes free when this was asked first."""
+    if torch.device(device).type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("'peft_fx.memory_budget' must be given in bytes for a GPU that is not there")
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        return total, free
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A budget as it was asked for one graph: bytes, of what, and bytes of the optimiser's state for one of a
+    parameter; whether the weights are there already and not in it."""
+
+    bytes: int
+    of: str = "total"
+    states: int = 2
+    beside_weights: bool = False
+
+    def fixed(self, roles: Roles) -> dict[str, int]:
+        """What is there all the time, by what it is."""
+        if self.of == "step":
+            return {}
+        weights = sum(bytes_of(n, int) for n, role in roles.items() if role.static)
+        trained = sum(bytes_of(n, int) for n, role in roles.items() if role.trainable)
+        return {"weights": 0 if self.beside_weights else weights, "optimiser states": self.states * trained}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was done for a budget in one graph. `budget` are the bytes that a step may take, `fixed` those that are
+    there besides; `peak` and `kept` are bytes by the liveness walk, {"before", "after"}, `results` those returned;
+    `seconds` is what making `rebuilt` more values again takes, by the price."""
+
+    asked: Asked
+    budget: int
+    fixed: Mapping[str, int]
+    peak: Mapping[str, int]
+    kept: Mapping[str, int]
+    results: int
+    seconds: float
+    rebuilt: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.peak["after"] <= self.budget
+
+    def why_not(self) -> str:
+        """What to say where a budget cannot be held: the least, what takes it, and what would help."""
+        least = self.peak["after"] + sum(self.fixed.values())
+        takes = {**self.fixed, "values kept": self.kept["after"], "results returned": self.results}
+        takes["one layer's own values"] = max(0, self.peak["after"] - self.kept["after"] - self.results)
+        told = ", ".join(f"{what} {readable(n)}" for what, n in sorted(takes.items(), key=lambda t: -t[1]) if n)
+        helps = ["a larger budget"]
+        if self.budget > 0:
+            helps.append(f"a batch of {self.budget / self.peak['after']:.0%} of this one's tokens")
+        if self.results > self.peak["after"] / 10:
+            helps.append("returning the loss alone (peft_fx.loss_only)")
+        if (weights := self.fixed.get("weights", 0)) > least / 4:
+            helps.append(f"4-bit weights ({readable(weights * 3 // 4)} less, of 16 bits)")
+        return (
+            f"peft_fx cannot hold a memory budget of {readable(self.asked.bytes)}: the least that it finds, and takes "
+            f"now, is {readable(least)} ({told}). What would help: {'; '.join(helps)}"
+        )
+
+
+def hold(graph: Graph, roles: Roles, asked: Asked, machine: Machine) -> Held:
+    """Tags a joint graph, after Inductor's own passes, so that the partitioner keeps what fits the budget. The graph is
+    tagged last of all: where this raises, it is as it was."""
+    hint = compat.hint_for(compat.V.fake_mode)
+    clean, kept = _as_partitioned(graph, roles)
+    choices = Choices(clean, kept, hint, machine)
+    fixed = asked.fixed(roles)
+    budget = asked.bytes - sum(fixed.values())
+    before, after = choices.of(frozenset(kept)), choices.within(budget)
+    sizes = {k: sum(bytes_of(n, hint) for n in c.kept) for k, c in (("before", before), ("after", after))}
+    peaks = {"before": before.peak, "after": after.peak}
+    results = sum(bytes_of(n, hint) for n in returned(graph)[0] if isinstance(n, Node))
+    rebuilt = len(after.rebuilt - before.rebuilt)
+    held = Held(asked, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
+    log.debug("memory budget: %s", held)
+    if after is not before:
+        mark(graph, after)
+    return held
+
+
+def _as_partitioned(graph: Graph, roles: Roles) -> tuple[Graph, set[Node]]:
+    """The graph as the partitioner cleans it, equal nodes merged, and the values that it keeps by itself."""
+    joint = GraphModule(graph.owning_module or torch.nn.Module(), copy_graph(graph))
+    inputs = [n for n in graph.find_nodes(op="placeholder") if not is_tangent(n)]
+    static = [i for i, n in enumerate(inputs) if n in roles and roles[n].static]
+    _, backward = compat.min_cut_rematerialization_partition(
+        joint, [], num_fwd_outputs=len(returned(graph)[0]), static_lifetime_input_indices=static
+    )
+    read = {n.name for n in backward.graph.find_nodes(op="placeholder")}
+    kept = {_seen(n) for n in joint.graph.nodes if n.name in read}
+    return joint.graph, {n for n in kept if n.op == "call_function"}
+
+
+def _seen(node: Node) -> Node:
+    """What a view is of: that is what is kept."""
+    while kind_of(node) == VIEW and not is_saved(node):
+        (node, *_) = node.all_input_nodes
+    return node
+
+
+def readable(n: int) -> str:
+    """Bytes with a unit."""
+    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if n >= s or u == "kB")
+    return f"{n / size:.1f} {unit}"
