@@ -22,6 +22,7 @@
     moments.py     gradients of vectors behind a layer, from xᵀ·dy
     transients.py  adapters' gradients without copies of activations
     scaled_reads.py  and without scaled copies of them
+    narrow.py      their products by kernels of our own
     keep.py        what backward rebuilds instead of keeping
     snapshots.py   copies of what forward writes, for backward
     halves.py      forward and backward for a given set of values kept, and what a step of them takes

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.kernels.narrow import narrow_in, narrow_out
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, returned
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
@@ -145,6 +146,8 @@ class Keep:
 
     def _is_narrow_product(self, node: Node) -> bool:
         """`u·A` with few columns: redoing it costs little next to the layer's own product."""
+        if node.target is narrow_out:
+            return True
         for product in products(node):
             if product.window is None:
                 k, n = shape(product.right)[-2:]
@@ -274,6 +277,8 @@ def _after_sums(graph: Graph, flow: Flow) -> set[Node]:
 
 def _sums_over_tokens(node: Node, flow: Flow) -> bool:
     """Whether two values meet that are no weights; an elementwise product counts where it is summed."""
+    if node.target is narrow_in:
+        return True
     if node.target is aten.sum.dim_IntList:
         (source,) = (n for n in node.all_input_nodes if is_tensor(n))
         return source.target is not aten.mul.Tensor

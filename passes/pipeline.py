@@ -25,6 +25,7 @@ from peft_fx.passes.lossy import KeptInput, Lossy, compress, layer_inputs
 from peft_fx.passes.machine import MACHINES, Machine
 from peft_fx.passes.merged import merged_already
 from peft_fx.passes.moments import Budget, Moments, from_moments
+from peft_fx.passes.nodes import is_tensor, value
 from peft_fx.passes.notation import scale_of, written
 from peft_fx.passes.parts import Wholes
 from peft_fx.passes.policies import POLICIES
@@ -205,17 +206,30 @@ def _for_backward(
         added += moments.added
     compressed = lossy(analysed()) if is_lossy else None
     added += compressed.added if compressed else []
-    if default and not _all_cheaper_as_written(outcome, settings):
+    cheaper = _all_cheaper_as_written(outcome, settings)
+    # then it is Inductor's graph, and no other
+    as_written = cheaper and not moments.added and _on_a_gpu(graph) and _asks_for_time(settings)
+    if default and not cheaper:
         added += read_in_place(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
         added += by_chunks(graph, Flow(graph, roles), fake_mode, settings.machine)
-    if default:
+    if default and not as_written:
         added += scale_results(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
     weights = {members.get(p, roles[p].name) for p in moments.weights}
     outcome.sites = [_with_dense_gradient(site, weights) for site in outcome.sites]
     keep = analysed(compressed.rebuilt if compressed else frozenset())
     outcome.inputs = (compressed or lossy(keep)).inputs
-    outcome.rebuilt = keep.mark()
+    if not as_written:
+        outcome.rebuilt = keep.mark()
     return added
+
+
+def _on_a_gpu(graph: Graph) -> bool:
+    return any(is_tensor(n) and value(n).device.type == "cuda" for n in graph.find_nodes(op="placeholder"))
+
+
+def _asks_for_time(settings: Settings) -> bool:
+    """Whether what a kernel takes to start, which is most of it for few tokens on a GPU, is worth more than memory."""
+    return settings.keep == "recompute" and not settings.memory_weight
 
 
 def _all_cheaper_as_written(outcome: Outcome, settings: Settings) -> bool:

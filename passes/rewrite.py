@@ -19,8 +19,11 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from peft_fx.kernels.library import available
+from peft_fx.kernels.merge import DTYPES as MERGED
+from peft_fx.kernels.merge import WIDEST, merge
 from peft_fx.passes import price
-from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.algebra import ONE, Matrix, Scale, Size, Term, cheapest_order
 from peft_fx.passes.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Group
@@ -254,9 +257,14 @@ class Rewriter:
         key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
-            wide = self._merge(weight, group.inner, terms, price.merge_dtype(dtype))
             transposed = weight.flipped ^ group.right ^ group.backward
-            self._merged[key] = rounded(self.build, wide, dtype, self.rounding, transposed)
+            self._merged[key] = self._in_one_kernel(weight, group.inner, terms, dtype) or rounded(
+                self.build,
+                self._merge(weight, group.inner, terms, price.merge_dtype(dtype)),
+                dtype,
+                self.rounding,
+                transposed,
+            )
         if group.product.window is not None:
             result = self.build.reshape(self._merged[key], list(shape(group.operand)))
         else:
@@ -273,6 +281,38 @@ class Rewriter:
             delta = self._scaled(self._multiply([self._matrix(f, dtype) for f in term.factors]), scale)
             total = self.build.call(aten.add.Tensor, total, delta)
         return total
+
+    def _in_one_kernel(
+        self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype
+    ) -> Node | None:
+        """The same by a kernel of our own, where there is one for such factors on the weight's device."""
+        node = weight.name
+        assert isinstance(node, Node)
+        if not available(value(node).device) or self.rounding != "nearest" or inner != ONE:
+            return None
+        ranks = [t.narrowest for _, t in terms]
+        fits = all(len(t.factors) > 1 and 0 < r <= WIDEST for (_, t), r in zip(terms, ranks, strict=True) if r)
+        factors = [f for _, t in terms for f in t.factors]
+        if not fits or None in ranks or any(f.batch != 1 for f in (weight, *factors)):
+            return None
+        if value(node).dtype != dtype or dtype not in MERGED or value(node).ndim != 2:
+            return None
+        left, right, scales = [], [], []
+        for scale, term in terms:
+            first, *others = self._narrow(term)
+            left.append(first)
+            right.append(self._scaled(self._multiply(others), replace(scale, number=1.0)))
+            scales.append(float(scale.number))
+        return self.build.call(merge, [node], left, right, scales, [len(terms)])
+
+    def _narrow(self, term: Term) -> list[Node]:
+        """A term's factors up to its narrowest place as one, and those behind it; a single one in its own dtype."""
+        i = min(range(1, len(term.factors)), key=lambda i: term.factors[i].shape[0])
+        sides = term.factors[:i], term.factors[i:]
+        dtypes = [value(s[0].name).dtype if len(s) == 1 and not term.scale.names else torch.float32 for s in sides]  # type: ignore[arg-type]
+        dtypes = [d if d in MERGED else torch.float32 for d in dtypes]
+        first, second = ([self._matrix(f, d) for f in side] for side, d in zip(sides, dtypes, strict=True))
+        return [self._multiply(first), *second]
 
     def _matrix(self, f: Matrix, dtype: torch.dtype) -> Node:
         """A factor as a node `[rows, cols]`, or `[batch, rows, cols]`."""

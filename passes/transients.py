@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.kernels.library import available
+from peft_fx.passes import narrow
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.machine import Machine
@@ -58,6 +60,7 @@ def read_in_place(
     """Rewrites every such product in place, those that read the same tensor in one product, where the machine does not
     multiply copies much sooner; returns the nodes added."""
     reader, build = Reader(graph), Builder(graph, fake_mode)
+    operands = _operands(graph, reader)
     groups: dict[Any, list[_Copying]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is not aten.mm.default or node in flow.forward:
@@ -65,13 +68,47 @@ def read_in_place(
         found = _copying(reader, flow, node, True, hint, machine) or _copying(reader, flow, node, False, hint, machine)
         if found is not None:
             groups[found.key].append(found)
-    for members in groups.values():
+    for members in _families(groups):
         for together, following in _batches(members):
             last = together[-1].node
             for node in sorted((n for n in following if n < last), reverse=True):
                 last.append(node)
-            _replace(graph, build, together)
+            _replace(graph, build, together, operands)
     return build.added
+
+
+def _families(groups: dict[Any, list[_Copying]]) -> Iterator[list[_Copying]]:
+    """Groups as one where a kernel may read several sources at once: the dy of layers that read one x, for `dy·Bᵀ` of
+    all of them and for their dB."""
+    family = {key: key for key in groups}
+    for members in groups.values():
+        names = {f.name for m in members for f in m.narrow.factors}
+        beside = {k for k, own in groups.items() if own[0].source.name in names and available(_device(own[0]))}
+        for first in (True, False):
+            alike = [k for k in beside if groups[k][0].first is first and not members[0].first]
+            for k in alike:
+                family[k] = alike[0]
+    joined: dict[Any, list[_Copying]] = defaultdict(list)
+    for key, members in groups.items():
+        joined[family[key]] += members
+    yield from (sorted(members, key=lambda m: m.node) for members in joined.values())
+
+
+def _device(member: _Copying) -> torch.device:
+    device: torch.device = value(member.node).device
+    return device
+
+
+def _operands(graph: Graph, reader: Reader) -> dict[Any, Node]:
+    """What the graph's own products read, by the matrix that it is: the first node that holds it."""
+    found: dict[Any, Node] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        for i in (0, 1):
+            operand = tensor_arg(node, i)
+            term = reader.term(operand, Layout(1, shape(operand)[-1]))
+            if len(term.factors) == 1 and term.scale == Scale():
+                found.setdefault((term.factors[0], value(operand).dtype), operand)
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,12 +143,16 @@ class _Copying:
         return self.left != self.turned
 
     @property
+    def upright(self) -> Matrix:
+        """The source as it lies."""
+        return self.source.T if self.turned else self.source
+
+    @property
     def key(self) -> Any:
         """Equal for products that are computed as one."""
         copied, other = self.operands
         sizes = shape(copied)[::-1] if self.turned else shape(copied)
-        source = self.source.T if self.turned else self.source
-        return source, self.source.precision, self.first, sizes, value(other).dtype
+        return self.upright, self.source.precision, self.first, sizes, value(other).dtype
 
     @property
     def part(self) -> Any:
@@ -126,6 +167,8 @@ def _copying(
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
     copied, other = (a, b) if left else (b, a)
     read, vector, number, flipped = _without_vector(copied, flow)
+    if vector is not None and available(value(node).device) and _is_matrix(reader, copied):
+        read, vector, number, flipped = copied, None, 1.0, False  # a kernel reads what the layer reads
     term = reader.term(read, Layout(1, shape(read)[-1]))
     source, dtype = term.factors[0], value(copied).dtype
     if flipped:
@@ -139,6 +182,12 @@ def _copying(
         return None
     narrow = reader.term(other, Layout(1, shape(other)[-1]))
     return _Copying(node, left, source, term.scale * Scale(number), narrow, vector, flipped == left)
+
+
+def _is_matrix(reader: Reader, copied: Node) -> bool:
+    """Whether a copy is that of one coarser value."""
+    term = reader.term(copied, Layout(1, shape(copied)[-1]))
+    return len(term.factors) == 1 and not term.scale.names and term.factors[0].precision != value(copied).dtype
 
 
 def _without_vector(node: Node, flow: Flow) -> tuple[Node, Node | None, float, bool]:
@@ -186,44 +235,115 @@ def _following(node: Node) -> set[Node]:
     return found
 
 
-def _replace(graph: Graph, build: Builder, members: list[_Copying]) -> None:
-    """`x·[hi1 | lo1 | hi2 | lo2 | ...]`, and each member the sum of its own two parts."""
+def _replace(
+    graph: Graph,
+    build: Builder,
+    members: list[_Copying],
+    operands: dict[Any, Node],
+) -> None:
+    """Each member by one product with the others that read the same, in the place of the last."""
     last = members[-1]
-    build.like = last.node
-    dim = 1 if last.first else 0
-    starts: dict[Any, int] = {}
-    halves: list[Node] = []
-    width = 0
+    sources: dict[Any, list[_Copying]] = defaultdict(list)
+    for member in members:
+        sources[member.key].append(member)
     with graph.inserting_before(last.node):
-        plain = build.like_2d(last.source, last.operands[0], last.source.precision)
-        plain = build.flip(plain) if last.turned else plain
-        for member in members:
-            if member.part in starts:
-                continue
-            other = build.flip(member.operands[1]) if member.turned else member.operands[1]
-            if member.vector is not None and not member.outside:
-                other = build.call(aten.mul.Tensor, other, _vector(build, member, other))
-            hi = build.cast(other, last.source.precision)
-            rest = build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype))
-            halves += [hi, build.cast(rest, last.source.precision)]
-            starts[member.part] = width
-            width += 2 * shape(other)[dim]
-        both = build.call(aten.cat.default, halves, dim)
-        results = exact_products(build, *((plain, both) if last.first else (both, plain)))
-        whole = functools.reduce(build.add, [build.cast(r, torch.float32) for r in results])
-        for member in members:
+        build.like = last.node
+        given = [
+            (_source(build, last, own[-1], operands), own, [_other(build, m) for m in own]) for own in sources.values()
+        ]
+        if narrow.takes([(u, others) for u, _, others in given], last.first):
+            results = _in_one_kernel(build, given)
+        else:
+            results = [r for u, own, others in given for r in _in_halves(build, u, own, others)]
+        for member, new in zip((m for _, own, _ in given for m in own), results, strict=True):
             build.like = member.node
-            start, r = starts[member.part], shape(member.node)[dim != member.turned]
-            parts = [build.call(aten.slice.Tensor, whole, dim, at, at + r) for at in (start, start + r)]
-            new = build.cast(build.add(*parts), value(member.node).dtype)
+            new = build.cast(new, value(member.node).dtype)
             if member.vector is not None and member.outside:
                 new = build.call(aten.mul.Tensor, new, _vector(build, member, new))
-            if member.scale.number != 1:
-                new = build.call(aten.mul.Tensor, new, member.scale.number)
             new = build.flip(new) if member.turned else new
             member.node.replace_all_uses_with(build.laid_out(new, value(member.node).stride()))
     for member in members:
         erase_unused(graph, member.node)
+
+
+def _source(
+    build: Builder,
+    last: _Copying,
+    member: _Copying,
+    operands: dict[Any, Node],
+) -> Node:
+    """What is read in place, not transposed: as a product of the model's reads it, where one does before the last."""
+    wanted = shape(member.operands[0])[:: -1 if member.turned else 1]
+    known = operands.get((member.upright, member.source.precision))
+    is_there = available(_device(last)) and known is not None and shape(known) == wanted
+    if is_there and known is not None and _is_before(known, last.node):
+        return known
+    plain = build.like_2d(member.source, member.operands[0], member.source.precision)
+    plain = build.flip(plain) if member.turned else plain
+    operands.setdefault((member.upright, member.source.precision), plain)
+    return plain
+
+
+def _is_before(node: Node, place: Node) -> bool:
+    """Whether a value is there before a place, or only was laid out later: then it is laid out before it."""
+    later, todo = {node}, [node]
+    while todo:
+        new = [n for n in todo.pop().all_input_nodes if n not in later and place < n]
+        later.update(new)
+        todo += new
+    if node < place:
+        return True
+    if any(n.target not in LAYOUTS or place in n.all_input_nodes for n in later):
+        return False
+    for n in sorted(later):
+        place.prepend(n)
+    return True
+
+
+def _other(build: Builder, member: _Copying) -> Node:
+    """The narrow factor, as it multiplies what is not transposed."""
+    other = build.flip(member.operands[1]) if member.turned else member.operands[1]
+    if member.vector is not None and not member.outside:
+        other = build.call(aten.mul.Tensor, other, _vector(build, member, other))
+    return other
+
+
+def _in_one_kernel(build: Builder, given: list[tuple[Node, list[_Copying], list[Node]]]) -> list[Node]:
+    """The members' results, scaled, in the layout that they are to have."""
+    asked = []
+    for u, own, others in given:
+        strides = [value(m.node).stride()[:: -1 if m.turned else 1] for m in own]
+        scales = [float(m.scale.number) for m in own]
+        asked.append((u, [narrow.Narrow(*one) for one in zip(others, scales, strides, strict=True)]))
+    return narrow.out_of(build, asked) if given[0][1][0].first else narrow.into(build, asked)
+
+
+def _in_halves(build: Builder, plain: Node, members: list[_Copying], others: list[Node]) -> list[Node]:
+    """`x·[hi1 | lo1 | hi2 | lo2 | ...]`, and each member the sum of its own two parts."""
+    last = members[-1]
+    dim = 1 if last.first else 0
+    starts: dict[Any, int] = {}
+    halves: list[Node] = []
+    width = 0
+    for member, other in zip(members, others, strict=True):
+        if member.part in starts:
+            continue
+        hi = build.cast(other, last.source.precision)
+        rest = build.call(aten.sub.Tensor, other, build.cast(hi, value(other).dtype))
+        halves += [hi, build.cast(rest, last.source.precision)]
+        starts[member.part] = width
+        width += 2 * shape(other)[dim]
+    both = build.call(aten.cat.default, halves, dim)
+    found = exact_products(build, *((plain, both) if last.first else (both, plain)))
+    whole = functools.reduce(build.add, [build.cast(r, torch.float32) for r in found])
+    results = []
+    for member in members:
+        build.like = member.node
+        start, r = starts[member.part], shape(member.node)[dim != member.turned]
+        parts = [build.call(aten.slice.Tensor, whole, dim, at, at + r) for at in (start, start + r)]
+        new = build.add(*parts)
+        results.append(new if member.scale.number == 1 else build.call(aten.mul.Tensor, new, member.scale.number))
+    return results
 
 
 def _vector(build: Builder, member: _Copying, factor: Node) -> Node:

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -118,6 +118,7 @@ __all__ = [
     "forgetting",
     "functorch_config",
     "gathered",
+    "has_inputs_in_memory",
     "hint_for",
     "inductor_config",
     "innermost_backend",
@@ -254,6 +255,15 @@ def source_name(placeholder: torch.fx.Node) -> str | None:
         return None
     name = source.name
     return name() if callable(name) else str(name)
+
+
+def has_inputs_in_memory(ops: Iterable[Any]) -> None:
+    """Tells Inductor what it finds out by itself where it first meets an op: that the op's inputs are to be in memory.
+    Until then each of two such ops would have a copy of its own of an input."""
+    from torch._inductor.lowering import add_needs_realized_inputs  # it takes seconds to import
+
+    for op in ops:
+        add_needs_realized_inputs(op)
 
 
 def same_memory(x: torch.Tensor) -> torch.Tensor:

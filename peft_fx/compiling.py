@@ -25,6 +25,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
 from peft_fx import budgeting, compat
+from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.chunked_loss import is_body
@@ -253,6 +254,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             return
         try:
             self.record.outcomes += self.apply(graph)
+            compat.has_inputs_in_memory({n.target for n in graph.nodes} & set(library.OPS))
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
         self.untagged = {node for node in graph.nodes if "recompute" not in node.meta}
@@ -308,7 +310,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         machine = self.record.settings.machine
         roles = sorted((i, r.name, r.static, r.trainable) for i, r in self.record.roles.items())
         # Inductor's own key has no instruction set: code for AVX512 answers a process that is held to AVX2, wrongly
-        versions = torch.__version__, torch.backends.cpu.get_cpu_capability()
+        versions = torch.__version__, torch.backends.cpu.get_cpu_capability(), library.has_triton()
         decides = repr((source_digest(), sorted(options.items()), machine, roles, versions, theirs))
         return hashlib.sha256(decides.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_fx import machines
+from peft_fx.kernels import library
 from peft_fx.passes import machine
 
 logging.getLogger("torch.__trace").propagate = False  # else pytest captures megabytes of it per failure
@@ -25,11 +26,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     """No compiled code, no randomness and no fallback passes from one test to the next; and nothing known of this
-    machine: whatever it is, the price reckons with the table's CPU."""
+    machine: whatever it is, the price reckons with the table's CPU, and no kernel of ours is used."""
     monkeypatch.setenv("PEFT_FX_CACHE_DIR", str(tmp_path / "peft_fx"))
     monkeypatch.setattr(machine, "WIDE", {torch.backends.cpu.get_cpu_capability()})
     monkeypatch.setattr(machines, "probed", lambda device: machines.table_entry(device))
     monkeypatch.setattr(machines, "_probes", {})
+    monkeypatch.setattr(library, "has_triton", lambda: False)
     torch._dynamo.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings():

@@ -1,0 +1,153 @@
+"""Each Triton kernel beside its decomposition, on CPU tensors: for a process with TRITON_INTERPRET=1, which
+test_kernels.py starts. The interpreter knows of no input precision, and cuts to bfloat16 where a card rounds."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_fx.kernels import triton_merge, triton_narrow
+from peft_fx.kernels.merge import merge
+from peft_fx.kernels.narrow import narrow_in, narrow_out
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+some = settings(max_examples=6, deadline=None, derandomize=True)
+sizes = st.integers(1, 100)
+
+
+@st.composite
+def merges(draw: st.DrawFn, bound: int = 0) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float], list[int]]:
+    """Arguments of a merge: up to three weights of up to two terms, in either order of strides; integers up to a
+    bound."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    dtype, N = draw(st.sampled_from([BF16, FP16])), draw(sizes)
+
+    def matrix(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+        turned = draw(st.booleans())
+        size = (cols, rows) if turned else (rows, cols)
+        numbers = torch.randint(-bound, bound + 1, size, generator=generator) if bound else None
+        found = (torch.randn(size, generator=generator) if numbers is None else numbers).to(dtype)
+        return found.t() if turned else found
+
+    weights, left, right, terms = [], [], [], []
+    for _ in range(draw(st.integers(1, 3))):
+        M = draw(sizes)
+        weights.append(matrix(M, N, dtype))
+        terms.append(draw(st.integers(0, 2)))
+        for _ in range(terms[-1]):
+            r = draw(st.sampled_from([1, 3, 16, 40]))
+            left.append(matrix(M, r, draw(st.sampled_from([FP32, dtype]))))
+            right.append(matrix(r, N, draw(st.sampled_from([FP32, dtype]))))
+    scales = [draw(st.sampled_from([1.0, -0.5, 2.0])) for _ in left]
+    return weights, left, right, scales, terms
+
+
+def merged(arguments: tuple) -> Tensor:
+    out = torch.full_like(merge(*arguments), float("nan"))
+    triton_merge.launch(out, *arguments)
+    return out
+
+
+@some
+@given(merges(bound=2))
+def test_merge_is_exact_on_integers(arguments: tuple) -> None:
+    assert torch.equal(merged(arguments), merge(*arguments))
+
+
+@some
+@given(merges())
+def test_merge_rounds_once(arguments: tuple) -> None:
+    """What the sum in fp64 is rounded to, or its neighbour where fp32 is on another side of the middle."""
+    weights, left, right, scales, terms = arguments
+    wide = ([t.double() for t in ts] for ts in (weights, left, right))
+    exact = decomposed_in_fp64(*wide, scales, terms)
+    got = merged(arguments)
+    unit = torch.finfo(got.dtype).eps / 2
+    # of a sum in fp32 of up to 40 products and 2 terms: 2⁻²⁴ for each, of the sum of their sizes
+    size = decomposed_in_fp64(
+        *([t.double().abs() for t in ts] for ts in (weights, left, right)), list(map(abs, scales)), terms
+    )
+    assert ((got.double() - exact).abs() <= unit * exact.abs() * (1 + unit) + 50 * 2.0**-24 * size + 2.0**-25).all()
+
+
+def decomposed_in_fp64(
+    weights: list[Tensor], left: list[Tensor], right: list[Tensor], scales: list[float], terms: list[int]
+) -> Tensor:
+    rest = list(zip(left, right, scales, strict=True))
+    rows = []
+    for W, n in zip(weights, terms, strict=True):
+        rows.append(W + sum(s * (L @ R) for L, R, s in rest[:n]))
+        rest = rest[n:]
+    return torch.cat(rows)
+
+
+def test_what_is_no_number_stays_what_it_is() -> None:
+    """Infinities and NaN of W, and in fp16 what would leave the range stays at its end."""
+    for dtype, large in ((BF16, 3e38), (FP16, 65504.0)):
+        W = torch.tensor([[float("inf"), -float("inf"), float("nan"), large]], dtype=dtype)
+        L, R = torch.ones(1, 1), torch.tensor([[1.0, 1.0, 1.0, 8.0]])
+        got, want = merged(([W], [L], [R], [1.0], [1])), merge([W], [L], [R], [1.0], [1])
+        assert torch.equal(got.nan_to_num(7.0, 8.0, 9.0), want.nan_to_num(7.0, 8.0, 9.0))
+        assert got[0, 3] == W[0, 3]
+
+
+@st.composite
+def activations(draw: st.DrawFn, tokens: int) -> tuple[list[Tensor], list[list[int]], torch.Generator]:
+    """Up to three activations of so many tokens, in either order of strides, and the ranks of what each is multiplied
+    by."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    us = []
+    for _ in range(draw(st.integers(1, 3))):
+        u = torch.randint(-3, 4, (draw(sizes), tokens), generator=generator).to(BF16).t()
+        us.append(u if draw(st.booleans()) else u.contiguous())
+    return us, [draw(st.lists(st.sampled_from([1, 3, 16, 20]), min_size=1, max_size=2)) for _ in us], generator
+
+
+def integers(rows: int, ranks: list[int], generator: torch.Generator) -> list[Tensor]:
+    """Narrow matrices that are columns of one, of 11 bits: bfloat16 holds 8, and two of them all."""
+    whole = torch.randint(-1000, 1000, (rows, sum(ranks)), generator=generator).float()
+    return list(whole.split(ranks, 1))
+
+
+@some
+@given(st.data(), st.integers(0, 90))
+def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
+    us, ranks, generator = data.draw(activations(tokens))
+    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
+    scales = [2.0 ** (i - 1) for i in range(len(factors))]
+    want = narrow_out(us, factors, [len(own) for own in ranks], scales)
+    got = [torch.full_like(t, float("nan")) for t in want]
+    if tokens:
+        triton_narrow.launch_out(got, us, factors, [len(own) for own in ranks], scales)
+    read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
+    for u, F, s, a, b in zip(read, factors, scales, want, got, strict=True):
+        assert torch.equal(a.double(), u.double() @ F.double() * s)
+        assert torch.equal(a, b)
+
+
+@some
+@given(st.data(), st.sampled_from([1, 63, 300, 600]))
+def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
+    """Also where the tokens are split, from 512 on."""
+    us, ranks, generator = data.draw(activations(tokens))
+    zs = [z for own in ranks for z in integers(tokens, own, generator)]
+    turned = [i % 2 == 0 for i in range(len(zs))]
+    scales = [2.0 ** (i - 1) for i in range(len(zs))]
+    want = narrow_in(us, zs, [len(own) for own in ranks], scales, turned)
+    got = [torch.full_like(t, float("nan")) for t in want]
+    triton_narrow.launch_in(got, us, zs, [len(own) for own in ranks], scales, turned)
+    read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
+    for u, z, s, turn, a, b in zip(read, zs, scales, turned, want, got, strict=True):
+        exact = z.double().t() @ u.double() * s
+        assert torch.equal(a.double(), exact.t() if turn else exact)
+        assert torch.equal(a, b)
+
+
+def test_the_parts_of_a_sum_are_as_many_as_occupy_a_card() -> None:
+    """Of few features many, of many features none, and none of few tokens."""
+    for K, T, parts in ((512, 8192, 4), (4096, 8192, 1), (512, 256, 1)):
+        u, z, out = torch.empty(T, K, dtype=BF16), torch.empty(T, 16), torch.empty(16, K)
+        grid, _, constants = triton_narrow.in_arguments([out], [u], [z], [1], [1.0], [False])
+        assert (grid[2], constants["SPLIT"]) == (parts, parts > 1)

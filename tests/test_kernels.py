@@ -1,0 +1,246 @@
+"""Kernels of our own: what they compute, where graphs use them, and that cards are able to run them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from peft_fx.kernels import library
+from peft_fx.kernels.merge import merge
+from peft_fx.kernels.narrow import narrow_in, narrow_out
+from peft_fx.passes import rewrite
+from peft_fx.passes.nodes import aten, value
+from peft_fx.retargeting import GPU
+from tests import joint
+from tests.oracle import PAIR
+from tests.spellings import K, N, frozen, trained
+from tests.test_retargeting import with_products_of_a_cpu
+from tests.test_transients import Siblings
+
+BF16 = torch.bfloat16
+R = 4
+FOLDER = pathlib.Path(__file__).parent
+with_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs have Triton, whether it is installed here or not."""
+    monkeypatch.setattr(library, "has_triton", lambda: True)
+
+
+def ops(graph: Graph) -> Counter[Any]:
+    return Counter(n.target for n in graph.nodes if n.op == "call_function")
+
+
+# ------------------------------------------------------------------------------------------------- without a driver
+
+
+@with_triton
+def test_in_the_interpreter() -> None:
+    """Each kernel computes what its decomposition does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / "interpreted_kernels.py")]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+SHARED = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes that a program may take of a card's shared memory
+
+
+def signature(arg: Any) -> Any:
+    if isinstance(arg, tuple):
+        return tuple(map(signature, arg))
+    return NAMES[arg.dtype] if isinstance(arg, Tensor) else "fp32" if isinstance(arg, float) else "i32"
+
+
+def compiled(kernel: Any, given: list[Any], constants: dict[str, Any], capability: int) -> Any:
+    """A kernel as Triton compiles it for a card that is not there."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = dict(zip(kernel.arg_names, map(signature, given), strict=False)) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=kernel, signature=names, constexprs=constants)
+    return compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+@with_triton
+@pytest.mark.parametrize("capability", SHARED)
+def test_cards_can_run_the_merge(capability: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_fx.kernels import triton_merge
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    W, L, B = torch.empty(64, 64, dtype=BF16), torch.empty(64, 16), torch.empty(16, 64)
+    _, given, constants = triton_merge.arguments(W, [W], [L], [B], [2.0], [1])
+    built = compiled(triton_merge.merge_kernel, given, constants, capability)
+    assert built.asm["cubin"]
+    assert built.metadata.shared <= SHARED[capability]
+
+
+@with_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cards_can_run_the_narrow_products(
+    capability: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_fx.kernels import triton_narrow as kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    T, wide = 1024, 256
+    u, F, z, dA = torch.empty(T, wide, dtype=BF16), torch.empty(wide, 16), torch.empty(T, 16), torch.empty(16, wide)
+    asked = [1], [2.0]
+    _, given, constants = kernels.out_arguments([z], [u], [F], *asked)
+    built = [compiled(kernels.out_kernel, given, constants, capability)]
+    _, given, constants = kernels.in_arguments([dA], [u], [z], *asked, [False])
+    built += [compiled(kernels.in_kernel, given, constants | {"SPLIT": split}, capability) for split in (True, False)]
+    sizes = [given[0], given[1], given[4], given[5], given[8], 4]
+    built += [compiled(kernels.sum_kernel, sizes, {k: constants[k] for k in ("RANKS", "PADDED", "BK")}, capability)]
+    assert all(one.asm["cubin"] and one.metadata.shared <= SHARED[capability] for one in built)
+
+
+# --------------------------------------------------------------------------------------------------------- in graphs
+
+
+def weight_form(module: nn.Module, x: Tensor, **options: Any) -> tuple[joint.Joint, Graph]:
+    traced = joint.trace(module, x)
+    graph, outcome = traced.rewritten(GPU, form="weight", **options)
+    assert {s.forward for s in outcome.sites} == {"weight"}
+    return traced, graph
+
+
+def x() -> Tensor:
+    return torch.randn(80, K, dtype=BF16, requires_grad=True)
+
+
+def exact(traced: joint.Joint, graph: Graph) -> bool:
+    return joint.equal(traced.run(with_products_of_a_cpu(graph), bound=1), traced.run(traced.graph, bound=1))
+
+
+def test_a_merge_is_one_op(triton: None) -> None:
+    """Of W and both factors as they are: no product of factors, no copy of W; exact on integers."""
+    traced, graph = weight_form(Siblings(2), x())
+    assert ops(graph)[merge] == 2
+    for node in graph.find_nodes(op="call_function", target=merge):
+        assert all(n.op == "placeholder" or n.target is aten.permute.default for n in node.all_input_nodes)
+    assert exact(traced, graph)
+
+
+def test_only_on_a_gpu_with_triton() -> None:
+    assert not ops(weight_form(Siblings(1), x())[1])[merge]
+
+
+def test_only_on_a_gpu(triton: None) -> None:
+    assert not ops(joint.trace(Siblings(1), x()).rewritten(form="weight")[0])[merge]
+
+
+class Chain(nn.Module):
+    """Two adapters of one layer, one of three factors and a scale that is a tensor."""
+
+    def __init__(self, dtype: torch.dtype = BF16):
+        super().__init__()
+        self.W = nn.Parameter(frozen(K, N).to(dtype), requires_grad=False)
+        self.A, self.M, self.B = trained(K, R), trained(R, R), trained(R, N)
+        self.C, self.D, self.s = trained(K, R), trained(R, N), nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(self.A.dtype)
+        delta = ((wide @ self.A) @ self.M) @ self.B * self.s + 3.0 * ((wide @ self.C) @ self.D)
+        return (x @ self.W + delta).to(x.dtype)
+
+
+def test_several_adapters_and_factors(triton: None) -> None:
+    traced, graph = weight_form(Chain(), x())
+    (node,) = graph.find_nodes(op="call_function", target=merge)
+    assert node.args[4] == [2]
+    assert sorted(node.args[3]) == [1.0, 3.0]
+    assert exact(traced, graph)
+
+
+LEFT = {"fp32": (torch.float32, {}), "dithered": (BF16, {"rounding": "dithered"})}
+
+
+@pytest.mark.parametrize(("dtype", "options"), LEFT.values(), ids=LEFT)
+def test_what_is_left_to_inductor(dtype: torch.dtype, options: dict[str, str], triton: None) -> None:
+    """W' that is built in fp64, and dithered rounding."""
+    traced, graph = weight_form(Chain(dtype), x().detach().to(dtype).requires_grad_(), **options)
+    assert not ops(graph)[merge]
+    assert exact(traced, graph)
+
+
+@pytest.mark.parametrize(("layers", "vector"), [(1, False), (3, False), (1, True)])
+def test_narrow_products_are_one_op_for_siblings(layers: int, vector: bool, triton: None) -> None:
+    """x·A and dA of layers that read one x, and dy·Bᵀ and dB of all of them: four launches, and no halves."""
+    traced, graph = weight_form(Siblings(layers, vector), x())
+    found = ops(graph)
+    assert (found[narrow_out], found[narrow_in], found[aten.mm.dtype]) == (2, 2, 0)
+    assert exact(traced, graph)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_with_kernels_nothing_errs_more(vector: bool, triton: None) -> None:
+    """y and dx to the last bit, gradients to 16 bits, of what Inductor's own kernels compute on a GPU."""
+    traced, graph = weight_form(Siblings(2, vector), x())
+    plain = functools.partial(traced.call, inputs=traced.inputs(normal=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "has_triton", lambda: False)
+        without, _ = traced.rewritten(GPU, form="weight")
+    results = plain(with_products_of_a_cpu(graph)), plain(with_products_of_a_cpu(without))
+    for got, want in zip(*results, strict=True):
+        if got is None or want is None or want.dtype == BF16:
+            assert (got is None) == (want is None)
+            assert want is None or torch.equal(got, want)
+        else:
+            assert (got - want).norm() <= PAIR * want.norm()
+
+
+def test_what_backward_keeps_is_the_same(triton: None) -> None:
+    """x and no x·A."""
+    traced, graph = weight_form(Siblings(3), x())
+    (kept,) = traced.split(graph)[0].graph.find_nodes(op="output")
+    sizes = [tuple(value(n).shape) for n in kept.args[0][traced.outputs :] if isinstance(n, Node)]
+    assert (80, K) in sizes
+    assert not [size for size in sizes if size[0] == 80 and size != (80, K)]
+
+
+class Behind(Siblings):
+    """Siblings behind an activation function: their input can be made again."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(nn.functional.silu(x))
+
+
+def test_for_few_tokens_a_gpus_graph_stays_as_it_is(triton: None) -> None:
+    """Where the price leaves all adapters as they are written, backward rebuilds nothing: each kernel takes time to
+    start. It does where that is asked for, or memory has a worth."""
+    traced = joint.trace(Behind(2), x())
+    graph, outcome = traced.rewritten(GPU, machine="h100")
+    assert {s.forward for s in outcome.sites} == {"activation"}
+    assert (outcome.rebuilt, ops(graph)) == (0, ops(traced.graph))
+    assert not [n for n in graph.nodes if "recompute" in n.meta]
+    for options in ({"form": "activation"}, {"memory_weight": 1.0}):
+        assert traced.rewritten(GPU, machine="h100", **options)[1].rebuilt
+
+
+def test_a_failure_leaves_the_graph_as_it_was(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass raises, and the backend then takes the untouched graph (test_faults.py)."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("injected")
+
+    traced = joint.trace(Siblings(1), x())
+    before = ops(traced.graph)
+    monkeypatch.setattr(rewrite, "merge", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        traced.rewritten(GPU, form="weight")
+    assert ops(traced.graph) == before
