@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -64,6 +65,29 @@ class Choice:
     @property
     def peak(self) -> int:
         return self.taken.peak
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was done for a budget in one graph. `asked` are its bytes, `budget` those of them that a step may take,
+    `fixed` those that are there besides, by what they are; `peak` and `kept` are bytes by the liveness walk, {"before",
+    "after"}, `results` those returned; `seconds` is what making `rebuilt` more values again adds, by the price."""
+
+    asked: int
+    budget: int
+    fixed: Mapping[str, int]
+    peak: Mapping[str, int]
+    kept: Mapping[str, int]
+    results: int
+    seconds: float
+    rebuilt: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.peak["after"] <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "is_held": self.is_held}
 
 
 @dataclass(frozen=True)
