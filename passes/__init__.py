@@ -27,6 +27,7 @@
     snapshots.py   copies of what forward writes, for backward
     halves.py      forward and backward for a given set of values kept, and what a step of them takes
     budget.py      which values to keep, and which to make again, so that a step fits a number of bytes
+    cut.py         the least cut of a network, by which they are chosen
     verify.py      what must hold of a graph before and after
     pipeline.py    the order of these steps
 

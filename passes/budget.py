@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import networkx as nx  # type: ignore[import-untyped]  # torch requires it
 import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.cut import ENDLESS, Network
 from peft_fx.passes.halves import Sides, Taken, taken
 from peft_fx.passes.liveness import (
     ATTENTION,
@@ -33,6 +34,7 @@ from peft_fx.passes.liveness import (
     NONE,
     SCATTERS,
     VIEW,
+    Known,
     bytes_of,
     kind_of,
     name_of,
@@ -66,6 +68,29 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What was done for a budget in one graph. `asked` are its bytes, `budget` those of them that a step may take,
+    `fixed` those that are there besides, by what they are; `peak` and `kept` are bytes by the liveness walk, {"before",
+    "after"}, `results` those returned; `seconds` is what making `rebuilt` more values again adds, by the price."""
+
+    asked: int
+    budget: int
+    fixed: Mapping[str, int]
+    peak: Mapping[str, int]
+    kept: Mapping[str, int]
+    results: int
+    seconds: float
+    rebuilt: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.peak["after"] <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "is_held": self.is_held}
+
+
+@dataclass(frozen=True)
 class Turn:
     """The λ at which one choice turns into another, with what is not made again in either; `lowest` is the one between
     them with the lowest peak."""
@@ -94,6 +119,8 @@ class Choices:
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
+        self._about = Known()
+        self._connect()
 
     def within(self, peak: int) -> Choice:
         """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
@@ -110,7 +137,7 @@ class Choices:
         """A set of values kept, with what comes of it."""
         if kept not in self._known:
             rebuilt = self.sides.rebuilt(kept)
-            found = taken(self.graph, self.sides, kept, self.hint, self.machine)
+            found = taken(self.graph, self.sides, kept, self.hint, self.machine, self._about)
             self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
         return self._known[kept]
 
@@ -196,27 +223,39 @@ class Choices:
 
         Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
         """
-        flow, last = nx.DiGraph(), len(self.nodes)
+        left, last = list(self._always), len(self.nodes)
+        for i, node, made, there in self._parts:
+            left[made] = _capacity(math.inf if node in held else self.seconds[node])
+            left[there] = _capacity(price * (1 + earlier * (1 - i / last)) * self.bytes[node])
+        kept, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
+        return frozenset(n for _, n, made, there in self._parts if kept[ends[made]] and not kept[ends[there]])
+
+    def _connect(self) -> None:
+        """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it
+        is made of. Of each other value: its place, and the edges cut where it is made again and where it is kept."""
+        self._network = network = Network(2 + 2 * len(self.nodes))
+        self._parts: list[tuple[int, Node, int, int]] = []
+        always: list[int] = []
+        ends: dict[Node, list[int]] = {}
         for i, node in enumerate(self.nodes):
-            made, there = (node, MADE), (node, THERE)
-            flow.add_edge(KEPT, made, **_capacity(math.inf if node in held else self.seconds[node]))
-            flow.add_edge(made, there, **_capacity(price * (1 + earlier * (1 - i / last)) * self.bytes[node]))
-            if node in self.sides.reads:
-                flow.add_edge(there, BACKWARD)
-            if _is_repeated(node) and "ac_graph_id" in node.meta:  # by the partitioner, whether or not it is read
-                flow.add_edge(made, BACKWARD)
-            flow.add_edges_from(((read, THERE), made) for read in node.all_input_nodes if read in self.bytes)
-        if BACKWARD not in flow:
-            return frozenset()
-        _, (kept, _) = nx.minimum_cut(flow, KEPT, BACKWARD, flow_func=nx.algorithms.flow.boykov_kolmogorov)
-        return frozenset(n for n in self.nodes if (n, MADE) in kept and (n, THERE) not in kept)
+            read = list(dict.fromkeys(end for n in node.all_input_nodes for end in ends.get(n, ())))
+            ends[node], made, there = read, 2 + 2 * i, 3 + 2 * i
+            if self.bytes[node] < math.inf or self.seconds[node] > 0:
+                self._parts.append((i, node, network.edge(KEPT, made), network.edge(made, there)))
+                always += [network.edge(end, made) for end in read]
+                ends[node] = [there]
+            if node in self.sides.reads or (_is_repeated(node) and "ac_graph_id" in node.meta):
+                always += [network.edge(end, BACKWARD) for end in ends[node]]  # the latter whether or not it is read
+        self._always = [0] * len(network.ends)
+        for edge in always:
+            self._always[edge] = ENDLESS
 
 
-KEPT, MADE, THERE, BACKWARD = "kept", "made", "there", "backward"
+KEPT, BACKWARD = 0, 1
 
 
-def _capacity(seconds: float) -> dict[str, int]:
-    return {"capacity": round(seconds * UNIT)} if seconds < math.inf else {}  # without one it is infinite
+def _capacity(seconds: float) -> int:
+    return round(seconds * UNIT) if seconds < math.inf else ENDLESS
 
 
 def _is_repeated(node: Node) -> bool:

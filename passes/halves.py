@@ -7,7 +7,7 @@ forward again, each value just before its first reader, as PyTorch's partitioner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import is_tangent, leading_to, reachable, returned
-from peft_fx.passes.liveness import Fused, outputs, walk
+from peft_fx.passes.liveness import Fused, Known, Part, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.snapshots import IN_BACKWARD
 
@@ -72,28 +72,36 @@ class Taken:
         return max(self.forward, self.backward)
 
 
-def taken(graph: Graph, sides: Sides, kept: Set[Node], hint: Callable[[Size], int], machine: Machine) -> Taken:
+def taken(
+    graph: Graph,
+    sides: Sides,
+    kept: Set[Node],
+    hint: Callable[[Size], int],
+    machine: Machine,
+    known: Known | None = None,
+) -> Taken:
     """What a step takes with those values kept, by the liveness walk of both halves. The graph's inputs are the
-    caller's, and so is what forward returns."""
+    caller's, and so is what forward returns. `known` is what other walks of the graph found of its nodes."""
+    known = known or Known()
     inputs = graph.find_nodes(op="placeholder")
     saved = [n for n in graph.nodes if n in kept and n.op != "placeholder"]
     results = [n for n in sides.results if isinstance(n, Node)]
     needed = sides.forward | leading_to(saved)
-    first = _graph((n for n in graph.nodes if n in needed), [*results, *saved])
-    there = walk(Fused(first, hint), [], outputs(first), machine)
-    back = _backward(graph, sides, inputs, saved)
-    made = [n for n in back.find_nodes(op="placeholder") if n.name in {s.name for s in saved} or is_tangent(n)]
-    theirs = {n.name for n in results}
-    lent = [n for n in made if is_tangent(n) or n.name in theirs]
-    behind = walk(Fused(back, hint), made, outputs(back), machine, lent)
+    ends = list(dict.fromkeys([*results, *saved]))
+    forward = Fused(_part(graph, [n for n in graph.nodes if n in needed], ends), hint, known=known)
+    there = walk(forward, [], ends, machine)
+    ends = list(dict.fromkeys(n for n in sides.gradients if isinstance(n, Node)))
+    order = _backward(graph, sides, [*inputs, *saved], ends)
+    backward = Fused(_part(graph, order, ends, frozenset(saved)), hint, frozenset(saved), known)
+    tangents = [n for n in inputs if is_tangent(n)]
+    behind = walk(backward, [*tangents, *saved], ends, machine, [*tangents, *(n for n in saved if n in results)])
     return Taken(there.peak, behind.peak, there.seconds + behind.seconds)
 
 
-def _backward(graph: Graph, sides: Sides, inputs: Iterable[Node], saved: list[Node]) -> Graph:
+def _backward(graph: Graph, sides: Sides, there: list[Node], ends: list[Node]) -> list[Node]:
     """Backward's nodes in the graph's order, each behind what it reads that is not there yet."""
     position = {n: i for i, n in enumerate(graph.nodes)}
-    order: dict[Node, None] = dict.fromkeys([*inputs, *saved])
-    ends = [n for n in sides.gradients if isinstance(n, Node)]
+    order: dict[Node, None] = dict.fromkeys(there)
     for node in [*(n for n in graph.nodes if n in sides.backward), *ends]:
         todo, missing = [node], set[Node]()
         while todo:
@@ -102,18 +110,15 @@ def _backward(graph: Graph, sides: Sides, inputs: Iterable[Node], saved: list[No
                 missing.add(n)
                 todo += n.all_input_nodes
         order |= dict.fromkeys(sorted(missing, key=position.__getitem__))
-    return _graph(order, ends, given=set(saved))
+    return list(order)
 
 
-def _graph(nodes: Iterable[Node], ends: list[Node], given: Set[Node] = frozenset()) -> Graph:
-    made, at = Graph(), dict[Node, Node]()
-    for node in nodes:
-        if node in given:
-            at[node] = made.placeholder(node.name)
-            at[node].meta = dict(node.meta)
-        else:
-            at[node] = made.node_copy(node, at.__getitem__)
-    made.owning_module = next(iter(at)).graph.owning_module if at else None
-    made.output([at[n] for n in ends])
-    made.eliminate_dead_code()
-    return made
+def _part(graph: Graph, nodes: list[Node], ends: list[Node], given: Set[Node] = frozenset()) -> Part:
+    """Those nodes as a graph that returns the `ends`, without what nobody reads."""
+    used: set[Node] = {*ends, *given}
+    for node in reversed(nodes):
+        if node not in given and (node in used or node.is_impure()):
+            used.add(node)
+            used.update(node.all_input_nodes)
+    reads = {n: [] if n in given else n.all_input_nodes for n in nodes if n in used}
+    return Part({**reads, Graph().output(()): ends}, graph.owning_module)

@@ -22,7 +22,7 @@ import heapq
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,30 +97,62 @@ class _Kernel:
 
 
 @dataclass
+class Part:
+    """Nodes of a graph, in an order of their own and an output last, as a graph by themselves: what each reads."""
+
+    reads: dict[Node, list[Node]]
+    owner: Any = None
+
+    @classmethod
+    def of(cls, graph: Graph) -> Part:
+        return cls({n: n.all_input_nodes for n in graph.nodes}, graph.owning_module)
+
+    def __post_init__(self) -> None:
+        self.users: dict[Node, list[Node]] = {n: [] for n in self.reads}
+        for node, reads in self.reads.items():
+            for read in reads:
+                self.users[read].append(node)
+
+
+@dataclass
+class Known:
+    """What each node is in whatever part of a graph: its kind, bytes, numbers, and the space of its loops."""
+
+    kinds: dict[Node, str] = field(default_factory=dict)
+    sizes: dict[Node, int] = field(default_factory=dict)
+    numels: dict[Node, int] = field(default_factory=dict)
+    spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass
 class Fused:
     """A graph as its kernels, in the order in which they run; `leaves` are the buffers that a node's value is read
-    from, `made` those that exist."""
+    from, `made` those that exist, `given` those that are there before."""
 
-    graph: Graph
+    graph: Graph | Part
     hint: Any
+    given: Set[Node] = frozenset()
+    known: Known = field(default_factory=Known)
     kinds: dict[Node, str] = field(default_factory=dict)
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
     reads: dict[Node, list[Node]] = field(default_factory=dict)
     made: dict[Node, None] = field(default_factory=dict)
     kernels: list[_Kernel] = field(default_factory=list)
-    _spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.kinds = {n: kind_of(n) for n in self.graph.nodes}
+        self.part = self.graph if isinstance(self.graph, Part) else Part.of(self.graph)
+        kinds = self.known.kinds
+        kinds |= {n: kind_of(n) for n in self.part.reads if n not in kinds}
+        self.kinds = {n: GIVEN if n in self.given else kinds[n] for n in self.part.reads}
         self._make()
         self.before = {n: [m for r in self.reads[n] if (m := _maker(r, self)) in self.made] for n in self.made}
         self.kernels = _ordered(self, _grouped(self))
 
     def _make(self) -> None:
         heavy: dict[Node, bool] = {}
-        position = {n: i for i, n in enumerate(self.graph.nodes)}
-        for node in self.graph.nodes:
-            kind, inputs = self.kinds[node], node.all_input_nodes
+        position = {n: i for i, n in enumerate(self.part.reads)}
+        for node, inputs in self.part.reads.items():
+            kind = self.kinds[node]
             found: frozenset[Node] = frozenset().union(*(self.leaves[i] for i in inputs))
             heavy[node] = any(heavy[i] for i in inputs) if kind in (POINTWISE, VIEW) else False
             self.leaves[node] = found
@@ -137,19 +169,24 @@ class Fused:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
             return True
-        wider = any(self._numel(user) > self._numel(node) for user in node.users)  # it would be computed for each
+        wider = any(
+            self._numel(user) > self._numel(node) for user in self.part.users[node]
+        )  # it would be computed for each
         return (len(readers) > 1 or wider) and (heavy or len(self.reads[node]) > READS)
 
     def _numel(self, node: Node) -> int:
-        return max((self.hint(numel([expr(n) for n in v.shape])) for v in _tensors(node)), default=0)
+        known = self.known.numels
+        if node not in known:
+            known[node] = max((self.hint(numel([expr(n) for n in v.shape])) for v in _tensors(node)), default=0)
+        return known[node]
 
     def readers(self, node: Node) -> list[Node]:
         """What reads a value, itself or through views."""
-        found, todo = [], list(node.users)
+        found, todo = [], list(self.part.users[node])
         while todo:
             user = todo.pop()
             if self.kinds[user] == VIEW:
-                todo += list(user.users)
+                todo += self.part.users[user]
             else:
                 found.append(user)
         return found
@@ -157,19 +194,21 @@ class Fused:
     def buffers(self, node: Node) -> list[Node]:
         """What a node makes: itself, or each item of several results."""
         if isinstance(node.meta.get("val"), (tuple, list)):
-            return [b for u in node.users if self.kinds[u] == ITEM for b in self.buffers(u)]
+            return [b for u in self.part.users[node] if self.kinds[u] == ITEM for b in self.buffers(u)]
         return [node]
 
     def size(self, node: Node) -> int:
         """Bytes of what a node makes."""
-        return bytes_of(node, self.hint)
+        if node not in self.known.sizes:
+            self.known.sizes[node] = bytes_of(node, self.hint)
+        return self.known.sizes[node]
 
     def space(self, node: Node) -> tuple[int, ...]:
         """What a kernel's loops run over: of a sum over rows all, and the rows. One over rows that lie apart in memory
         goes the other way through them, and alone."""
-        if node not in self._spaces:
-            self._spaces[node] = self._space(node)
-        return self._spaces[node]
+        if node not in self.known.spaces:
+            self.known.spaces[node] = self._space(node)
+        return self.known.spaces[node]
 
     def _space(self, node: Node) -> tuple[int, ...]:
         own = self._numel(node)
@@ -301,7 +340,7 @@ def _between(fused: Fused, groups: dict[Node, list[Node]], first: list[Node], la
 
 def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[_Kernel]:
     """Kernels in the graph's order, each after those that it reads from."""
-    position = {n: i for i, n in enumerate(fused.graph.nodes)}
+    position = {n: i for i, n in enumerate(fused.part.reads)}
     begun: set[int] = set()
     kernels: list[_Kernel] = []
     for node in fused.made:
@@ -328,9 +367,9 @@ def _maker(buffer: Node, fused: Fused) -> Node:
 def _inside(fused: Fused, node: Node) -> int:
     """Bytes that a call of another graph has alive at its highest, beyond what it returns."""
     body = node.args[0] if getattr(node.target, "namespace", "") == "higher_order" and node.args else None
-    if not isinstance(body, Node) or body.op != "get_attr" or fused.graph.owning_module is None:
+    if not isinstance(body, Node) or body.op != "get_attr" or fused.part.owner is None:
         return 0
-    inner = Fused(getattr(fused.graph.owning_module, str(body.target)).graph, fused.hint)
+    inner = Fused(getattr(fused.part.owner, str(body.target)).graph, fused.hint)
     return max(0, walk(inner, [], outputs(inner.graph)).peak - sum(fused.size(b) for b in fused.buffers(node)))
 
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from peft_fx.passes import price
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.budget import Held
 from peft_fx.passes.chunked_loss import ChunkedLoss, chunk_loss
 from peft_fx.passes.factors import factored
 from peft_fx.passes.flow import Flow, Roles
@@ -68,7 +69,7 @@ class Outcome:
     """What was found in one graph and done to it: `merged` are adapters in weight form as they were written, `factored`
     is whether vectors were taken out of sums, `rebuilt` how many values backward makes again; `spare` are the seconds
     of a step, by the price, that the forms save and that are too few to notice; `seconds` is the time of the passes
-    themselves."""
+    themselves; `budget` is what was done for a memory budget, after the passes, where there is one."""
 
     sites: list[Site] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -79,7 +80,7 @@ class Outcome:
     rebuilt: int = 0
     spare: float = 0.0
     seconds: float = 0.0
-    budget: Any = None
+    budget: Held | None = None
 
 
 @dataclass

@@ -11,7 +11,6 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
-from peft_fx.passes.budget import Choices, is_saved, mark
+from peft_fx.passes.budget import Choices, Held, is_saved, mark
 from peft_fx.passes.flow import Roles, is_tangent, returned
 from peft_fx.passes.liveness import VIEW, bytes_of, kind_of
 from peft_fx.passes.machine import Machine
@@ -102,42 +101,24 @@ class Asked:
         return {"weights": 0 if self.beside_weights else weights, "optimiser states": self.states * trained}
 
 
-@dataclass(frozen=True)
-class Held:
-    """What was done for a budget in one graph. `budget` are the bytes that a step may take, `fixed` those that are
-    there besides; `peak` and `kept` are bytes by the liveness walk, {"before", "after"}, `results` those returned;
-    `seconds` is what making `rebuilt` more values again takes, by the price."""
-
-    asked: Asked
-    budget: int
-    fixed: Mapping[str, int]
-    peak: Mapping[str, int]
-    kept: Mapping[str, int]
-    results: int
-    seconds: float
-    rebuilt: int
-
-    @property
-    def is_held(self) -> bool:
-        return self.peak["after"] <= self.budget
-
-    def why_not(self) -> str:
-        """What to say where a budget cannot be held: the least, what takes it, and what would help."""
-        least = self.peak["after"] + sum(self.fixed.values())
-        takes = {**self.fixed, "values kept": self.kept["after"], "results returned": self.results}
-        takes["one layer's own values"] = max(0, self.peak["after"] - self.kept["after"] - self.results)
-        told = ", ".join(f"{what} {readable(n)}" for what, n in sorted(takes.items(), key=lambda t: -t[1]) if n)
-        helps = ["a larger budget"]
-        if self.budget > 0:
-            helps.append(f"a batch of {self.budget / self.peak['after']:.0%} of this one's tokens")
-        if self.results > self.peak["after"] / 10:
-            helps.append("returning the loss alone (peft_fx.loss_only)")
-        if (weights := self.fixed.get("weights", 0)) > least / 4:
-            helps.append(f"4-bit weights ({readable(weights * 3 // 4)} less, of 16 bits)")
-        return (
-            f"peft_fx cannot hold a memory budget of {readable(self.asked.bytes)}: the least that it finds, and takes "
-            f"now, is {readable(least)} ({told}). What would help: {'; '.join(helps)}"
-        )
+def why_not(held: Held) -> str:
+    """What to say where a budget cannot be held: the least, what takes it, and what would help."""
+    peak, kept = held.peak["after"], held.kept["after"]
+    least = peak + sum(held.fixed.values())
+    takes = {**held.fixed, "values kept": kept, "results returned": held.results}
+    takes["one layer's own values"] = max(0, peak - kept - held.results)
+    told = ", ".join(f"{what} {readable(n)}" for what, n in sorted(takes.items(), key=lambda t: -t[1]) if n)
+    helps = ["a larger budget"]
+    if held.budget > 0:
+        helps.append(f"a batch of {held.budget / peak:.0%} of this one's tokens")
+    if held.results > peak / 10:
+        helps.append("returning the loss alone (peft_fx.loss_only)")
+    if (weights := held.fixed.get("weights", 0)) > least / 4:
+        helps.append(f"4-bit weights ({readable(weights * 3 // 4)} less, of 16 bits)")
+    return (
+        f"peft_fx cannot hold a memory budget of {readable(held.asked)}: the least that it finds, and takes "
+        f"now, is {readable(least)} ({told}). What would help: {'; '.join(helps)}"
+    )
 
 
 def hold(graph: Graph, roles: Roles, asked: Asked, machine: Machine) -> Held:
@@ -153,7 +134,7 @@ def hold(graph: Graph, roles: Roles, asked: Asked, machine: Machine) -> Held:
     peaks = {"before": before.peak, "after": after.peak}
     results = sum(bytes_of(n, hint) for n in returned(graph)[0] if isinstance(n, Node))
     rebuilt = len(after.rebuilt - before.rebuilt)
-    held = Held(asked, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
+    held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
     log.debug("memory budget: %s", held)
     if after is not before:
         mark(graph, after)

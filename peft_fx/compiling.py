@@ -288,7 +288,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         if record.outcomes:
             record.outcomes[-1].budget = held
         if not held.is_held:
-            warnings.warn(held.why_not(), RuntimeWarning, stacklevel=2)
+            warnings.warn(budgeting.why_not(held), RuntimeWarning, stacklevel=2)
 
     def roles_in(self, graph: Graph) -> tuple[dict[Node, Role], list[dict[str, str]]]:
         """What a graph's inputs are; of a graph that another calls, also each call's names of the first one's."""

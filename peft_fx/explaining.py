@@ -311,6 +311,7 @@ def _combine(traced: list[tuple[Record, Idle | None]], breaks: list[str]) -> Rep
             of_calls = {k: n * max(1, len(record.calls)) for k, n in components.items()}
             _add(report.kept_bytes, {label: sum(of_calls.values())})
             _add(report.components.setdefault(label, {}), of_calls)
+        report.budgets.extend([held for outcome in record.outcomes if (held := outcome.budget)][:1])  # for all calls
         report.nodes.update(_nodes_told(idle, record.outcomes) if idle else {})
     return report
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from peft_fx.budgeting import readable
 from peft_fx.listing import Lines
+from peft_fx.passes.budget import Held
 from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
 from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
 from peft_fx.passes.sites import Refusal, Site
@@ -45,7 +47,8 @@ class Report:
     the name of the layer that makes the logits. `failures` are graphs that our passes left to Inductor because
     they failed. `inputs` are the values that adapters' gradients read, with what is kept of each, `errors` what lossy
     keeps do to the gradients, where that was measured. `components` are the kept bytes by what keeps them, {"before":
-    {"attention": bytes, …}, "after": …}; `nodes` the ATen nodes of each adapter's module as text, for `diff`.
+    {"attention": bytes, …}, "after": …}; `nodes` the ATen nodes of each adapter's module as text, for `diff`. `budgets`
+    is what was done for a memory budget, graph by graph.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Report:
     inputs: list[KeptInput] = field(default_factory=list)
     errors: list[GradientError] = field(default_factory=list)
     components: dict[str, dict[str, int]] = field(default_factory=dict)
+    budgets: list[Held] = field(default_factory=list)
     nodes: dict[str, dict[str, Lines]] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,6 +76,7 @@ class Report:
             "inputs": [i.to_dict() for i in self.inputs],
             "errors": [asdict(e) for e in self.errors],
             "components": self.components,
+            "budgets": [b.to_dict() for b in self.budgets],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -125,6 +130,9 @@ class Report:
         if self.losses:
             columns = ("loss of", "rows×vocabulary", "chunks", "logits and gradients alive", "saved")
             parts.append(tabulate([_loss_row(s) for s in self.losses], headers=columns, disable_numparse=True))
+        if self.budgets:
+            heads = ("memory budget", "of it a step", "peak", "kept", "made again", "adds")
+            parts.append(tabulate([_budget_row(b) for b in self.budgets], headers=heads, disable_numparse=True))
         if self.refusals:
             refused = [(r.name, r.code, r.detail) for r in self.refusals]
             parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))
@@ -171,6 +179,13 @@ def _loss_row(s: ChunkedLoss) -> tuple[Any, ...]:
     before, after = (s.bytes[k] / 1e6 for k in ("before", "after"))
     alive = f"{after:.1f} MB, not {before:.1f}"
     return s.name, f"{s.rows}×{s.vocabulary}", s.chunks, alive, f"{s.saved / 1e6:.1f} MB"
+
+
+def _budget_row(held: Held) -> tuple[Any, ...]:
+    peak, kept = (" → ".join(readable(of[k]) for k in ("before", "after")) for of in (held.peak, held.kept))
+    step = readable(max(0, held.budget))
+    missed = "" if held.is_held else " (not held)"
+    return readable(held.asked), step, peak + missed, kept, f"{held.rebuilt} values", f"{held.seconds * 1e3:.1f} ms"
 
 
 def _kept(i: KeptInput) -> tuple[Any, ...]:

@@ -23,7 +23,8 @@ import peft_fx
 from peft_fx import budgeting, compat, compiling
 from peft_fx.options import parse
 from peft_fx.passes import budget, halves
-from peft_fx.passes.budget import Choices, is_repeatable, mark
+from peft_fx.passes.budget import Choices, Held, is_repeatable, mark
+from peft_fx.passes.cut import ENDLESS, Network
 from peft_fx.passes.flow import is_tangent, returned
 from peft_fx.passes.liveness import Fused, outputs, walk
 from peft_fx.passes.machine import MACHINES
@@ -101,9 +102,14 @@ def choices_of(name: str) -> Choices:
     return Choices(clean, kept, compat.hint_for(found.fake_mode), MACHINES["cpu"])
 
 
-def held_by(model: nn.Module) -> budgeting.Held:
+def held_at_least(name: str) -> int:
+    """The least budget, in bytes of a step, that can be held."""
+    return choices_of(name).within(0).peak
+
+
+def held_by(model: nn.Module) -> Held:
     (record,) = compiling.records_of(model)
-    held: budgeting.Held = record.outcomes[-1].budget
+    held: Held = record.outcomes[-1].budget
     return held
 
 
@@ -231,10 +237,33 @@ def test_there_is_no_better_choice(widths: tuple[int, ...]) -> None:
     assert len(seen) > 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 4)), max_size=14))
+def test_a_cut_is_the_least_and_nearest_to_the_sink(edges: list[tuple[int, int, int]]) -> None:
+    """Of all sets of vertices that have the source and not the sink; of several the one with all that any has."""
+    network = Network(7)
+    numbers = [network.edge(a, b) for a, b, _ in edges]
+    left = [0] * len(network.ends)
+    for number, (_, _, capacity) in zip(numbers, edges, strict=True):
+        left[number] = capacity
+    found = network.apart(0, 1, left)
+    sides = [(True, False, *rest) for rest in itertools.product((False, True), repeat=5)]
+    costs = {side: sum(c for a, b, c in edges if side[a] and not side[b]) for side in sides}
+    least = min(costs.values())
+    assert tuple(found) == tuple(map(any, zip(*(s for s in sides if costs[s] == least), strict=True)))
+
+
+def test_what_nothing_parts_is_an_error() -> None:
+    network = Network(2)
+    network.edge(0, 1)
+    with pytest.raises(ValueError, match="no cut"):
+        network.apart(0, 1, [ENDLESS, 0])
+
+
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def both(model: nn.Module, share: float, inputs: Callable[[int], Any], **options: Any) -> budgeting.Held:
+def both(model: nn.Module, share: float, inputs: Callable[[int], Any], **options: Any) -> Held:
     """Two steps with a budget and without one, bit for bit; what was done for the budget."""
     without, within = copy.deepcopy(model), copy.deepcopy(model)
     huge = {"peft_fx.memory_budget": "1TB", **STEP, **options}
@@ -272,6 +301,25 @@ def test_a_models_results_are_those_without_a_budget() -> None:
     held = both(model, 0.85, lambda seed: inputs | {"labels": inputs["input_ids"]}, **EAGER)
     assert held.is_held
     assert held.rebuilt > 0
+
+
+def test_explain_tells_what_was_done_for_a_budget() -> None:
+    """Of a call that is only traced, and of a compile that ran: the same."""
+    model = integers(MODELS["plain"](), 0, bound=1)
+    least = held_at_least("plain")
+    options = {"peft_fx.memory_budget": least, **STEP, **EAGER}
+    f = torch.compile(model, backend=peft_fx.backend, options=options)
+    run(f, model, (x_of(),))
+    (held,) = peft_fx.explain(f).budgets
+    assert held == held_by(model)
+    assert held.is_held
+    assert held.asked == held.budget == least
+    assert held.peak["after"] < held.peak["before"]
+    traced_only = peft_fx.explain(copy.deepcopy(model), x_of(), options=options)
+    assert traced_only.to_dict()["budgets"] == [held.to_dict()]
+    assert f"{least / 1e3:.1f} kB" in str(traced_only)
+    assert f"{held.rebuilt} values" in str(traced_only)
+    assert not peft_fx.explain(copy.deepcopy(model), x_of()).budgets
 
 
 def test_inductor_draws_the_same_masks_again() -> None:
