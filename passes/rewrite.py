@@ -129,8 +129,10 @@ def fake(arg: Any) -> Any:
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest"):
-        self.graph, self.rounding = graph, rounding
+    def __init__(
+        self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest", kernels: bool = True
+    ):
+        self.graph, self.rounding, self.kernels = graph, rounding, kernels
         self.build = Builder(graph, fake_mode)
         self._merged: dict[Any, Node] = {}
 
@@ -288,7 +290,7 @@ class Rewriter:
         """The same by a kernel of our own, where there is one for such factors on the weight's device."""
         node = weight.name
         assert isinstance(node, Node)
-        if not available(value(node).device) or self.rounding != "nearest" or inner != ONE:
+        if not (self.kernels and available(value(node).device)) or self.rounding != "nearest" or inner != ONE:
             return None
         ranks = [t.narrowest for _, t in terms]
         fits = all(len(t.factors) > 1 and 0 < r <= WIDEST for (_, t), r in zip(terms, ranks, strict=True) if r)
