@@ -353,6 +353,8 @@ class _Priced:
     @classmethod
     def of(cls, adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> _Priced:
         forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
+        if not settings.kernels or settings.rounding != "nearest":
+            forward, grad = (s and replace(s, fused=False) for s in (forward, grad))
         training = bool(flow.backward)
         parameters = {p for node in adapter.either.adapter_nodes for p in flow.parameters(node)}
         trained = training and any(flow.is_trained(p) for p in parameters & flow.differentiated)

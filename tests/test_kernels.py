@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,8 +24,8 @@ from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_in, narrow_out
 from peft_fx.options import parse
-from peft_fx.passes import rewrite
-from peft_fx.passes.machine import table_entry
+from peft_fx.passes import price, rewrite
+from peft_fx.passes.machine import MACHINES, table_entry
 from peft_fx.passes.nodes import aten, value
 from peft_fx.retargeting import GPU
 from tests import joint
@@ -350,3 +351,32 @@ def test_a_failure_leaves_the_graph_as_it_was(triton: None, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="injected"):
         traced.rewritten(GPU, form="weight")
     assert ops(traced.graph) == before
+
+
+# --------------------------------------------------------------------------------------------------------- the price
+
+
+def test_the_price_of_a_merge_in_one_kernel() -> None:
+    """W is read and W' written, and no more: the products take no longer, but of high ranks."""
+    machine, n = MACHINES["h100"], 4096
+    shape = functools.partial(price.Shape, 2048, n, n, base_dtype=BF16, adapter_dtype=torch.float32)
+    low, high = (shape(terms=(((n, r), (r, n)),), fused=True) for r in (16, 256))
+    assert price.merge(machine, low).seconds == machine.one_pass(4 * n * n)
+    assert price.merge(machine, low).seconds < price.merge(machine, high).seconds
+    assert price.decide(machine, low, low, True).forward == "weight"
+    alone = replace(low, fused=False)
+    assert price.decide(machine, alone, alone, True).forward == "activation"
+
+
+def moved(**options: Any) -> int:
+    """Bytes of a site in weight form, by the price."""
+    (site,) = joint.trace(Siblings(1), x()).rewritten(GPU, form="weight", **options)[1].sites
+    return site.bytes["after"]
+
+
+def test_the_price_knows_where_there_is_a_kernel(triton: None) -> None:
+    """Twice W and twice W' in a step, each of two bytes; not where W' is left to Inductor."""
+    without = moved(kernels="off")
+    saved = 2 * ((K * R + R * N) * 4 + K * N * 8)  # the product's operands and result, and the pass that reads that
+    assert without - moved() == saved
+    assert moved(rounding="dithered") == without
