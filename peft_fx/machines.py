@@ -174,13 +174,13 @@ def _shared(find: Callable[[], Machine], chosen: str, device: torch.device) -> M
     if not _in_a_job():
         return find()
     key = f"{SHARED}/{'auto' if chosen == 'auto' else 'file'}/{device.type}"
-    said = _of_rank_0(key, lambda: json.dumps(find().to_dict()))
+    said = _of_rank_0(key, lambda: find().to_dict())
     if said is None:
         known = table_entry(device)
         text = f"rank 0 compiled nothing for {PATIENCE}: this rank's price reckons with the table's {known.name}"
         warnings.warn(f"peft_fx: {text}", RuntimeWarning, stacklevel=2)
         return known
-    return Machine.from_dict(json.loads(said))
+    return Machine.from_dict(said)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -193,7 +193,7 @@ def has_kernels(device: torch.device) -> bool:
         return False
     if not _in_a_job():
         return trial.works(device)
-    return _of_rank_0(f"{KERNELS}/{device.type}", lambda: str(trial.works(device))) == str(True)
+    return bool(_of_rank_0(f"{KERNELS}/{device.type}", lambda: trial.works(device)))
 
 
 def _in_a_job() -> bool:
@@ -201,13 +201,13 @@ def _in_a_job() -> bool:
     return bool(started and torch.distributed.get_world_size() > 1)
 
 
-def _of_rank_0(key: str, find: Callable[[], str]) -> str | None:
-    """What rank 0 found, if it has said so in time."""
+def _of_rank_0(key: str, find: Callable[[], Any]) -> Any:
+    """What rank 0 found, as JSON takes it; None where it does not say so in time."""
     job = compat.default_store()
     if torch.distributed.get_rank() == 0:
-        job.compare_set(key, "", find())
+        job.compare_set(key, "", json.dumps(find()))
     try:
         job.wait([key], PATIENCE)
     except RuntimeError:
         return None
-    return str(job.get(key).decode())
+    return json.loads(job.get(key))
