@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from peft_fx.kernels.library import available
 from peft_fx.kernels.narrow import DTYPE, MOST, WIDEST, narrow_in, narrow_out
 from peft_fx.passes.nodes import shape, value
 from peft_fx.passes.rewrite import Builder
@@ -30,13 +29,12 @@ Asked = Sequence[tuple[Node, Sequence[Narrow]]]  # of each u
 
 
 def takes(given: Sequence[tuple[Node, Sequence[Node]]], first: bool) -> bool:
-    """Whether one launch computes u·other, or other·u where u is not the `first`, of each u and all of its others."""
+    """Whether one launch computes u·other, or other·u where u is not the `first`, of each u and all of its others, on a
+    device that has the kernels."""
     us = [u for u, _ in given]
     ranks = [[shape(n)[1 if first else 0] for n in others] for _, others in given]
     sizes = [*(r for own in ranks for r in own), *(shape(u)[1] for u in us)]
-    if not all(available(value(u).device) and value(u).dtype == DTYPE for u in us) or not all(
-        isinstance(n, int) and n > 0 for n in sizes
-    ):
+    if not all(value(u).dtype == DTYPE for u in us) or not all(isinstance(n, int) and n > 0 for n in sizes):
         return False
     dtypes = {value(n).dtype for _, others in given for n in others}
     fits = len(us) <= MOST and all(sum(own) <= WIDEST and len(own) <= MOST for own in ranks)

@@ -48,7 +48,8 @@ UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the passes are asked to do; the meaning of each value is that of the option of the same name."""
+    """What the passes are asked to do; the meaning of each value is that of the option of the same name. `kernels` is
+    whether a graph on a GPU with Triton may use those of `peft_fx/kernels/`."""
 
     form: str = "auto"
     numerics: str = "default"
@@ -61,6 +62,7 @@ class Settings:
     memory_weight: float = 0.0
     adapter_grad: str = "auto"
     machine: Machine = MACHINES["cpu"]
+    kernels: bool = True
     rebuild_random: bool = True
 
 
@@ -157,7 +159,7 @@ def run(
     members = _members(groups, analysis.flow) | members  # of the same parameters, a region is the site
     outcome.merged = merged_already(first, members.keys(), hint)
     _log(outcome)
-    rewriter = Rewriter(graph, fake_mode, settings.rounding)
+    rewriter = Rewriter(graph, fake_mode, settings.rounding, settings.kernels)
     rewriter.rewrite(sorted(chosen, key=lambda g: analysis.position[g.root]))
     added += rewriter.build.added + unfused.settle() + wholes.settle()
     training = bool(analysis.flow.backward)
@@ -211,7 +213,7 @@ def _for_backward(
     # then it is Inductor's graph, and no other
     as_written = cheaper and not moments.added and _on_a_gpu(graph) and _asks_for_time(settings)
     if default and not cheaper:
-        added += read_in_place(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
+        added += read_in_place(graph, Flow(graph, roles), fake_mode, hint, settings.machine, settings.kernels)
         added += by_chunks(graph, Flow(graph, roles), fake_mode, settings.machine)
     if default and not as_written:
         added += scale_results(graph, Flow(graph, roles), fake_mode, hint, settings.machine)
@@ -352,6 +354,8 @@ class _Priced:
     @classmethod
     def of(cls, adapter: _Adapter, flow: Flow, settings: Settings, hint: Callable[[Size], int]) -> _Priced:
         forward, grad = (f.sizes(hint) if f else None for f in (adapter.forward, adapter.grad))
+        if not settings.kernels or settings.rounding != "nearest":
+            forward, grad = (s and replace(s, fused=False) for s in (forward, grad))
         training = bool(flow.backward)
         parameters = {p for node in adapter.either.adapter_nodes for p in flow.parameters(node)}
         trained = training and any(flow.is_trained(p) for p in parameters & flow.differentiated)

@@ -18,7 +18,7 @@ In bytes alone, by e and b bytes of an element of the adapter and of W, in each 
     weight form       (K·r + r·N)·m + K·N·(2m + 2b)       the same of the merge, m bytes each: 4, and 8 for an fp32 W
 
 so for r much less than K = N they meet at T = K·(2m + 2b) / (2e + b): 1.2·K for a bf16 W under fp32 adapters, 2·K in
-fp32.
+fp32. A merge in one kernel moves 2b·K·N alone: T = 0.4·K.
 
 >>> flop_crossover(4096, 4096, training=False), flop_crossover(4096, 4096, training=True)
 (2048.0, 4096.0)
@@ -57,7 +57,8 @@ class Step:
 @dataclass(frozen=True)
 class Shape:
     """One group's sizes as numbers: `K`, `N` as W multiplies u, the inner sizes of each adapter term, or the steps of
-    a region, and the dtypes; `gathered` where u picks rows, so that u·W and u·A are no products."""
+    a region, and the dtypes; `gathered` where u picks rows, so that u·W and u·A are no products; `fused` where a
+    kernel of our own builds W'."""
 
     T: int
     K: int
@@ -68,6 +69,7 @@ class Shape:
     batch: int = 1
     steps: tuple[Step, ...] = ()
     gathered: bool = False
+    fused: bool = False
 
     @property
     def rank(self) -> int:
@@ -110,7 +112,10 @@ def merge_dtype(weight: torch.dtype) -> torch.dtype:
 
 
 def merge(machine: Machine, s: Shape) -> Price:
-    """W' = W + s·A·B: the products of each term's own factors in the merge's dtype, then one pass over W and W'."""
+    """W' = W + s·A·B: the products of each term's own factors in the merge's dtype, then one pass over W and W'; or
+    one kernel for all of that."""
+    if s.fused:
+        return _fused(machine, s)
     dtype = merge_dtype(s.base_dtype)
     total = Price()
     for step in s.steps:
@@ -123,6 +128,15 @@ def merge(machine: Machine, s: Shape) -> Price:
             total += product(machine, m, k, n, dtype, s.batch)
             shapes[i : i + 2] = [(m, n)]
     return total + one_pass(machine, s.batch * s.K * s.N * (2 * s.base_dtype.itemsize + dtype.itemsize * len(s.terms)))
+
+
+def _fused(m: Machine, s: Shape) -> Price:
+    """One pass over W and W', with each term's product L·R in its shade: in TF32, three times, where there is that. The
+    products that a term of more factors takes to be two are of low rank throughout."""
+    flops = 2 * s.K * s.N * sum(min(n for _, n in term[:-1]) for term in s.terms)
+    rate = max(m.speed(torch.float32).peak, m.tf32 / 3)
+    whole = one_pass(m, 2 * s.K * s.N * s.base_dtype.itemsize)
+    return Price(max(whole.seconds, flops / rate + m.launch), flops, whole.bytes)
 
 
 def activation(machine: Machine, s: Shape, skip_first: bool) -> Price:

@@ -19,11 +19,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from peft_fx.kernels.library import available
 from peft_fx.kernels.merge import DTYPES as MERGED
-from peft_fx.kernels.merge import WIDEST, merge
+from peft_fx.kernels.merge import merge
 from peft_fx.passes import price
-from peft_fx.passes.algebra import ONE, Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
 from peft_fx.passes.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Group
@@ -129,8 +128,10 @@ def fake(arg: Any) -> Any:
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest"):
-        self.graph, self.rounding = graph, rounding
+    def __init__(
+        self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest", kernels: bool = True
+    ):
+        self.graph, self.rounding, self.kernels = graph, rounding, kernels
         self.build = Builder(graph, fake_mode)
         self._merged: dict[Any, Node] = {}
 
@@ -258,7 +259,7 @@ class Rewriter:
         self.build.like, self.build.rebuild = group.base.path[-1][0], True
         if key not in self._merged:
             transposed = weight.flipped ^ group.right ^ group.backward
-            self._merged[key] = self._in_one_kernel(weight, group.inner, terms, dtype) or rounded(
+            self._merged[key] = self._in_one_kernel(group, terms) or rounded(
                 self.build,
                 self._merge(weight, group.inner, terms, price.merge_dtype(dtype)),
                 dtype,
@@ -282,20 +283,12 @@ class Rewriter:
             total = self.build.call(aten.add.Tensor, total, delta)
         return total
 
-    def _in_one_kernel(
-        self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype
-    ) -> Node | None:
-        """The same by a kernel of our own, where there is one for such factors on the weight's device."""
-        node = weight.name
+    def _in_one_kernel(self, group: Group, terms: list[tuple[Scale, Term]]) -> Node | None:
+        """The same by a kernel of our own, where there is one."""
+        node = group.weight.name
         assert isinstance(node, Node)
-        if not available(value(node).device) or self.rounding != "nearest" or inner != ONE:
-            return None
-        ranks = [t.narrowest for _, t in terms]
-        fits = all(len(t.factors) > 1 and 0 < r <= WIDEST for (_, t), r in zip(terms, ranks, strict=True) if r)
-        factors = [f for _, t in terms for f in t.factors]
-        if not fits or None in ranks or any(f.batch != 1 for f in (weight, *factors)):
-            return None
-        if value(node).dtype != dtype or dtype not in MERGED or value(node).ndim != 2:
+        alike = value(node).dtype == value(group.operand).dtype
+        if not (self.kernels and group.has_kernel and alike) or self.rounding != "nearest":
             return None
         left, right, scales = [], [], []
         for scale, term in terms:

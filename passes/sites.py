@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.kernels.library import available
+from peft_fx.kernels.merge import DTYPES as MERGED
+from peft_fx.kernels.merge import WIDEST
 from peft_fx.passes import adapters, price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
 from peft_fx.passes.flow import Flow, Roles, shared_path
-from peft_fx.passes.nodes import coarsest, is_rounded
+from peft_fx.passes.nodes import coarsest, is_rounded, value
 from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
 
 WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
@@ -161,10 +164,26 @@ class Group:
     def site_name(self, flow: Flow) -> str:
         return flow.site_name(self.weight, self.adapter_factors)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel of our own builds W' at once: of a half-precision matrix on a GPU with Triton."""
+        known, dtype = value(self.weight.name), self.product.dtype  # type: ignore[arg-type]
+        ranks = [t.narrowest for t in self.remainders]
+        factors = [self.weight, *(f for t in self.remainders for f in t.factors)]
+        return (
+            available(known.device)
+            and (known.ndim, known.dtype) == (2, dtype)
+            and dtype in MERGED
+            and self.inner == Scale()
+            and all(isinstance(r, int) and 0 < r <= WIDEST for r in ranks)
+            and all(len(t.factors) > 1 for t in self.remainders)
+            and all(f.batch == 1 for f in factors)
+        )
+
     def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
         weight, dtype = self.weight, self.product.dtype
         sizes = price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
-        return replace(sizes, gathered=self.product.gathered)
+        return replace(sizes, gathered=self.product.gathered, fused=self.has_kernel)
 
 
 def _factors(occ: Occurrence) -> tuple[Matrix, ...]:

@@ -55,17 +55,23 @@ MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices tha
 
 
 def read_in_place(
-    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int], machine: Machine
+    graph: Graph,
+    flow: Flow,
+    fake_mode: AbstractContextManager[Any],
+    hint: Callable[[Size], int],
+    machine: Machine,
+    kernels: bool = True,
 ) -> list[Node]:
     """Rewrites every such product in place, those that read the same tensor in one product, where the machine does not
-    multiply copies much sooner; returns the nodes added."""
-    reader, build = Reader(graph), Builder(graph, fake_mode)
+    multiply copies much sooner; by `kernels` of our own, where there are. Returns the nodes added."""
+    copying = functools.partial(_copying, reader := Reader(graph), flow, hint, machine, kernels)
+    build = Builder(graph, fake_mode)
     operands = _operands(graph, reader)
     groups: dict[Any, list[_Copying]] = defaultdict(list)
     for node in graph.nodes:
         if node.target is not aten.mm.default or node in flow.forward:
             continue
-        found = _copying(reader, flow, node, True, hint, machine) or _copying(reader, flow, node, False, hint, machine)
+        found = copying(node, True) or copying(node, False)
         if found is not None:
             groups[found.key].append(found)
     for members in _families(groups):
@@ -83,7 +89,7 @@ def _families(groups: dict[Any, list[_Copying]]) -> Iterator[list[_Copying]]:
     family = {key: key for key in groups}
     for members in groups.values():
         names = {f.name for m in members for f in m.narrow.factors}
-        beside = {k for k, own in groups.items() if own[0].source.name in names and available(_device(own[0]))}
+        beside = {k for k, own in groups.items() if own[0].source.name in names and own[0].kernel}
         for first in (True, False):
             alike = [k for k in beside if groups[k][0].first is first and not members[0].first]
             for k in alike:
@@ -92,11 +98,6 @@ def _families(groups: dict[Any, list[_Copying]]) -> Iterator[list[_Copying]]:
     for key, members in groups.items():
         joined[family[key]] += members
     yield from (sorted(members, key=lambda m: m.node) for members in joined.values())
-
-
-def _device(member: _Copying) -> torch.device:
-    device: torch.device = value(member.node).device
-    return device
 
 
 def _operands(graph: Graph, reader: Reader) -> dict[Any, Node]:
@@ -116,13 +117,14 @@ class _Copying:
     """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read
     in; `left` where that is the left operand; `narrow` is what the other operand holds. `vector` are factors of the
     copy's features, as behind a magnitude: they go to the other operand where these are summed over, else (`outside`)
-    to the result."""
+    to the result. `kernel` is whether one of our own may compute it."""
 
     node: Node
     left: bool
     source: Matrix
     scale: Scale
     narrow: Term
+    kernel: bool
     vector: Node | None = None
     outside: bool = False
 
@@ -162,12 +164,19 @@ class _Copying:
 
 
 def _copying(
-    reader: Reader, flow: Flow, node: Node, left: bool, hint: Callable[[Size], int], machine: Machine
+    reader: Reader,
+    flow: Flow,
+    hint: Callable[[Size], int],
+    machine: Machine,
+    kernels: bool,
+    node: Node,
+    left: bool,
 ) -> _Copying | None:
     a, b = tensor_arg(node, 0), tensor_arg(node, 1)
     copied, other = (a, b) if left else (b, a)
     read, vector, number, flipped = _without_vector(copied, flow)
-    if vector is not None and available(value(node).device) and _is_matrix(reader, copied):
+    kernel = kernels and available(value(node).device)
+    if vector is not None and kernel and _is_matrix(reader, copied):
         read, vector, number, flipped = copied, None, 1.0, False  # a kernel reads what the layer reads
     term = reader.term(read, Layout(1, shape(read)[-1]))
     source, dtype = term.factors[0], value(copied).dtype
@@ -181,7 +190,7 @@ def _copying(
     if not is_copy or not reads_in_place(machine, m, k, rank, source.precision, dtype):
         return None
     narrow = reader.term(other, Layout(1, shape(other)[-1]))
-    return _Copying(node, left, source, term.scale * Scale(number), narrow, vector, flipped == left)
+    return _Copying(node, left, source, term.scale * Scale(number), narrow, kernel, vector, flipped == left)
 
 
 def _is_matrix(reader: Reader, copied: Node) -> bool:
@@ -251,7 +260,7 @@ def _replace(
         given = [
             (_source(build, last, own[-1], operands), own, [_other(build, m) for m in own]) for own in sources.values()
         ]
-        if narrow.takes([(u, others) for u, _, others in given], last.first):
+        if last.kernel and narrow.takes([(u, others) for u, _, others in given], last.first):
             results = _in_one_kernel(build, given)
         else:
             results = [r for u, own, others in given for r in _in_halves(build, u, own, others)]
@@ -275,7 +284,7 @@ def _source(
     """What is read in place, not transposed: as a product of the model's reads it, where one does before the last."""
     wanted = shape(member.operands[0])[:: -1 if member.turned else 1]
     known = operands.get((member.upright, member.source.precision))
-    is_there = available(_device(last)) and known is not None and shape(known) == wanted
+    is_there = last.kernel and known is not None and shape(known) == wanted
     if is_there and known is not None and _is_before(known, last.node):
         return known
     plain = build.like_2d(member.source, member.operands[0], member.source.precision)

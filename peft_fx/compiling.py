@@ -254,7 +254,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             return
         try:
             self.record.outcomes += self.apply(graph)
-            compat.has_inputs_in_memory({n.target for n in graph.nodes} & set(library.OPS))
+            compat.has_inputs_in_memory({n.target for n in graph.nodes} & library.KERNELS.keys())
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
         self.untagged = {node for node in graph.nodes if "recompute" not in node.meta}

@@ -23,11 +23,13 @@ from typing import Any
 import torch
 
 from peft_fx import compat
+from peft_fx.kernels import library, trial
 from peft_fx.passes.machine import MACHINES, Machine, implausible, table_entry
 from peft_fx.probing import limits, probe
 
 log = logging.getLogger("peft_fx")
 SHARED = "peft_fx.machine"  # its place in the store of a job
+KERNELS = "peft_fx.kernels"
 PATIENCE = timedelta(minutes=2)  # with a rank 0 that does not compile
 
 
@@ -169,18 +171,43 @@ def _stored(path: Path, device: torch.device) -> Machine | None:
 def _shared(find: Callable[[], Machine], chosen: str, device: torch.device) -> Machine:
     """Rank 0's constants. Through the job's key-value store, not by a collective: ranks need not compile at the same
     time, or as many graphs. Its memory is the store's: what rank 0 said first holds while the group does."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _in_a_job():
         return find()
-    if torch.distributed.get_world_size() == 1:
-        return find()
-    job, key = compat.default_store(), f"{SHARED}/{'auto' if chosen == 'auto' else 'file'}/{device.type}"
-    if torch.distributed.get_rank() == 0:
-        job.compare_set(key, "", json.dumps(find().to_dict()))
-    try:
-        job.wait([key], PATIENCE)
-    except RuntimeError:
+    key = f"{SHARED}/{'auto' if chosen == 'auto' else 'file'}/{device.type}"
+    said = _of_rank_0(key, lambda: find().to_dict())
+    if said is None:
         known = table_entry(device)
         text = f"rank 0 compiled nothing for {PATIENCE}: this rank's price reckons with the table's {known.name}"
         warnings.warn(f"peft_fx: {text}", RuntimeWarning, stacklevel=2)
         return known
-    return Machine.from_dict(json.loads(job.get(key)))
+    return Machine.from_dict(said)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether graphs on a device may use kernels of our own: where they work, by a trial on it. In a job rank 0's
+    answer is everyone's, as its constants are; where it gives none, there are no kernels. So ranks whose cards differ
+    are to switch them off if they work on some of them alone."""
+    if not trial.exists(device):
+        return True
+    if not library.available(device):
+        return False
+    if not _in_a_job():
+        return trial.works(device)
+    return bool(_of_rank_0(f"{KERNELS}/{device.type}", lambda: trial.works(device)))
+
+
+def _in_a_job() -> bool:
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return bool(started and torch.distributed.get_world_size() > 1)
+
+
+def _of_rank_0(key: str, find: Callable[[], Any]) -> Any:
+    """What rank 0 found, as JSON takes it; None where it does not say so in time."""
+    job = compat.default_store()
+    if torch.distributed.get_rank() == 0:
+        job.compare_set(key, "", json.dumps(find()))
+    try:
+        job.wait([key], PATIENCE)
+    except RuntimeError:
+        return None
+    return json.loads(job.get(key))

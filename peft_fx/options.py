@@ -28,6 +28,7 @@ CHOICES: Mapping[str, tuple[str | bool, ...]] = {
     "keep_rounding": KEEP_ROUNDINGS,
     "chunk_loss": ("auto", True, False),
     "machine": ("auto", *MACHINES),
+    "kernels": ("auto", "off"),
     "lowering": ("inductor", "aot_eager"),
     "memory_budget_of": budgeting.OF,
     "optimizer": tuple(budgeting.OPTIMIZERS),
@@ -76,6 +77,7 @@ class Options:
     chunk_loss: bool | str = "auto"
     memory_weight: float = 0.0
     machine: str = "auto"
+    kernels: str = "auto"
     lowering: str = "inductor"
     memory_budget: int | float | str | None = None
     memory_budget_of: str = "total"
@@ -85,7 +87,8 @@ class Options:
     def settings(self, device: torch.device) -> Settings:
         machine = machines.resolve(self.machine, device)
         ours = {field.name: getattr(self, field.name) for field in fields(Settings) if hasattr(self, field.name)}
-        return Settings(**ours | {"machine": machine})
+        kernels = self.kernels == "auto" and machines.has_kernels(device)
+        return Settings(**ours | {"machine": machine, "kernels": kernels})
 
     def budget(self, device: torch.device) -> budgeting.Asked | None:
         """The memory budget on a device, if there is one."""

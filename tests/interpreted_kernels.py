@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_fx.kernels import triton_merge, triton_narrow
+from peft_fx.kernels import trial, triton_merge, triton_narrow
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_in, narrow_out
 
@@ -151,3 +151,8 @@ def test_the_parts_of_a_sum_are_as_many_as_occupy_a_card() -> None:
         u, z, out = torch.empty(T, K, dtype=BF16), torch.empty(T, 16), torch.empty(16, K)
         grid, _, constants = triton_narrow.in_arguments([out], [u], [z], [1], [1.0], [False])
         assert (grid[2], constants["SPLIT"]) == (parts, parts > 1)
+
+
+def test_the_trial_of_a_device() -> None:
+    """Sound kernels pass it."""
+    assert trial.failure(torch.device("cpu")) == ""

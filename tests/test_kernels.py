@@ -9,17 +9,23 @@ import pathlib
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 
-from peft_fx.kernels import library
+from peft_fx import machines
+from peft_fx.compiling import AdapterPass, Record
+from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_in, narrow_out
-from peft_fx.passes import rewrite
+from peft_fx.options import parse
+from peft_fx.passes import price, rewrite
+from peft_fx.passes.machine import MACHINES, table_entry
 from peft_fx.passes.nodes import aten, value
 from peft_fx.retargeting import GPU
 from tests import joint
@@ -107,6 +113,107 @@ def test_cards_can_run_the_narrow_products(
     sizes = [given[0], given[1], given[4], given[5], given[8], 4]
     built += [compiled(kernels.sum_kernel, sizes, {k: constants[k] for k in ("RANKS", "PADDED", "BK")}, capability)]
     assert all(one.asm["cubin"] and one.metadata.shared <= SHARED[capability] for one in built)
+
+
+# ---------------------------------------------------------------------------------------------------------- the trial
+
+KERNELS = {op: decomposition for op, (decomposition, _) in library.KERNELS.items()}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """A CPU is a device that has kernels: those of this dictionary, each what the op's decomposition is."""
+    found: dict[Any, Any] = {}
+    monkeypatch.setattr(trial, "exists", lambda device: True)
+    monkeypatch.setattr(trial, "_answers", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for op, decomposition in KERNELS.items():
+        found[op] = decomposition
+        monkeypatch.setitem(library.KERNELS, op, (decomposition, lambda *given, op=op: found[op](*given)))
+    return found
+
+
+def test_the_trial_of_sound_kernels(launches: dict[Any, Any], recwarn: pytest.WarningsRecorder) -> None:
+    """In the middle of a compile: modes, grad state and the generator are the caller's own, before and after."""
+    state = torch.get_rng_state()
+    with FakeTensorMode(), torch.device("meta"), torch.inference_mode():
+        assert trial.works(CPU)
+        assert torch.is_inference_mode_enabled()
+        assert isinstance(torch.ones(1), FakeTensor)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not recwarn.list
+
+
+def only_halves(*given: Any) -> list[Tensor]:
+    """narrow_out of factors that lost their lower half."""
+    us, factors, *rest = given
+    return KERNELS[narrow_out](us, [F.to(BF16) for F in factors], *rest)
+
+
+def coarse(weights: Any, left: Any, right: Any, *rest: Any) -> Tensor:
+    """A merge whose products are in TF32."""
+    kept = [(L.float().view(torch.int32) & ~0x1FFF).view(torch.float32) for L in (t.contiguous() for t in left)]
+    return KERNELS[merge](weights, kept, right, *rest)
+
+
+def unscaled(us: Any, zs: Any, counts: Any, scales: Any, turned: Any) -> list[Tensor]:
+    return KERNELS[narrow_in](us, zs, counts, [1.0] * len(zs), turned)
+
+
+def nothing(*given: Any) -> Tensor:
+    return KERNELS[merge](*given).fill_(float("nan"))
+
+
+def one_element(*given: Any) -> list[Tensor]:
+    found = KERNELS[narrow_in](*given)
+    found[-1][-1, -1] += 1
+    return found
+
+
+def fails(*given: Any) -> Any:
+    raise RuntimeError("PTX JIT compilation failed")
+
+
+BROKEN = [(merge, coarse), (merge, nothing), (narrow_out, only_halves), (narrow_in, unscaled), (narrow_in, one_element)]
+
+
+@pytest.mark.parametrize(("op", "broken"), [*BROKEN, *((op, fails) for op in KERNELS)])
+def test_the_trial_of_broken_kernels(op: Any, broken: Any, launches: dict[Any, Any]) -> None:
+    """False from then on, with one warning that says why."""
+    launches[op] = broken
+    with pytest.warns(RuntimeWarning, match="JIT" if broken is fails else f"{op} gives wrong numbers") as told:
+        answers = [trial.works(CPU), trial.works(CPU)]
+    assert answers == [False, False]
+    assert len(told) == 1
+
+
+def test_no_trial_while_a_graph_is_captured(launches: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not trial.works(CPU)
+    assert trial.works(CPU)
+
+
+def test_without_the_kernels_where_the_trial_failed(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none is tried where they are switched off, or where there is no device to run them."""
+    assert parse(None).settings(GPU).kernels
+    monkeypatch.setattr(trial, "exists", lambda device: True)
+    monkeypatch.setattr(trial, "_answers", {GPU: False})
+    monkeypatch.setattr(machines, "found", table_entry)
+    assert not parse(None).settings(GPU).kernels
+    graph = weight_form(Siblings(2), x())[1]
+    assert not ops(graph).keys() & KERNELS.keys()
+    monkeypatch.setattr(trial, "works", fails)
+    assert not parse({"peft_fx.kernels": "off"}).settings(GPU).kernels
+
+
+def test_the_option_is_part_of_the_key() -> None:
+    keys = set()
+    for chosen in ("auto", "off"):
+        record = Record(GraphModule(nn.Module(), Graph()), [], {}, parse({"peft_fx.kernels": chosen}), False)
+        keys.add(AdapterPass(record).uuid())
+    assert len(keys) == 2
 
 
 # --------------------------------------------------------------------------------------------------------- in graphs
@@ -244,3 +351,32 @@ def test_a_failure_leaves_the_graph_as_it_was(triton: None, monkeypatch: pytest.
     with pytest.raises(RuntimeError, match="injected"):
         traced.rewritten(GPU, form="weight")
     assert ops(traced.graph) == before
+
+
+# --------------------------------------------------------------------------------------------------------- the price
+
+
+def test_the_price_of_a_merge_in_one_kernel() -> None:
+    """W is read and W' written, and no more: the products take no longer, but of high ranks."""
+    machine, n = MACHINES["h100"], 4096
+    shape = functools.partial(price.Shape, 2048, n, n, base_dtype=BF16, adapter_dtype=torch.float32)
+    low, high = (shape(terms=(((n, r), (r, n)),), fused=True) for r in (16, 256))
+    assert price.merge(machine, low).seconds == machine.one_pass(4 * n * n)
+    assert price.merge(machine, low).seconds < price.merge(machine, high).seconds
+    assert price.decide(machine, low, low, True).forward == "weight"
+    alone = replace(low, fused=False)
+    assert price.decide(machine, alone, alone, True).forward == "activation"
+
+
+def moved(**options: Any) -> int:
+    """Bytes of a site in weight form, by the price."""
+    (site,) = joint.trace(Siblings(1), x()).rewritten(GPU, form="weight", **options)[1].sites
+    return site.bytes["after"]
+
+
+def test_the_price_knows_where_there_is_a_kernel(triton: None) -> None:
+    """Twice W and twice W' in a step, each of two bytes; not where W' is left to Inductor."""
+    without = moved(kernels="off")
+    saved = 2 * ((K * R + R * N) * 4 + K * N * 8)  # the product's operands and result, and the pass that reads that
+    assert without - moved() == saved
+    assert moved(rounding="dithered") == without

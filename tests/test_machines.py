@@ -573,3 +573,17 @@ def test_only_rank_0_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(machines.compat, "default_store", store)
     assert machines.resolve("auto", CPU) == A
+
+
+@pytest.mark.parametrize("said", ["true", "false", None])
+def test_rank_0_tries_the_kernels_for_all(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank tries nothing; where rank 0 says nothing, there are none."""
+    told = {} if said is None else {"wait": lambda *args: None, "get": lambda self, key: said}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(machines.compat, "default_store", type("Told", (Store,), told))
+    monkeypatch.setattr(machines.trial, "exists", lambda device: True)
+    monkeypatch.setattr(machines.trial, "failure", lambda device: pytest.fail("another rank's trial"))
+    monkeypatch.setattr(machines.library, "has_triton", lambda: True)
+    assert machines.has_kernels(torch.device("cuda")) == (said == "true")

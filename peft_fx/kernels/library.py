@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 LIBRARY = torch.library.Library("peft_fx", "DEF")
-OPS: list[Any] = []
+KERNELS: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}  # of each op: decomposition and launch
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def has_triton() -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether graphs on a device may use the ops."""
+    """Whether graphs on a device can use the ops, if they work there (`trial.py`)."""
     return device.type == "cuda" and has_triton()
 
 
@@ -34,5 +34,5 @@ def define(
     LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"peft_fx::{name}", shape, lib=LIBRARY)
     op = getattr(torch.ops.peft_fx, name).default
-    OPS.append(op)
+    KERNELS[op] = decomposition, launch
     return op
