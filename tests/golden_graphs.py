@@ -57,7 +57,7 @@ def told(captured: joint.Joint, options: dict[str, Any]) -> Iterator[str]:
     for kind, found in asdict(outcome).items():
         if isinstance(found, list):
             yield from (f"{kind}: {_rounded(one)}" for one in found)
-        elif kind not in ("seconds", "spare"):
+        elif kind not in ("seconds", "spare", "budget"):
             yield f"{kind}: {found}"
     names: dict[Node, str] = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:

@@ -78,6 +78,7 @@ OTHER = {
     "memory_budget": "1GB",
     "memory_budget_of": "step",
     "optimizer": "sgd",
+    "kernels": "off",
 }
 
 
