@@ -470,8 +470,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     def _lowered(self, *graphs: GraphModule) -> None:
         """What Inductor does with products and sums on the device, and with what can be computed in place."""
         patterns_on_it = {"post_grad_custom_post_pass": Home(self.retarget)}
-        with compat.inductor_config.patch(patterns_on_it), self.retarget.there(*(gm.graph for gm in graphs)):
-            for gm in graphs:
+        for gm in graphs:  # one by one: what one hands the other would be home too early
+            with compat.inductor_config.patch(patterns_on_it), self.retarget.there(gm.graph):
                 compat.post_grad_passes(gm, is_inference=False)
 
     def uuid(self) -> Any:
