@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,17 +14,17 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import compat, machines, preparing
 from peft_fx.compat import pytree
 from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
-from peft_fx.components import ADAPTERS, by_component, partitioned, returned
+from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
-from peft_fx.lengths import Sized, filled, on
+from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
 from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
+from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (
     IDLE,
     Ghosts,
@@ -249,33 +249,6 @@ def _cut(model: nn.Module, depth: int) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- tracing
 
 
-@dataclass
-class Step:
-    """What the graphs of a step take: bytes kept, by component; bytes at the highest point of forward, of backward and
-    of backward's second half, and the same without memory that waits to be used again; seconds."""
-
-    components: dict[str, float] = field(default_factory=dict)
-    peaks: tuple[float, ...] = (0.0, 0.0, 0.0)
-    planned: tuple[float, ...] = (0.0, 0.0, 0.0)
-    seconds: float = 0.0
-
-    def extended(self, deeper: Step, layers: int) -> Step:
-        """So many layers more, each of which costs what the last one of `deeper` does. Memory that waits in one layer
-        to be used by the next is there once, however many there are."""
-
-        def more(a: float, b: float) -> float:
-            return a + (b - a) * layers
-
-        names = dict.fromkeys((*self.components, *deeper.components))
-        components = {k: more(self.components.get(k, 0), deeper.components.get(k, 0)) for k in names}
-        planned = tuple(map(more, self.planned, deeper.planned))
-        grown = [b - a for a, b in zip(self.planned, deeper.planned, strict=True)]
-        peaks = tuple(
-            b + min(b - a, most) * (layers - 1) for a, b, most in zip(self.peaks, deeper.peaks, grown, strict=True)
-        )
-        return Step(components, peaks, planned, more(self.seconds, deeper.seconds))
-
-
 def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
@@ -287,7 +260,7 @@ def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], ghosts: Gho
         return prepare(_cut(ghost, depth) if depth else ghost)
 
 
-Traced = list[list["Halves"]]  # the graphs of a step, at each depth that is traced
+Traced = list[list[Halves]]  # the graphs of a step, at each depth that is traced
 
 
 class Tracer:
@@ -331,7 +304,7 @@ class Tracer:
         return found
 
     def row(self, name: str, T: int, traced: Traced) -> Row:
-        steps = [_step([halves.part for halves in graphs]) for graphs in traced]
+        steps = [step_of([halves.part for halves in graphs]) for graphs in traced]
         step = steps[0].extended(steps[1], self.layers - self.depths[0]) if self.layers else steps[0]
         shift = {id(m.shift) for m in self.whole.modules() if hasattr(m, "shift")}
         parameters = [p for p in self.whole.parameters() if id(p) not in shift]
@@ -390,73 +363,6 @@ def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
     there before the step."""
     tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and id(x) not in given}
     return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One graph of a step: bytes kept, by component, and its two halves."""
-
-    components: dict[str, int]
-    forward: Walk
-    backward: Walk
-
-    @property
-    def kept(self) -> int:
-        return sum(self.components.values())
-
-
-@dataclass
-class Halves:
-    """One graph of a step as a variant has it, as it was split: `kept` are the components of the values that forward
-    hands to backward, by their places among its results; `handed_on` the inputs that an earlier graph made, and `lent`
-    those of backward that the caller has too, by name. `part` is what it takes."""
-
-    graphs: tuple[GraphModule, GraphModule]
-    kept: dict[int, str]
-    handed_on: Set[str]
-    lent: Set[str]
-    machine: Machine
-    sized: Sized | None
-    part: Part = Part({}, Walk(), Walk())
-
-    def reckoned(self, hint: Any = int) -> Part:
-        """What the graph takes, by the sizes that its values have."""
-        forward, backward = (gm.graph for gm in self.graphs)
-        first, second = Fused(forward, hint), Fused(backward, hint)
-        inputs = forward.find_nodes(op="placeholder")
-        given = {n.name for n in inputs} - self.handed_on
-        made = [n for n in backward.find_nodes(op="placeholder") if n.name not in given]
-        there = walk(first, [n for n in inputs if n.name in self.handed_on], outputs(forward), self.machine)
-        back = walk(second, made, outputs(backward), self.machine, [n for n in made if n.name in self.lent])
-        (results,) = forward.find_nodes(op="output")
-        kept = by_component((name, first.size(results.args[0][i])) for i, name in self.kept.items())
-        return Part(kept, there, back)
-
-    def between(self, other: Halves, share: Fraction) -> Halves | None:
-        """The graph at a length so far between those of two traces; None where these differ in more than sizes."""
-        same = (self.kept, self.handed_on, self.lent) == (other.kept, other.handed_on, other.lent)
-        if not same or self.sized is None or other.sized is None:
-            return None
-        layouts = self.sized.between(other.sized, share)
-        if layouts is None:
-            return None
-        on(self.graphs, layouts)
-        return replace(self, part=self.reckoned())
-
-
-def _step(parts: Sequence[Part]) -> Step:
-    """Forward through all graphs, each on top of what those before it keep; then backward."""
-    step, before = Step(), 0
-    for part in parts:
-        peaks = (part.forward.peak, part.backward.peak, part.backward.late)
-        planned = (part.forward.planned, part.backward.planned, part.backward.planned_late)
-        step.peaks = tuple(max(a, before + b) for a, b in zip(step.peaks, peaks, strict=True))
-        step.planned = tuple(max(a, before + b) for a, b in zip(step.planned, planned, strict=True))
-        before += part.kept
-        step.seconds += part.forward.seconds + part.backward.seconds
-        for k, n in part.components.items():
-            step.components[k] = step.components.get(k, 0) + n
-    return step
 
 
 class Joint(compat.CustomGraphPass):  # type: ignore[misc]
