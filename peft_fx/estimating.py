@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -210,8 +211,8 @@ def _length(args: Any, kwargs: Any) -> int:
     return next((int(t.shape[1]) for t in _tensors(args, kwargs) if t.ndim > 1), 1)
 
 
-def _at_length(x: Any, length: int, wanted: int) -> Any:
-    if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.shape[1] != length or length == wanted:
+def _at_length(x: torch.Tensor, length: int, wanted: int) -> torch.Tensor:
+    if x.ndim < 2 or x.shape[1] != length or length == wanted:
         return x
     return x.new_zeros((x.shape[0], wanted, *x.shape[2:]))
 
@@ -288,7 +289,8 @@ class Tracer:
         if self.progress is not None:
             self.progress(f"T = {T}: {', '.join(names)}")
         given = _length(*self.call)
-        inputs = pytree.tree_map(lambda x: _at_length(x, given, T), self.call)
+        one = functools.cache(lambda x: _at_length(x, given, T))  # ids that are labels too stay one input
+        inputs = pytree.tree_map(lambda x: one(x) if isinstance(x, torch.Tensor) else x, self.call)
         named = {name: self.named[name] for name in names}
         depths = [_traced(self.model, inputs, self.prepare, named, self.target, n) for n in self.depths]
         return {name: [found[name] for found in depths] for name in names}
