@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -42,29 +42,34 @@ def partitioned(
     roles: dict[int, Role],
     kwargs: Mapping[str, Any],
     handed_on: Set[str] = frozenset(),
-) -> tuple[GraphModule, GraphModule, dict[str, int]]:
-    """Forward, backward, and the bytes by component that the one keeps for the other; `kwargs` are the partitioner's,
-    `roles` those of the graph's inputs. Those `handed_on` by an earlier graph are nothing that is there anyway."""
+) -> tuple[GraphModule, GraphModule, dict[str, tuple[str, int]]]:
+    """Forward, backward, and the values that the one keeps for the other, by name: the component of each, and its
+    bytes. `kwargs` are the partitioner's, `roles` those of the graph's inputs. Those `handed_on` by an earlier graph
+    are nothing that is there anyway."""
     gradients = {n.name for n in parameter_gradients(joint.graph, Flow(joint.graph, roles_in(joint.graph, roles)))}
     forward, backward = compat.min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+    components = _components(joint.graph, backward, gradients)
     saved = saved_bytes(forward, kwargs["num_fwd_outputs"], handed_on)
-    return forward, backward, by_component(saved, joint.graph, backward, gradients)
+    return forward, backward, {name: (components.get(name, OTHER), size) for name, size in saved.items()}
 
 
-def by_component(saved: Mapping[str, int], joint: Graph, backward: GraphModule, gradients: Set[str]) -> dict[str, int]:
-    """Bytes of the values that forward hands to backward, by what reads them there; `saved` has the bytes by name.
+def by_component(kept: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Bytes by component of values that forward hands to backward, given as the component and the bytes of each."""
+    found = dict.fromkeys(ORDER, 0)
+    for component, size in kept:
+        found[component] += size
+    return {k: n for k, n in found.items() if n}
+
+
+def _components(joint: Graph, backward: GraphModule, gradients: Set[str]) -> dict[str, str]:
+    """What each input of backward belongs to, by name: what reads it there.
 
     A value that only parameters' gradients read, as it is or through what backward computes of it again, is the
     adapters'; any other is its nearest reader's, by the module that this is the gradient of.
     """
     behind = {n.name for n in reachable(joint, is_tangent)}
-    found = dict.fromkeys(ORDER, 0)
-    for node in backward.graph.find_nodes(op="placeholder"):
-        if node.name in saved:
-            reader = _reader(node, behind, gradients)
-            found[_component(reader) if reader is not None else ADAPTERS] += saved[node.name]
-    found[OTHER] += sum(saved.values()) - sum(found.values())
-    return {k: n for k, n in found.items() if n}
+    readers = {n.name: _reader(n, behind, gradients) for n in backward.graph.find_nodes(op="placeholder")}
+    return {name: ADAPTERS if reader is None else _component(reader) for name, reader in readers.items()}
 
 
 def _reader(kept: Node, backward: Set[str], gradients: Set[str]) -> Node | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat, machines, preparing
 from peft_fx.budgeting import OPTIMIZERS
@@ -17,13 +19,14 @@ from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
+from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
 from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.liveness import Fused, Walk, outputs, walk
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
+from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (
     IDLE,
     Ghosts,
@@ -138,10 +141,11 @@ def estimate(
     file; `device`, "cpu" or "cuda", says whose graphs are reckoned with where that is not to be the machine's or where
     the model is, as in `explain`; `optimizer` is one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: all that
     the model allows).
-    `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Values that the model
-    returns beside the loss are taken to be let go of before backward. A model of more than `DEEP` equal layers is
-    traced at two depths, and a further layer costs what the last one did. `progress` is called with a line of text for
-    each trace to come: once for each length and each of `by_preparation(variants)`.
+    `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Lengths between two
+    whose graphs differ in nothing but sizes are not traced. Values that the model returns beside the loss are taken to
+    be let go of before backward. A model of more than `DEEP` equal layers is traced at two depths, and a further layer
+    costs what the last one did. `progress` is called with a line of text for each trace to come: of some of the names
+    in each of `by_preparation(variants)`, at some of the lengths.
 
     Raises ValueError for an unknown option, machine, device, optimiser or variant and for a variant asked for that the
     model does not allow, TypeError for what is no module, and RuntimeError where nothing of the call is trained.
@@ -161,17 +165,13 @@ def estimate(
     target = Target(machines.resolve(parse(options).machine, retarget.device), retarget, OPTIMIZERS[optimizer])
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    given = _length(args, kwargs)
-    lengths = sorted(set(seq_lens)) if seq_lens is not None else [given]
+    lengths = sorted(set(seq_lens)) if seq_lens is not None else [_length(args, kwargs)]
     for prepare, names in by_preparation(variants or VARIANTS).items():
         named = {n: _options(VARIANTS[n], options) for n in names}
         try:
-            whole = _prepared(plain, prepare, Ghosts(new_fake_mode(), "estimate"))
-            for T in lengths:
-                if progress is not None:
-                    progress(f"T = {T}: {', '.join(names)}")
-                inputs = pytree.tree_map(lambda x, T=T: _at_length(x, given, T), (args, kwargs))
-                rows += _rows(plain, whole, inputs, prepare, named, target, T)
+            tracer = Tracer(plain, prepare, (args, kwargs), named, target, progress)
+            found = filled(lengths, names, tracer.at, tracer.between)
+            rows += [tracer.row(name, T, traced) for (name, T), traced in found.items()]
         except LeftOut as reason:
             if variants is not None:
                 raise ValueError(f"{', '.join(names)}: {reason}") from None
@@ -211,8 +211,8 @@ def _length(args: Any, kwargs: Any) -> int:
     return next((int(t.shape[1]) for t in _tensors(args, kwargs) if t.ndim > 1), 1)
 
 
-def _at_length(x: Any, length: int, wanted: int) -> Any:
-    if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.shape[1] != length or length == wanted:
+def _at_length(x: torch.Tensor, length: int, wanted: int) -> torch.Tensor:
+    if x.ndim < 2 or x.shape[1] != length or length == wanted:
         return x
     return x.new_zeros((x.shape[0], wanted, *x.shape[2:]))
 
@@ -250,70 +250,6 @@ def _cut(model: nn.Module, depth: int) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------- tracing
 
 
-@dataclass
-class Step:
-    """What the graphs of a step take: bytes kept, by component; bytes at the highest point of forward, of backward and
-    of backward's second half, and the same without memory that waits to be used again; seconds."""
-
-    components: dict[str, float] = field(default_factory=dict)
-    peaks: tuple[float, ...] = (0.0, 0.0, 0.0)
-    planned: tuple[float, ...] = (0.0, 0.0, 0.0)
-    seconds: float = 0.0
-
-    def extended(self, deeper: Step, layers: int) -> Step:
-        """So many layers more, each of which costs what the last one of `deeper` does. Memory that waits in one layer
-        to be used by the next is there once, however many there are."""
-
-        def more(a: float, b: float) -> float:
-            return a + (b - a) * layers
-
-        names = dict.fromkeys((*self.components, *deeper.components))
-        components = {k: more(self.components.get(k, 0), deeper.components.get(k, 0)) for k in names}
-        planned = tuple(map(more, self.planned, deeper.planned))
-        grown = [b - a for a, b in zip(self.planned, deeper.planned, strict=True)]
-        peaks = tuple(
-            b + min(b - a, most) * (layers - 1) for a, b, most in zip(self.peaks, deeper.peaks, grown, strict=True)
-        )
-        return Step(components, peaks, planned, more(self.seconds, deeper.seconds))
-
-
-def _rows(
-    model: Any,
-    whole: Any,
-    inputs: tuple[Any, Any],
-    prepare: Callable[[nn.Module], nn.Module],
-    named: Mapping[str, Options | None],
-    target: Target,
-    T: int,
-) -> list[Row]:
-    """The rows of variants that share one prepared model, the `whole` of it."""
-    stacks = _stacks(whole)
-    if stacks:
-        # with checkpoints, memory that waits for the next layer is all there once there are three
-        depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in whole.modules())
-        first, second = (_traced(model, inputs, prepare, named, target, n) for n in (depth, depth + 1))
-        layers = len(stacks[0]) - depth
-        steps = {name: first[name].extended(second[name], layers) for name in named}
-    else:
-        steps = _traced(model, inputs, prepare, named, target)
-    shift = {id(m.shift) for m in whole.modules() if hasattr(m, "shift")}
-    parameters = [p for p in whole.parameters() if id(p) not in shift]
-    weights = sum(_bytes(t) for t in (*parameters, *whole.buffers()))
-    trained = [_bytes(p) for p in parameters if p.requires_grad]
-    gradients, largest = sum(trained), max(trained, default=0)
-    updated = gradients + 2 * largest  # an update is computed a parameter at a time
-    rows = []
-    for name, step in steps.items():
-        told = {ADAPTERS: VARIANTS[name].trains}
-        components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
-        kept = sum(components.values())
-        peak = max(*map(round, step.peaks), updated)
-        seconds = step.seconds + (target.machine.one_pass((3 + 2 * target.states) * gradients) if gradients else 0.0)
-        transient = peak - gradients - kept
-        rows.append(Row(name, T, weights, gradients, target.states * gradients, kept, transient, seconds, components))
-    return rows
-
-
 def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
@@ -325,6 +261,68 @@ def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], ghosts: Gho
         return prepare(_cut(ghost, depth) if depth else ghost)
 
 
+Traced = list[list[Halves]]  # the graphs of a step, at each depth that is traced
+
+
+class Tracer:
+    """Traces the variants that share one prepared model, and reckons what their steps take."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prepare: Callable[[nn.Module], nn.Module],
+        call: tuple[Any, Any],
+        named: Mapping[str, Options | None],
+        target: Target,
+        progress: Callable[[str], None] | None,
+    ):
+        self.model, self.prepare, self.call, self.named, self.target = model, prepare, call, named, target
+        self.progress = progress
+        self.whole = _prepared(model, prepare, Ghosts(new_fake_mode(), "estimate"))
+        self.layers = len(stacks[0]) if (stacks := _stacks(self.whole)) else 0
+        # with checkpoints, memory that waits for the next layer is all there once there are three
+        depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in self.whole.modules())
+        self.depths = (depth, depth + 1) if self.layers else (0,)
+
+    def at(self, T: int, names: Sequence[str]) -> dict[str, Traced]:
+        """The graphs of some variants at T tokens."""
+        if self.progress is not None:
+            self.progress(f"T = {T}: {', '.join(names)}")
+        given = _length(*self.call)
+        one = functools.cache(lambda x: _at_length(x, given, T))  # ids that are labels too stay one input
+        inputs = pytree.tree_map(lambda x: one(x) if isinstance(x, torch.Tensor) else x, self.call)
+        named = {name: self.named[name] for name in names}
+        depths = [_traced(self.model, inputs, self.prepare, named, self.target, n) for n in self.depths]
+        return {name: [found[name] for found in depths] for name in names}
+
+    def between(self, low: Traced, high: Traced, share: Fraction) -> Traced | None:
+        """The graphs at a length so far between two; None where those differ in more than sizes."""
+        found: Traced = []
+        for ours, theirs in zip(low, high, strict=True):
+            graphs = [a.between(b, share) for a, b in zip(ours, theirs, strict=False)]
+            if len(ours) != len(theirs) or None in graphs:
+                return None
+            found.append([graph for graph in graphs if graph is not None])
+        return found
+
+    def row(self, name: str, T: int, traced: Traced) -> Row:
+        steps = [step_of([halves.part for halves in graphs]) for graphs in traced]
+        step = steps[0].extended(steps[1], self.layers - self.depths[0]) if self.layers else steps[0]
+        shift = {id(m.shift) for m in self.whole.modules() if hasattr(m, "shift")}
+        parameters = [p for p in self.whole.parameters() if id(p) not in shift]
+        weights = sum(_bytes(t) for t in (*parameters, *self.whole.buffers()))
+        trained = [_bytes(p) for p in parameters if p.requires_grad]
+        gradients, largest = sum(trained), max(trained, default=0)
+        updated = gradients + 2 * largest  # an update is computed a parameter at a time
+        told = {ADAPTERS: VARIANTS[name].trains}
+        components = {told.get(k, k): round(n) for k, n in step.components.items() if round(n)}
+        kept = sum(components.values())
+        transient = max(*map(round, step.peaks), updated) - gradients - kept
+        machine, states = self.target.machine, self.target.states
+        seconds = step.seconds + (machine.one_pass((3 + 2 * states) * gradients) if gradients else 0.0)
+        return Row(name, T, weights, gradients, states * gradients, kept, transient, seconds, components)
+
+
 def _traced(
     model: Any,
     inputs: tuple[Any, Any],
@@ -332,13 +330,13 @@ def _traced(
     named: Mapping[str, Options | None],
     target: Target,
     depth: int = 0,
-) -> dict[str, Step]:
+) -> dict[str, list[Halves]]:
     ghosts = Ghosts(new_fake_mode(), "estimate")
     ghost = _prepared(model, prepare, ghosts, depth)
     names = {p: name for name, p in ghost.named_parameters()}
     args, kwargs = ghosts(inputs)
     given = {id(copied) for copied in ghosts.known.values()}
-    parts: list[dict[str, Part]] = []
+    parts: list[dict[str, Halves]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         split = Split(gm, roles_of(gm, example_inputs, names), named, target, _handed_on(example_inputs, given))
@@ -359,7 +357,7 @@ def _traced(
         call_compiled(ghost, args, kwargs, capture, "estimate", dynamic=False)
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
-    return {name: _step([p[name] for p in parts if name in p]) for name in named}
+    return {name: [p[name] for p in parts if name in p] for name in named}
 
 
 def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
@@ -367,34 +365,6 @@ def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
     there before the step."""
     tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and id(x) not in given}
     return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One graph of a step: bytes kept, by component, and its two halves."""
-
-    components: dict[str, int]
-    forward: Walk
-    backward: Walk
-
-    @property
-    def kept(self) -> int:
-        return sum(self.components.values())
-
-
-def _step(parts: Sequence[Part]) -> Step:
-    """Forward through all graphs, each on top of what those before it keep; then backward."""
-    step, before = Step(), 0
-    for part in parts:
-        peaks = (part.forward.peak, part.backward.peak, part.backward.late)
-        planned = (part.forward.planned, part.backward.planned, part.backward.planned_late)
-        step.peaks = tuple(max(a, before + b) for a, b in zip(step.peaks, peaks, strict=True))
-        step.planned = tuple(max(a, before + b) for a, b in zip(step.planned, planned, strict=True))
-        before += part.kept
-        step.seconds += part.forward.seconds + part.backward.seconds
-        for k, n in part.components.items():
-            step.components[k] = step.components.get(k, 0) + n
-    return step
 
 
 class Joint(compat.CustomGraphPass):  # type: ignore[misc]
@@ -426,7 +396,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     ):
         self.gm, self.roles, self.named, self.handed_on = gm, roles, named, handed_on
         self.machine, self.retarget = target.machine, target.retarget
-        self.joint, self.parts = Joint(self.retarget), dict[str, Part]()
+        self.joint, self.parts = Joint(self.retarget), dict[str, Halves]()
         self.patterns = {name: getattr(compat.inductor_config, name) for name in PATTERNS}
 
     def __call__(
@@ -434,14 +404,15 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     ) -> tuple[GraphModule, GraphModule]:
         for name, options in self.named.items():
             try:
-                self.parts[name], split = self._part(gm, joint_inputs, options, kwargs)
+                self.parts[name] = self._halves(gm, joint_inputs, options, kwargs)
             except PassError:  # then the backend leaves the graph to Inductor
-                self.parts[name], split = self._part(gm, joint_inputs, None, kwargs)
-        return split
+                self.parts[name] = self._halves(gm, joint_inputs, None, kwargs)
+        forward, backward = (GraphModule(half, copy_graph(half.graph)) for half in self.parts[name].graphs)
+        return forward, backward
 
-    def _part(
+    def _halves(
         self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, kwargs: dict[str, Any]
-    ) -> tuple[Part, tuple[GraphModule, GraphModule]]:
+    ) -> Halves:
         assert self.joint.graph is not None
         joint = GraphModule(gm, copy_graph(self.joint.graph))
         ours = None
@@ -453,25 +424,23 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-            forward, backward, components = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+            forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+            (results,) = forward.graph.find_nodes(op="output")
+            places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
             if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
                 self._lowered(forward, backward)
-        hint = compat.hint_for(compat.V.fake_mode)
-        first, second = Fused(forward.graph, hint), Fused(backward.graph, hint)
-        inputs = forward.graph.find_nodes(op="placeholder")
-        given = {n.name for n in inputs} - handed_on
-        made = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given]
+        kept = {places[name]: component for name, (component, _) in saved.items()}
         theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on
-        lent = [n for n in made if is_tangent(n) or n.name in theirs]
-        there = walk(first, [n for n in inputs if n.name in handed_on], outputs(forward.graph), self.machine)
-        back = walk(second, made, outputs(backward.graph), self.machine, lent)
-        return Part(components, there, back), (forward, backward)
+        lent = {n.name for n in backward.graph.find_nodes(op="placeholder") if is_tangent(n) or n.name in theirs}
+        sized = Sized.of((forward, backward))
+        halves = Halves((forward, backward), kept, handed_on, lent, self.machine, sized)
+        return replace(halves, part=halves.reckoned(compat.hint_for(compat.V.fake_mode)))
 
     def _lowered(self, *graphs: GraphModule) -> None:
         """What Inductor does with products and sums on the device, and with what can be computed in place."""
         patterns_on_it = {"post_grad_custom_post_pass": Home(self.retarget)}
-        with compat.inductor_config.patch(patterns_on_it), self.retarget.there(*(gm.graph for gm in graphs)):
-            for gm in graphs:
+        for gm in graphs:  # one by one: what one hands the other would be home too early
+            with compat.inductor_config.patch(patterns_on_it), self.retarget.there(gm.graph):
                 compat.post_grad_passes(gm, is_inference=False)
 
     def uuid(self) -> Any:

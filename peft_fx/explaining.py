@@ -23,7 +23,7 @@ from peft_fx.compiling import (
     records_of,
     roles_of,
 )
-from peft_fx.components import partitioned
+from peft_fx.components import by_component, partitioned
 from peft_fx.gradients import gradient_errors
 from peft_fx.listing import Lines, listings
 from peft_fx.options import Options, parse
@@ -182,8 +182,9 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
             with compat.inductor_config.patch(joint_custom_pre_pass=None, joint_custom_post_pass=None):
                 before = compat.joint_graph_passes(before) or before
             exchange(before.graph, compat.V.fake_mode)
-            kept["before"] = partitioned(before, joint_inputs, record.roles, kwargs)[2]
-        forward, backward, kept["after"] = partitioned(gm, joint_inputs, record.roles, kwargs)
+            kept["before"] = by_component(partitioned(before, joint_inputs, record.roles, kwargs)[2].values())
+        forward, backward, after = partitioned(gm, joint_inputs, record.roles, kwargs)
+        kept["after"] = by_component(after.values())
         return forward, backward
 
     def uuid(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ examples:
         every variant at one length
   python -m peft_fx estimate config.json --seq 2048:131072 --targets attention --png memory.png
         lengths from 2048 on, each twice the last, and a figure
-  python -m peft_fx estimate ~/models/llama --seq 2048:131072 --variants inductor peft_fx full --memory 80
+  python -m peft_fx estimate ~/models/llama --seq 2048:131072 --variants inductor,peft_fx,full --memory 80
         and the longest sequence that fits in 80 GB
 
 exit status: 0; 2 where something is missing or wrong
@@ -48,8 +49,8 @@ def add_command(commands: Any) -> None:
     seq = "tokens of a sequence: one number, or FIRST:LAST, each twice the one before (default: %(default)s)"
     command.add_argument("--seq", type=lengths, default="2048", metavar="T", help=seq)
     configs.add_backend_arguments(command, "whose speeds are reckoned with")
-    names = f"of {', '.join(VARIANTS)} (default: all)"
-    command.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", help=names)
+    names = f"with commas between, of {', '.join(VARIANTS)} (default: all)"
+    command.add_argument("--variants", nargs="+", type=variants, metavar="NAME,…", help=names)
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
     command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
     command.add_argument("--json", type=Path, metavar="FILE", help="the estimate as JSON")
@@ -69,19 +70,29 @@ def lengths(text: str) -> list[int]:
     return found if found[-1] == end else [*found, end]
 
 
+def variants(text: str) -> list[str]:
+    """`inductor,peft_fx` are two variants."""
+    names = [name for name in text.split(",") if name]
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(VARIANTS)}, not {unknown[0] if unknown else text!r}")
+    return names
+
+
 def run(args: argparse.Namespace) -> int:
     """Estimates and writes what was asked for; returns the exit status."""
     options = configs.options_of(args)
+    names = list(dict.fromkeys(itertools.chain.from_iterable(args.variants or ()))) or None
     for path in filter(None, (args.json, args.png)):
         check_writable(path)
     if args.png:
         require("A figure", "matplotlib", extra="bench")
     silence_others()
-    traces = len(args.seq) * len(by_preparation(args.variants or VARIANTS))
+    traces = len(args.seq) * len(by_preparation(names or VARIANTS))  # at most
     with progress(f"{args.config}, rank {args.rank}", steps=traces + 1) as say:
         say("building the model without its weights")
         model = without_mask(configs.model_of(args))
-        chosen = {"options": options, "device": args.device, "variants": args.variants, "optimizer": args.optimizer}
+        chosen = {"options": options, "device": args.device, "variants": names, "optimizer": args.optimizer}
         batch = configs.batch_of(model, args.seq[0], args.batch)
         try:
             whole = peft_fx.estimate(model, **chosen, seq_lens=args.seq, progress=say, **batch)

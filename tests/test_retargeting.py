@@ -350,3 +350,19 @@ def test_nothing_is_timed_on_a_device() -> None:
     options = {"joint_custom_pre_pass": Look(), "shape_padding": True}
     peft_fx.explain(PlusOne(), *x(2, 17, K)(), options=options)
     assert seen == [False]
+
+
+def test_what_forward_hands_backward_is_on_the_gpu_in_both() -> None:
+    """A tied weight's gradient is a sum with a product of what was kept: Inductor makes one call of the two."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(16, K)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (self.embedding(ids).sin() @ self.embedding.weight.t()).square().sum()
+
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    (row,) = peft_fx.estimate(Tied(), ids, machine="h100", variants=["full"]).rows
+    assert row.kept_bytes > 0
