@@ -445,8 +445,8 @@ def test_what_limits_a_process_is_another_machine(monkeypatch: pytest.MonkeyPatc
         elif switch == "medium":
             limited.setattr(torch, "get_float32_matmul_precision", lambda: switch)
         else:
-            limited.setenv(switch, "AVX2")
-            assert f"{switch}=AVX2" in machines.described(CPU)
+            limited.setenv(switch, "SSE41")  # whatever it is now
+            assert f"{switch}=SSE41" in machines.described(CPU)
         assert machines.found(CPU) == B
     assert machines.found(CPU) == A
 
