@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.cut import ENDLESS, Network
+from peft_fx.passes.flow import leading_to
 from peft_fx.passes.halves import Sides, Taken, taken
 from peft_fx.passes.liveness import (
     ATTENTION,
@@ -41,7 +42,7 @@ from peft_fx.passes.liveness import (
     seconds_of,
 )
 from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import argument, is_random, value
+from peft_fx.passes.nodes import argument, is_mutable, is_random, value
 from peft_fx.passes.rewrite import REBUILD, SAVE
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
@@ -193,14 +194,8 @@ class Choices:
 
     def _upstream(self) -> list[Node]:
         """Forward's values that backward reads, and what those are computed from, in the graph's order."""
-        found: set[Node] = set()
-        todo = list(self.sides.reads)
-        while todo:
-            node = todo.pop()
-            if node not in found and node.op == "call_function":
-                found.add(node)
-                todo += node.all_input_nodes
-        return [n for n in self.graph.nodes if n in found]
+        found = leading_to(self.sides.reads)
+        return [n for n in self.graph.nodes if n in found and n.op == "call_function"]
 
     def _bytes(self, node: Node) -> float:
         """Of a value that can be kept; infinite for others."""
@@ -271,8 +266,8 @@ def is_saved(node: Node) -> bool:
 
 def is_repeatable(node: Node) -> bool:
     """Whether an op gives the same once more, and does nothing else."""
-    schema, target = getattr(node.target, "_schema", None), node.target
-    if schema is None or schema.is_mutable or is_saved(node):
+    target = node.target
+    if getattr(target, "_schema", None) is None or is_mutable(node) or is_saved(node):
         return False
     if is_random(node):
         return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0

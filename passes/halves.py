@@ -17,6 +17,7 @@ from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import is_tangent, leading_to, reachable, returned
 from peft_fx.passes.liveness import Fused, Known, Part, walk
 from peft_fx.passes.machine import Machine
+from peft_fx.passes.nodes import is_mutable
 from peft_fx.passes.snapshots import IN_BACKWARD
 
 
@@ -37,7 +38,7 @@ class Sides:
         given = list(gradients.values())[::-1]
         backward = reachable(graph, lambda n: is_tangent(n) or n.meta.get("partitioner_tag") == IN_BACKWARD)
         backward.discard(graph.output_node())
-        writes = [n for n in graph.nodes if _is_write(n) and n not in backward]
+        writes = [n for n in graph.nodes if is_mutable(n) and n not in backward]
         forward = leading_to([*(n for n in results if isinstance(n, Node)), *writes]) - backward
         read = {i for n in backward for i in n.all_input_nodes} | {n for n in given if isinstance(n, Node)}
         return cls(frozenset(forward), frozenset(backward), tuple(results), tuple(given), frozenset(read - backward))
@@ -52,11 +53,6 @@ class Sides:
                 found.add(node)
                 todo += [n for n in node.all_input_nodes if n not in kept]
         return found
-
-
-def _is_write(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, returned
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
 from peft_fx.passes.rewrite import REBUILD
-from peft_fx.passes.transfer import Product, addends
+from peft_fx.passes.transfer import Product, products_in
 
 PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
 SMALL = 8  # a value of this fraction of another's size is no second tensor to keep
@@ -231,8 +231,7 @@ def of_inputs_changed(graph: Graph) -> set[Node]:
 
 def products(node: Node) -> list[Product]:
     """The products in a node; rows that are picked of a table are not multiplied."""
-    found = [part.operand for part in addends(node) or []]
-    return [p for p in found if isinstance(p, Product) and not p.gathered]
+    return [product for product in products_in(node) if not product.gathered]
 
 
 def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:

@@ -169,9 +169,8 @@ class Fused:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
             return True
-        wider = any(
-            self._numel(user) > self._numel(node) for user in self.part.users[node]
-        )  # it would be computed for each
+        # it would be computed for each
+        wider = any(self._numel(user) > self._numel(node) for user in self.part.users[node])
         return (len(readers) > 1 or wider) and (heavy or len(self.reads[node]) > READS)
 
     def _numel(self, node: Node) -> int:

@@ -97,6 +97,12 @@ def numel(sizes: Sequence[Size]) -> Size:
     return math.prod(sizes)
 
 
+def is_mutable(node: Node) -> bool:
+    """Whether an op writes to what it is given."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
 def is_random(node: Node) -> bool:
     tags = getattr(node.target, "tags", ())
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded in tags

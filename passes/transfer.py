@@ -240,6 +240,11 @@ RULES: dict[Any, Rule] = {
 }
 
 
+def products_in(node: Node) -> list[Product]:
+    """The addends of a node that are products, rows picked of a table among them."""
+    return [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
+
+
 def addends(node: Node) -> list[Addend] | None:
     rule = RULES.get(node.target) if node.op == "call_function" else None
     return rule(node) if rule and isinstance(value(node), torch.Tensor) else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.nodes import expr, is_random, value
+from peft_fx.passes.nodes import expr, is_mutable, is_random, value
 from peft_fx.passes.rewrite import fake
 from peft_fx.passes.snapshots import stale_reads
 
@@ -112,7 +112,4 @@ def _signature(arg: Any) -> Any:
 
 
 def _has_effect(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    schema = getattr(node.target, "_schema", None)
-    return is_random(node) or bool(schema is not None and schema.is_mutable)
+    return is_random(node) or is_mutable(node)

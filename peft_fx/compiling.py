@@ -94,17 +94,21 @@ class Record:
         forgotten = self.ran and self.resets < _resets
         return not self.lowered or forgotten or self.compiled() is not None
 
+    @property
+    def place(self) -> torch.device:
+        """The device that the graph is on, or is told of as on."""
+        found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+        return self.device or found
+
     @functools.cached_property
     def settings(self) -> pipeline.Settings:
         """What the options come to on the device of the graph."""
-        found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
-        return self.options.settings(self.device or found)
+        return self.options.settings(self.place)
 
     @functools.cached_property
     def budget(self) -> budgeting.Asked | None:
         """The memory budget on the device of the graph."""
-        found = next((t.device for t in self.inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
-        return self.options.budget(self.device or found)
+        return self.options.budget(self.place)
 
     @functools.cached_property
     def subgraphs(self) -> list[Subgraph]:

@@ -9,9 +9,9 @@ from torch.fx import Node
 from peft_fx.passes.affine import Rows, is_scaled_by_a_root
 from peft_fx.passes.algebra import Matrix
 from peft_fx.passes.nodes import aten, tensor_arg
-from peft_fx.passes.refusals.ways import is_beside, products, reached
+from peft_fx.passes.refusals.ways import is_beside, reached
 from peft_fx.passes.sites import Analysis, Refusal
-from peft_fx.passes.transfer import addends
+from peft_fx.passes.transfer import addends, products_in
 
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
 AFTER = {
@@ -66,10 +66,10 @@ def _matrix_before(analysis: Analysis, x: Node, kernel: Node) -> Node | None:
     flow = analysis.flow
 
     def read(n: Node) -> Iterable[Node]:
-        return (i for i in n.all_input_nodes if not flow.is_weight(i) and not products(n))
+        return (i for i in n.all_input_nodes if not flow.is_weight(i) and not products_in(n))
 
     for node in reached(x, read):
-        for product in products(node):
+        for product in products_in(node):
             found = next((n for n in (product.left, product.right) if flow.is_weight(n)), None)
             if found is not None and is_beside(analysis, found, kernel):
                 return found

@@ -12,8 +12,9 @@ from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
 from peft_fx.passes.flow import common_path, shared_path
 from peft_fx.passes.nodes import numel, shape
-from peft_fx.passes.refusals.ways import is_matrix, layers_of, narrow_operand, products, reached, sources, through
+from peft_fx.passes.refusals.ways import is_matrix, layers_of, narrow_operand, reached, sources, through
 from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.transfer import products_in
 
 
 def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
@@ -21,7 +22,7 @@ def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[
     they are added to is computed where this graph does not reach."""
     flow = analysis.flow
     for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
-        for last in products(node):
+        for last in products_in(node):
             B = narrow_operand(analysis, node)
             inner = None if B is None else through(last.right if last.left is B else last.left)
             A = None if inner is None else narrow_operand(analysis, inner)
@@ -72,8 +73,8 @@ def of_changing_factors(analysis: Analysis, rows: Rows, placed: Set[Node]) -> It
     flow = analysis.flow
     for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
         B = narrow_operand(analysis, node)
-        for last in products(node) if B is not None else []:
-            for inner in products(through(last.right if last.left is B else last.left)):
+        for last in products_in(node) if B is not None else []:
+            for inner in products_in(through(last.right if last.left is B else last.left)):
                 operands = (inner.left, inner.right)
                 if any(flow.is_weight(n) for n in operands):
                     continue

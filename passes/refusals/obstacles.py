@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
 from peft_fx.passes.refusals.some_rows import DROPPED, SOME_ROWS, is_of_rows
-from peft_fx.passes.refusals.ways import NEAR, products
+from peft_fx.passes.refusals.ways import NEAR
 from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import addends
+from peft_fx.passes.transfer import addends, products_in
 
 ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
@@ -46,7 +46,7 @@ def difference(analysis: Analysis, step: Step, sources: set[object], windows: se
             return "mutation", f"the input is changed in place between its two uses ({_label(node)})"
         todo += node.all_input_nodes
     through = f", through {', '.join(_label(n) for n in met[:3])}" if met else ""
-    own = {p.window for p in products(last) if p.window is not None} - {None}
+    own = {p.window for p in products_in(last) if p.window is not None} - {None}
     if reached and not met and own and not own & windows:
         groups = max(w.groups for w in windows) if windows else 1
         if groups > max(w.groups for w in own):
@@ -71,7 +71,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
     if node.target is operator.getitem:
         return None  # one of several results: the op itself comes next
     if addends(node) is not None:
-        computed = any(not flow.is_weight(p.left) and not flow.is_weight(p.right) for p in products(node))
+        computed = any(not flow.is_weight(p.left) and not flow.is_weight(p.right) for p in products_in(node))
         return ("input_dependent", f"{label} by a matrix computed from the input") if computed else None
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         if all(flow.is_weight(n) for n in others):

@@ -11,7 +11,7 @@ from torch.fx import Node
 from peft_fx.passes.affine import is_scaled_by_a_root
 from peft_fx.passes.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
 from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, addends
+from peft_fx.passes.transfer import Product, addends, products_in
 
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
 READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
@@ -40,13 +40,9 @@ def through(node: Node) -> Node:
     return node
 
 
-def products(node: Node) -> list[Product]:
-    return [part.operand for part in addends(node) or [] if isinstance(part.operand, Product)]
-
-
 def weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
     """The products that a node is made of, each with the weight that it multiplies a value by."""
-    for product in products(node):
+    for product in products_in(node):
         operands = (product.left, product.right)
         weights = [n for n in operands if analysis.flow.is_weight(n)]
         if len(weights) == 1 and len(shape(weights[0])) > 1:
@@ -61,7 +57,7 @@ def narrow_operand(analysis: Analysis, node: Node) -> Node | None:
         same = all(analysis.flow.is_weight(n) for n in operands)  # a product of weights reads nothing
         of_a_norm = any(is_scaled_by_a_root(n) for n in operands)
         return found[0] if len(operands) == 2 and len(found) == 1 and not (same or of_a_norm) else None
-    for product in products(node):
+    for product in products_in(node):
         weights = analysis.flow.is_weight(product.left) and analysis.flow.is_weight(product.right)
         if weights or product.gathered:  # a trained table is no adapter of what its rows are added to
             continue
@@ -96,7 +92,7 @@ def trained_in(analysis: Analysis, nodes: Iterable[Node]) -> list[Node]:
 
 def sources(analysis: Analysis, node: Node) -> list[int]:
     """The numbers of the values that a product multiplies weights by."""
-    operands = (n for p in products(node) for n in (p.left, p.right))
+    operands = (n for p in products_in(node) for n in (p.left, p.right))
     return [analysis.reader.number[through(n)] for n in operands if not analysis.flow.is_weight(n)]
 
 
@@ -104,5 +100,5 @@ def layers_of(analysis: Analysis, u: int) -> list[Node]:
     """The weights that forward multiplies a value by."""
     flow = analysis.flow
     readers = (n for n in analysis.position if n in flow.forward and u in sources(analysis, n))
-    found = [w for n in readers for p in products(n) for w in (p.left, p.right)]
+    found = [w for n in readers for p in products_in(n) for w in (p.left, p.right)]
     return [w for w in found if flow.is_weight(w) and flow.parameters(w)]
