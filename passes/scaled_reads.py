@@ -30,6 +30,7 @@ from peft_fx.passes.nodes import (
     RESHAPES,
     TRANSPOSES,
     aten,
+    expr,
     is_number,
     is_tensor,
     shape,
@@ -61,8 +62,12 @@ def scale_results(
 
 
 def _is_plain(scaled: Node, u: Node) -> bool:
+    """Whether a tensor can stand for its scaled copy: of one dtype, and laid out alike, so that a view of one is a view
+    of the other (`mul` makes rows that are cut out of a longer sequence dense)."""
     dtype = value(scaled).dtype
-    return bool(dtype.is_floating_point and dtype == value(u).dtype and dtype != torch.float16)
+    if not dtype.is_floating_point or dtype != value(u).dtype or dtype == torch.float16:
+        return False
+    return [expr(n) for n in value(scaled).stride()] == [expr(n) for n in value(u).stride()]
 
 
 def _products(scaled: Node) -> list[Node]:

@@ -74,7 +74,19 @@ class AlsoRead(Lora):
         self.b = nn.Parameter(torch.randn(64))
 
 
+class CutOut(Lora):
+    """One of two sequences that are one from here on (text beside pixels): the gradient is rows of a longer one."""
+
+    def __init__(self) -> None:
+        super().__init__(scale_right)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = x.reshape(2, -1, 96)
+        return torch.cat([x[:, :2, :64], super().forward(x)], dim=1)
+
+
 LEFT = {
+    "rows of a longer sequence": lambda: rewritten(CutOut()),
     "few tokens": lambda: rewritten(Lora(scale_right), T=34),
     "a GPU launches two kernels in the time": lambda: rewritten(Lora(scale_right), machine="h100"),
     "float16": lambda: rewritten(Lora(scale_right), torch.float16),
