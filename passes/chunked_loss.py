@@ -17,16 +17,18 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import LOSS, ChunkedLoss, Refusal, Settings
 from peft_fx.passes.flow import Flow, is_tangent, reachable
-from peft_fx.passes.identities import without_one_hot_sums
+from peft_fx.passes.identities import one_hot_sums
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
     CASTS,
@@ -42,10 +44,7 @@ from peft_fx.passes.nodes import (
     value,
 )
 from peft_fx.passes.price import rounds_twice
-from peft_fx.passes.regimes import AtLeast
-from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.rowwise import FILLS, SIZED, Rows, Treatment, Unfit, treatments
-from peft_fx.passes.sites import Refusal
 from peft_fx.passes.transients import exact_products
 
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
@@ -53,7 +52,6 @@ PART = 16  # of the logits' bytes, a chunk may have one part in so many
 PASSES = 4  # over the logits: their statistics, the loss, the gradient, which is written
 DEARER = 1 + 1 / PART  # the loop by the price, in units of what the whole costs
 WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the dtype of sums over chunks
-LOSS = "loss of "  # what the name of a refusal begins with that is about no adapter
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
 CURE = (
     "return the loss alone: peft_fx.loss_only(model), or compile a function such as "
@@ -61,72 +59,43 @@ CURE = (
 )
 
 
-@dataclass(frozen=True)
-class ChunkedLoss:
-    """A loss that is computed chunk by chunk: the weight's name, the size of its logits, the number of chunks, and the
-    bytes of logits and their gradients alive at a time, {"before": whole, "after": in the loop}."""
-
-    name: str
-    rows: int
-    vocabulary: int
-    dtype: str
-    chunks: int
-    bytes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def saved(self) -> int:
-        return self.bytes["before"] - self.bytes["after"]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"saved": self.saved}
-
-
 def is_body(graph: Graph) -> bool:
     """Whether a graph is a loop's body: Inductor passes those to its joint passes by themselves."""
     return BODY in getattr(graph.owning_module, "meta", {})
 
 
-def chunk_loss(
-    graph: Graph,
-    flow: Flow,
-    machine: Machine,
-    fake_mode: AbstractContextManager[Any],
-    hint: Callable[[Size], int],
-    at_least: AtLeast,
-    worth: float = 0.0,
-    always: bool = False,
-) -> tuple[list[ChunkedLoss], list[Refusal], list[Node]]:
-    """Puts the loss of a joint or inference graph into a loop, in place: what was done, what was refused, the nodes
-    added. `worth` is that of a GB, in seconds; where `always` is not said, few bytes saved are worth no loop."""
-    logits = _logits(graph, flow, hint)
+def chunk_loss(joint: Joint, settings: Settings) -> None:
+    """Puts the loss of a joint or inference graph into a loop. Where it is not asked for by name, few bytes saved are
+    worth no loop."""
+    logits, always = _logits(joint), settings.chunk_loss is True
     if logits is None:
-        return [], [], []
-    plan = Plan.of(logits, flow, machine, hint, worth)
+        return
+    plan = Plan.of(logits, joint.flow, settings.machine, joint.sizes.hint, settings.memory_weight)
     if plan.chunks < 2:
-        return [], [], []
-    known = without_one_hot_sums(graph, fake_mode)
-    if known:
-        flow = Flow(graph, flow.roles)
+        return
+    one_hot_sums(joint)
+    flow = joint.flow
     try:
-        loop = _found(graph, flow, logits, plan)
-        done = plan.described(loop, flow)
-        if (done.saved < LEAST and not always) or not (
-            isinstance(plan.rows, int) or at_least(plan.rows, 2 * plan.chunks)
-        ):
-            return [], [], known
+        loop = _found(joint.graph, flow, logits, plan)
     except Unfit as why:
         large = always or plan.hinted * plan.row_bytes > LEAST  # of few rows a loop would not have been worth it
-        told = large and bool(flow.backward) and _has_loss(graph, logits)  # without a loss there is nothing to cure
-        return [], [Refusal(LOSS + plan.name, why.code, why.detail)] if told else [], known
-    return [done], [], known + _Rewriter(graph, flow, fake_mode, plan, loop).rewrite()
+        if large and flow.backward and _has_loss(joint.graph, logits):  # without a loss there is nothing to cure
+            joint.found.refusals.append(Refusal(LOSS + plan.name, why.code, why.detail))
+        return
+    done = plan.described(loop, flow)
+    enough = isinstance(plan.rows, int) or joint.sizes.at_least(plan.rows, 2 * plan.chunks)
+    if (done.saved >= LEAST or always) and enough:
+        joint.found.losses.append(done)
+        _Rewriter(joint, plan, loop).rewrite()
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # how many chunks
 
 
-def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | None:
+def _logits(joint: Joint) -> Node | None:
     """The largest of forward's last products by a weight that make a row longer."""
+    graph, flow = joint.graph, joint.flow
     best, largest = None, (0, 0)
     multiplied: set[Node] = set()  # what goes into another such product is no logits
     for node in reversed(graph.nodes):
@@ -135,7 +104,7 @@ def _logits(graph: Graph, flow: Flow, hint: Callable[[Size], int]) -> Node | Non
         product = node.target in MATRIX_PRODUCTS and flow.is_weight(factors_of(node)[1])
         if product and node not in multiplied:
             k, n = shape(factors_of(node)[1])
-            size = hint(numel(shape(node)))
+            size = joint.sizes.hint(numel(shape(node)))
             if isinstance(n, int) and isinstance(k, int) and n > k and (size, k) >= largest:
                 best, largest = node, (size, k)
         if product or node in multiplied:
@@ -339,22 +308,19 @@ def _loop(nodes: list[Node], plan: Plan, scalar: Node | None) -> Loop:
 class _Rewriter:
     """Puts a loop in the place of its nodes."""
 
-    def __init__(
-        self, graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], plan: Plan, loop: Loop
-    ) -> None:
-        self.graph, self.flow, self.plan, self.loop, self.fake_mode = graph, flow, plan, loop, fake_mode
-        self.build = Builder(graph, fake_mode)
-        self.build.like = next(iter(loop.nodes))
-        self.position = {n: i for i, n in enumerate(graph.nodes)}
+    def __init__(self, joint: Joint, plan: Plan, loop: Loop) -> None:
+        self.graph, self.flow, self.edit, self.plan, self.loop = joint.graph, joint.flow, joint.edit, plan, loop
+        self.position = dict(joint.position)
         self.users = {n: min((u for u in n.users if u not in loop.nodes), key=self._at) for n in loop.outputs}
 
     def _at(self, node: Node) -> int:
-        return self.position[node]
+        return int(self.position[node])
 
-    def rewrite(self) -> list[Node]:
+    def rewrite(self) -> None:
+        first = next(iter(self.loop.nodes))
         point = min(self.users.values(), key=self._at)
         sources: list[Node] = []
-        with self.graph.inserting_before(point):
+        with self.edit.at(point, like=first):
             at_one = self._at_one(point)
             read = self._inputs()
             self._hoist([at_one.get(n, n) for n, _ in read], point)
@@ -362,15 +328,14 @@ class _Rewriter:
             sums, parts = self._chunks([(at_one.get(n, n), rows) for n, rows in read], read)
             results = {n: self._whole(n, parts[n]) for n in parts} | sums
         for node, result in results.items():
-            with self.graph.inserting_before(self.users[node]):
+            with self.edit.at(self.users[node], like=first):
                 new = self._like(node, self._scaled(node, result), sources)
-            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.loop.nodes)
+            self.edit.reroute(node, new, only=lambda user: user not in self.loop.nodes)
         inputs = {n for node in self.loop.nodes for n in node.all_input_nodes if n not in self.loop.nodes}
         for node in reversed(self.loop.nodes):
-            self.graph.erase_node(node)
+            self.edit.erase(node)
         for node in inputs:
-            erase_unused(self.graph, node)
-        return self.build.added
+            self.edit.drop(node)
 
     # -------------------------------------------------------------------------------------------------- inputs
 
@@ -402,21 +367,21 @@ class _Rewriter:
         self._hoist([a for n in way for a in n.all_input_nodes if a not in following], point)
         val = value(scalar)
         like = {"dtype": val.dtype, "device": val.device}
-        copies = {scalar: self.build.call(aten.full.default, list(val.shape), 1.0, **like)}
+        copies = {scalar: self.edit.call(aten.full.default, list(val.shape), 1.0, **like)}
         for node in way:
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
-            copies[node] = self._forward(self.build.call(node.target, *args, **kwargs))
+            copies[node] = self._forward(self.edit.call(node.target, *args, **kwargs))
         return copies
 
     def _forward(self, node: Node) -> Node:
-        node.meta.pop("recompute", None)
+        self.edit.untag(node)
         return node
 
     def _hoist(self, nodes: Iterable[Node], point: Node) -> None:
         """Moves nodes, and what they are computed from, before the point where they are read from now on."""
         late = _ancestors(self.graph, list(nodes))
         for node in [n for n in self.graph.nodes if n in late and self.position.get(n, -1) >= self._at(point)]:
-            point.prepend(node)
+            self.edit.move(node, before=point)
             self.position[node] = -1  # once is enough
 
     # ---------------------------------------------------------------------------------------------------- loop
@@ -435,7 +400,7 @@ class _Rewriter:
         for i in range(self.plan.chunks):
             start, stop, size = self._bounds(i, count)
             operands = [
-                n if rows is None else self.build.call(aten.slice.Tensor, n, rows.start, start, stop)
+                n if rows is None else self.edit.call(aten.slice.Tensor, n, rows.start, start, stop)
                 for n, (_, rows) in zip(flat, given, strict=True)
             ]
             if size not in bodies:
@@ -449,22 +414,22 @@ class _Rewriter:
     def _zeros(self, node: Node) -> Node:
         val = value(node)
         dtype = WIDE.get(val.dtype, val.dtype)
-        return self.build.call(aten.full.default, list(val.shape), 0, dtype=dtype, device=val.device)
+        return self.edit.call(aten.full.default, list(val.shape), 0, dtype=dtype, device=val.device)
 
     def _flat(self, node: Node, rows: Rows | None) -> Node:
         """A value with its rows in one dimension."""
         if rows is None or rows.stop - rows.start == 1:
             return node
-        sizes = self.build.sizes_of(node)
-        return self.build.call(aten.reshape.default, node, rows.sizes(sizes, [-1]))
+        sizes = self.edit.sizes_of(node)
+        return self.edit.call(aten.reshape.default, node, rows.sizes(sizes, [-1]))
 
     def _count(self, flat: list[Node], given: list[tuple[Node, Rows | None]]) -> tuple[Any, Any]:
         """The rows in all and in a chunk: numbers, or nodes."""
         if isinstance(self.plan.rows, int):
             return self.plan.rows, math.ceil(self.plan.rows / self.plan.chunks)
         n, rows = next((n, rows) for n, (_, rows) in zip(flat, given, strict=True) if rows is not None)
-        whole = self.build.call(aten.sym_size.int, n, rows.start)
-        return whole, self.build.call(operator.floordiv, whole, self.plan.chunks)
+        whole = self.edit.call(aten.sym_size.int, n, rows.start)
+        return whole, self.edit.call(operator.floordiv, whole, self.plan.chunks)
 
     def _bounds(self, i: int, count: tuple[Any, Any]) -> tuple[Any, Any, Any]:
         """Where chunk `i` starts and stops, and what tells its size from others'."""
@@ -473,24 +438,18 @@ class _Rewriter:
             start, stop = min(whole, i * each), min(whole, (i + 1) * each)
             return start, stop, stop - start
         last = i == self.plan.chunks - 1
-        start = self.build.call(operator.mul, each, i) if i else 0
-        return start, whole if last else self.build.call(operator.mul, each, i + 1), last
+        start = self.edit.call(operator.mul, each, i) if i else 0
+        return start, whole if last else self.edit.call(operator.mul, each, i + 1), last
 
     def _call(self, body: Node, operands: list[Node]) -> list[Node]:
-        hop = torch.ops.higher_order.invoke_subgraph
-        node = self.graph.call_function(hop, (body, body.target, *operands))
-        (output,) = body.meta["body"].graph.find_nodes(op="output")
-        with self.fake_mode:
-            vals = tuple(torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
-                         for v in map(value, output.args[0]))  # fmt: skip
-        node.meta["val"] = vals
+        node = self.edit.call_graph(body, operands)
         node.meta["partitioner_tag"] = "is_forward"
-        return [self._forward(self.build.call(operator.getitem, node, i)) for i in range(len(vals))]
+        return [self._forward(self.edit.item(node, i)) for i in range(len(value(node)))]
 
     def _whole(self, node: Node, parts: list[Node]) -> Node:
         rows = self.loop.outputs[node].rows
         assert rows is not None
-        return self._forward(self.build.call(aten.cat.default, parts, rows.start))
+        return self._forward(self.edit.call(aten.cat.default, parts, rows.start))
 
     # ---------------------------------------------------------------------------------------------------- body
 
@@ -504,7 +463,7 @@ class _Rewriter:
     ) -> Node:
         """The graph of one chunk, as an attribute of the graph's module: operands in, sums and parts of rows out."""
         graph = Graph()
-        build = Builder(graph, self.fake_mode)
+        build = Editor(graph, self.edit.fake_mode)
         inner: dict[tuple[Node, Rows | None], Node] = {}
         placeholders = []
         for i, operand in enumerate(operands):
@@ -528,24 +487,23 @@ class _Rewriter:
                     return build.call(n.target, sizes, *n.args[1:], **n.kwargs)
                 return inner[n, rows_of.get(n)]
 
-            build.like = node
-            if node.target in SIZED:
-                assert how.rows is not None
-                args = (inside(tensor_arg(node, 0)), how.rows.part(list(value(node).shape), count))
-            else:
-                args = torch.fx.map_arg(node.args, inside)
-            kwargs = torch.fx.map_arg(node.kwargs, inside)
-            target = aten.reshape.default if node.target is aten.view.default else node.target
-            if how.rows is None:
-                addends[node] = _addends(build, target, args, kwargs, self.plan.twice)
-            else:
-                made[node] = self._forward(build.call(target, *args, **kwargs))
-        build.like = None
+            with build.provenance(node):
+                if node.target in SIZED:
+                    assert how.rows is not None
+                    args = (inside(tensor_arg(node, 0)), how.rows.part(list(value(node).shape), count))
+                else:
+                    args = torch.fx.map_arg(node.args, inside)
+                kwargs = torch.fx.map_arg(node.kwargs, inside)
+                target = aten.reshape.default if node.target is aten.view.default else node.target
+                if how.rows is None:
+                    addends[node] = _addends(build, target, args, kwargs, self.plan.twice)
+                else:
+                    made[node] = self._forward(build.call(target, *args, **kwargs))
         totals = placeholders[len(read) :]
         results = []
         for n, total in zip(summed, totals, strict=True):
             for addend in addends[n]:
-                total = build.call(aten.add.Tensor, total, build.cast(addend, value(total).dtype))
+                total = build.add(total, build.cast(addend, value(total).dtype))
             results.append(total)
         for n in parted:
             rows = self.loop.outputs[n].rows
@@ -557,18 +515,11 @@ class _Rewriter:
             results.append(part)
         graph.output(tuple(results))
         graph.lint()
-        self.build.added += build.added
-        module = self.graph.owning_module
-        assert module is not None, "a graph without a module has nowhere to keep a loop's body"
         body = GraphModule({}, graph)
         body.meta[BODY] = True
-        name = f"{BODY}_{number}"
-        setattr(module, name, body)
-        node = self.graph.get_attr(name)
-        node.meta["body"] = body
-        return node
+        return self.edit.attach(body, f"{BODY}_{number}")
 
-    def _unflat(self, build: Builder, placeholder: Node, key: tuple[Node, Rows | None], count: Any) -> Node:
+    def _unflat(self, build: Editor, placeholder: Node, key: tuple[Node, Rows | None], count: Any) -> Node:
         """A chunk's rows in as many dimensions as the whole has them in."""
         node, rows = key
         if rows is None or rows.stop - rows.start == 1:
@@ -581,24 +532,24 @@ class _Rewriter:
         """A gradient, times the scalar that the loop took 1 for."""
         dtype = value(node).dtype
         if node not in self.flow.backward or self.loop.scalar is None:
-            return self.build.cast(result, dtype)
+            return self.edit.cast(result, dtype)
         wide = WIDE.get(dtype, dtype)
-        scale = self.build.cast(self.loop.scalar, wide)
-        return self.build.cast(self.build.call(aten.mul.Tensor, self.build.cast(result, wide), scale), dtype)
+        scale = self.edit.cast(self.loop.scalar, wide)
+        return self.edit.cast(self.edit.times(self.edit.cast(result, wide), scale), dtype)
 
     def _like(self, node: Node, result: Node, sources: list[Node]) -> Node:
         """A result in the sizes and strides of the node that it stands in for; a dynamic size is read off a source."""
         if shape(result) != shape(node):
             sizes = [n if isinstance(n, int) else self._size(n, sources) for n in shape(node)]
-            result = self.build.call(aten.reshape.default, result, sizes)
-        return self.build.laid_out(result, value(node).stride())
+            result = self.edit.call(aten.reshape.default, result, sizes)
+        return self.edit.laid_out(result, value(node).stride())
 
     def _size(self, size: Size, sources: list[Node]) -> Node:
         source, i = next((n, i) for n in sources for i, other in enumerate(shape(n)) if other == size)
-        return self.build.call(aten.sym_size.int, source, i)
+        return self.edit.call(aten.sym_size.int, source, i)
 
 
-def _addends(build: Builder, target: Any, args: Any, kwargs: Any, twice: bool) -> list[Node]:
+def _addends(build: Editor, target: Any, args: Any, kwargs: Any, twice: bool) -> list[Node]:
     """A chunk's sum over rows, of half precision unrounded: the sum of all chunks is rounded once."""
     wide = WIDE.get(value(args[0]).dtype)
     if wide is not None and target is aten.mm.default:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.algebra import MANTISSA, coarser, finer
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -37,9 +37,7 @@ from peft_fx.passes.nodes import (
     numel,
     shape,
     value,
-    value_numbers,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
 
 MOST = 16  # addends of a sum that is looked into
 
@@ -105,14 +103,14 @@ class Common:
 class Factoring:
     """One graph's forms, and what has been written of them."""
 
-    graph: Graph
-    flow: Flow
-    build: Builder
-    number: dict[Node, Node]
+    joint: Joint
     forms: dict[Node, Form] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)
     sums: dict[Any, Node] = field(default_factory=dict)
     scaled: dict[Any, Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.edit, self.number, self.flow = self.joint.edit, self.joint.numbers, self.joint.flow
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -184,9 +182,8 @@ class Factoring:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def factor(self) -> list[Node]:
-        """Rewrites in place; returns the nodes added."""
-        nodes = [n for n in self.graph.nodes if n.op == "call_function" and is_tensor(n)]
+    def factor(self) -> None:
+        nodes = [n for n in self.joint.graph.nodes if n.op == "call_function" and is_tensor(n)]
         roots = self._roots(nodes)
         vectors = {common.vector for common in roots.values()}
         for node in nodes:
@@ -198,7 +195,6 @@ class Factoring:
                 self._scale(node, vectors)
             elif vectors and node.target is aten.add.Tensor:
                 self._contract(node)
-        return self.build.added
 
     def _roots(self, nodes: list[Node]) -> dict[Node, Common]:
         """The largest sums in which a value is met twice and one vector can be taken out."""
@@ -250,16 +246,15 @@ class Factoring:
         return Common(vector, {n: c.slope for n, c in rest.items()}, constants)
 
     def _write(self, node: Node, common: Common) -> None:
-        self.build.like = node
-        with self.graph.inserting_before(node):
+        with self.edit.at(node):
             new = self._times(common.parts, common.vector, node)
             for constant, c in common.constants.items():
                 factors = []
                 if c.number:
                     factors.append(self._by(constant, c.number))
                 if c.slope:
-                    factors.append(self._by(self.build.call(aten.mul.Tensor, constant, common.vector), c.slope))
-                new = functools.reduce(lambda a, b: self.build.call(aten.add.Tensor, a, b), factors, new)
+                    factors.append(self._by(self.edit.times(constant, common.vector), c.slope))
+                new = functools.reduce(self.edit.add, factors, new)
             self._replace(node, new)
 
     def _scale(self, node: Node, vectors: set[Node]) -> None:
@@ -269,8 +264,7 @@ class Factoring:
             ((x, c),) = addends
             if c.vector in vectors and not c.number and c.slope != 1 and x is not node:
                 assert c.vector is not None
-                self.build.like = node
-                with self.graph.inserting_before(node):
+                with self.edit.at(node):
                     self._replace(node, self._times({x: c.slope}, c.vector, node))
 
     def _contract(self, node: Node) -> None:
@@ -289,16 +283,12 @@ class Factoring:
             total = self.sums.get(_key({self._now(n): c.number for n, c in collected.items() if n not in constants}))
             if total is None:
                 continue
-            self.build.like = node
-            with self.graph.inserting_before(node):
-                read = functools.reduce(
-                    lambda a, b: self.build.call(aten.add.Tensor, a, b),
-                    [self._by(n, number) for n, number in constants.items()],
-                    total,
-                )
-                product = self.build.call(aten.mul.Tensor, self.build.cast(self._now(dy), value(read).dtype), read)
-                summed = self.build.call(aten.sum.dim_IntList, product, *a.args[1:])
-                self._replace(node, self.build.reshape(summed, shape(node)))
+            with self.edit.at(node):
+                added = [self._by(n, number) for n, number in constants.items()]
+                read = functools.reduce(self.edit.add, added, total)
+                product = self.edit.times(self.edit.cast(self._now(dy), value(read).dtype), read)
+                summed = self.edit.call(aten.sum.dim_IntList, product, *a.args[1:])
+                self._replace(node, self.edit.reshape(summed, shape(node)))
             return
 
     def _contraction(self, node: Any) -> list[tuple[Node, Form]] | None:
@@ -325,21 +315,20 @@ class Factoring:
         key = _key(parts)
         if (key, vector) not in self.scaled:
             if key not in self.sums:
-                terms = [self._by(self.build.cast(n, dtype), number) for n, number in parts.items()]
-                self.sums[key] = functools.reduce(lambda a, b: self.build.call(aten.add.Tensor, a, b), terms)
-            self.scaled[key, vector] = self.build.call(aten.mul.Tensor, self.sums[key], vector)
+                terms = [self._by(self.edit.cast(n, dtype), number) for n, number in parts.items()]
+                self.sums[key] = functools.reduce(self.edit.add, terms)
+            self.scaled[key, vector] = self.edit.times(self.sums[key], vector)
         return self._by(self.scaled[key, vector], outside)
 
     def _by(self, node: Node, number: float) -> Node:
-        return node if number == 1 else self.build.call(aten.mul.Tensor, node, number)
+        return node if number == 1 else self.edit.times(node, number)
 
     def _now(self, node: Node) -> Node:
         return self.replaced.get(node, node)
 
     def _replace(self, node: Node, new: Node) -> None:
-        self.replaced[node] = self.build.cast(new, value(node).dtype)
-        node.replace_all_uses_with(self.replaced[node])
-        erase_unused(self.graph, node)
+        self.replaced[node] = self.edit.cast(new, value(node).dtype)
+        self.edit.replace(node, self.replaced[node])
 
 
 def _unshaped(arg: Any) -> Any:
@@ -353,6 +342,8 @@ def _key(parts: dict[Node, float]) -> Any:
     return frozenset(parts.items())
 
 
-def factored(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Takes common vectors out of sums, in place; returns the nodes added."""
-    return Factoring(graph, flow, Builder(graph, fake_mode), value_numbers(graph)).factor()
+def common_vector(joint: Joint, settings: Settings) -> None:
+    """Takes common vectors out of sums."""
+    before = joint.edit.changes
+    Factoring(joint).factor()
+    joint.found.factored = joint.edit.changes != before

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.affine import SPLITS, columns, is_constant, put_at
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -31,53 +32,44 @@ from peft_fx.passes.nodes import (
     tensor_arg,
     value,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
 
 
-def without_identities(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces `I·M` and `M·I` by M, in place; returns the nodes added."""
-    build = Builder(graph, fake_mode)
-    for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
+def identities(joint: Joint, settings: Settings) -> None:
+    """Replaces `I·M` and `M·I` by M."""
+    for node in list(joint.graph.find_nodes(op="call_function", target=aten.mm.default)):
         a, b = tensor_arg(node, 0), tensor_arg(node, 1)
         other = b if is_identity(a) else a if is_identity(b) else None
         if other is not None:
-            build.like = node
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(build.cast(other, value(node).dtype))
-            erase_unused(graph, node)
-    return build.added
+            with joint.edit.at(node):
+                joint.edit.replace(node, joint.edit.cast(other, value(node).dtype))
 
 
-def without_one_hot_sums(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces `Σ_v c·[v = label]·g`, a number g for each row, by `c·g`, in place; returns the nodes added.
+def one_hot_sums(joint: Joint) -> None:
+    """Replaces `Σ_v c·[v = label]·g`, a number g for each row, by `c·g`.
 
     The gradient of a log-softmax sums up that of its result, which has one number in each row of the vocabulary.
     """
-    build = Builder(graph, fake_mode)
-    for node in list(graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
+    for node in list(joint.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
         product = tensor_arg(node, 0)
         if product.target is not aten.mul.Tensor or not all(map(is_tensor, product.args)):
             continue
         for one_hot, g in (product.args, product.args[::-1]):
             c = _of_one_hot(one_hot, node.args[1])
             if c is not None and shape(g) == shape(node) and value(g).dtype == value(node).dtype:
-                build.like = node
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(build.call(aten.mul.Tensor, g, c))
-                erase_unused(graph, node)
+                with joint.edit.at(node):
+                    joint.edit.replace(node, joint.edit.times(g, c))
                 break
-    return build.added
 
 
-def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces what is put together from all columns of one value by that value, in place; returns the nodes added.
+def columns_together(joint: Joint, settings: Settings) -> None:
+    """Replaces what is put together from all columns of one value by that value.
 
     Backward of `y[:, :n] += d` takes dy apart, into one value with zeros there and one with zeros elsewhere, and adds
     them up again.
     """
+    graph, edit = joint.graph, joint.edit
     if not graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
-        return []
-    build = Builder(graph, fake_mode)
+        return
     pieces: dict[Node, Pieces] = {}
     first: dict[tuple[Pieces, Any], Node] = {}
     for node in list(graph.nodes):
@@ -91,15 +83,12 @@ def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> lis
         same = next((first[key] for key in alike if first[key] is not node), node)
         sizes = [n if isinstance(n, int) else -1 for n in shape(node)]
         if same is not node and node.target in PUT_TOGETHER and (shape(same) == shape(node) or sizes.count(-1) < 2):
-            build.like = node
-            with graph.inserting_before(node):
-                same = same if shape(same) == shape(node) else build.reshape(same, sizes)
+            with edit.at(node):
+                same = same if shape(same) == shape(node) else edit.reshape(same, sizes)
                 if _is_returned(node) or not _is_contiguous(same):
-                    same = build.laid_out(same, value(node).stride())
-            node.replace_all_uses_with(same)
+                    same = edit.laid_out(same, value(node).stride())
+            edit.replace(node, same)
             pieces.setdefault(same, pieces[node])
-            erase_unused(graph, node)
-    return build.added
 
 
 def _is_returned(node: Node) -> bool:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes import price
 from peft_fx.passes.adapters import are_small
 from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
 from peft_fx.passes.algebra import MANTISSA, Matrix, Size, coarser
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -41,9 +43,8 @@ from peft_fx.passes.nodes import (
     value,
 )
 from peft_fx.passes.replay import Replay
-from peft_fx.passes.rewrite import Builder, erase_unused
 from peft_fx.passes.rounding import rounded
-from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.sites import Analysis
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Region:
         return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
 
 
-def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region], list[Refusal]]:
+def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
     """The regions that no group of terms accounts for, the largest ones, in graph order; and those refused."""
+    graph, rows, analysis = joint.graph, joint.maps, joint.sums
     every: list[Region] = []
     covered: set[Node] = set()
     for node in reversed(graph.nodes):
@@ -346,57 +348,45 @@ def _precision(region: Region, rows: Rows) -> torch.dtype:
 # -------------------------------------------------------------------------------------------------------------- rewrite
 
 
-def rewrite(
-    graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: AbstractContextManager[Any], rounding: str
-) -> list[Node]:
-    """Makes each region one product `u·W' + b'`; returns the nodes added."""
-    build = Builder(graph, fake_mode)
-    position = {n: i for i, n in enumerate(graph.nodes)}
+def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
+    """Makes each region one product `u·W' + b'`."""
+    edit, rows, position = joint.edit, joint.maps, joint.position
     for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
         last = max(region.ends, key=position.__getitem__)
-        with graph.inserting_before(last):
-            new = _product(build, rows, region, last, rounding)
+        with edit.at(last, like=region.base):
+            new = _product(edit, rows, region, last, rounding)
         for end in region.ends:
             if end is not last:
-                _drop(build, end)
-        last.replace_all_uses_with(new)
-        erase_unused(graph, last)
-    return build.added
+                _drop(edit, end)
+        edit.replace(last, new)
 
 
-def _product(build: Builder, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
-    build.like, build.rebuild = region.base, True
+def _product(edit: Editor, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
     K, N = region.features
     dtype = value(region.base).dtype
-    wide = price.merge_dtype(dtype)
-    replay = Replay(build, rows.from_source(region.ends, region.source), region.source, K, wide)
-    parts = [replay.matrix(end) for end in region.ends]
-    merged = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), [m for m, _ in parts])
-    constants = [c for _, c in parts if c is not None]
-    merged = rounded(build, merged, dtype, rounding, transposed=region.backward)
-    bias = None
-    if constants:
-        total = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), constants)
-        bias = build.reshape(build.cast(total, dtype), [N])
-    build.rebuild = False
-    u = build.reshape(build.cast(region.source, dtype), [-1, K])
-    y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
-    y = build.reshape(y, _sizes(build, last, region.source))
-    return build.laid_out(build.cast(y, value(last).dtype), value(last).stride())
+    with edit.provenance(region.base, rebuilt=True):
+        replay = Replay(edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype))
+        parts = [replay.matrix(end) for end in region.ends]
+        merged = functools.reduce(edit.add, [m for m, _ in parts])
+        constants = [c for _, c in parts if c is not None]
+        merged = rounded(edit, merged, dtype, rounding, transposed=region.backward)
+        bias = edit.reshape(edit.cast(functools.reduce(edit.add, constants), dtype), [N]) if constants else None
+    u = edit.reshape(edit.cast(region.source, dtype), [-1, K])
+    y = edit.call(aten.mm.default, u, merged) if bias is None else edit.call(aten.addmm.default, bias, u, merged)
+    y = edit.reshape(y, _sizes(edit, last, region.source))
+    return edit.laid_out(edit.cast(y, value(last).dtype), value(last).stride())
 
 
-def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:
+def _sizes(edit: Editor, node: Node, source: Node) -> list[Any]:
     """A node's sizes as arguments, the dynamic ones read from the source."""
-    known = dict(zip(shape(source), build.sizes_of(source), strict=True))
+    known = dict(zip(shape(source), edit.sizes_of(source), strict=True))
     return [n if isinstance(n, int) else known.get(expr(n), -1) for n in value(node).shape]
 
 
-def _drop(build: Builder, end: Node) -> None:
+def _drop(edit: Editor, end: Node) -> None:
     """Takes an addend out of its sum."""
     (total,) = (u for u in end.users if u.target is aten.add.Tensor and end in u.args[:2])
     other = next(a for a in total.args[:2] if a is not end)
     assert isinstance(other, Node)
-    with build.graph.inserting_before(total):
-        build.like = total
-        total.replace_all_uses_with(build.cast(other, value(total).dtype))
-    erase_unused(build.graph, total)
+    with edit.at(total):
+        edit.replace(total, edit.cast(other, value(total).dtype))

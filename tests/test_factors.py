@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from peft_fx import compiling
 from peft_fx.passes import factors
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.findings import Settings
 from peft_fx.passes.nodes import PRODUCTS, aten
-from peft_fx.tracing import copy_graph
 from tests import joint
 from tests.spellings import K, N, frozen, trained
 
@@ -100,10 +98,11 @@ def captured(spell: Spell, after: Callable[[Tensor], Tensor] = lambda y: y) -> j
 
 def only_factored(case: joint.Joint) -> tuple[Graph, list[Node]]:
     """A copy of the graph after this pass alone, and the nodes that it added."""
-    graph = copy_graph(case.graph)
-    added = factors.factored(graph, Flow(graph, compiling.roles_in(graph, case.roles)), case.fake_mode)
-    graph.lint()
-    return graph, [n for n in added if not n._erased]
+    opened = case.opened()
+    before = set(opened.graph.nodes)
+    factors.common_vector(opened, Settings())
+    opened.graph.lint()
+    return opened.graph, [n for n in opened.graph.nodes if n not in before]
 
 
 @pytest.mark.parametrize("spell", TAKEN_OUT)

@@ -19,6 +19,7 @@ from peft_fx.passes import (
     affine,
     algebra,
     chunked_loss,
+    editor,
     moments,
     parts,
     refusals,
@@ -131,7 +132,7 @@ def permute_taken_for_a_reshape() -> Any:
 @mutant
 def factors_in_the_wrong_order() -> Any:
     real = rewrite.Rewriter._multiply
-    return patch.object(rewrite.Rewriter, "_multiply", lambda self, fs: self.build.flip(real(self, fs)))
+    return patch.object(rewrite.Rewriter, "_multiply", lambda self, fs: self.edit.flip(real(self, fs)))
 
 
 @mutant
@@ -209,7 +210,7 @@ def other_addend_lost() -> Any:
     real = rewrite.Rewriter._without
 
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
-        return self.build.call(aten.mul.Tensor, real(self, node, i, copies), 0)
+        return self.edit.call(aten.mul.Tensor, real(self, node, i, copies), 0)
 
     return patch.object(rewrite.Rewriter, "_without", without)
 
@@ -217,7 +218,7 @@ def other_addend_lost() -> Any:
 @mutant
 def adapter_kept_beside_the_merged_weight() -> Any:
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
-        return self.build.call(node.target, *(copies.get(a, a) for a in node.args), **node.kwargs)
+        return self.edit.call(node.target, *(copies.get(a, a) for a in node.args), **node.kwargs)
 
     return patch.object(rewrite.Rewriter, "_without", without)
 
@@ -350,7 +351,7 @@ def constant_of_a_product_left_unmultiplied() -> Any:
         (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
         if before is None or numel(shape(before)) != numel(shape(found.constant)):
             return found
-        return replace(found, constant=self.build.call(aten.reshape.default, before, shape(found.constant)))
+        return replace(found, constant=self.edit.call(aten.reshape.default, before, shape(found.constant)))
 
     return _product(change)
 
@@ -368,7 +369,7 @@ def diagonal_on_the_wrong_side() -> Any:
         rows = found.rows
         if rows.target is not aten.mul.Tensor or len(set(shape(rows))) > 1:  # type: ignore
             return found
-        return replace(found, rows=self.build.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
+        return replace(found, rows=self.edit.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
 
     return _product(change)
 
@@ -382,7 +383,7 @@ def vector_before_the_product_ignored() -> Any:
 @affine_mutant
 def difference_taken_for_a_sum() -> Any:
     sub, add = aten.sub.Tensor, aten.add.Tensor
-    return _again(sub, lambda self, node, operands, count: self.build.call(add, *(operands[n] for n in node.args)))
+    return _again(sub, lambda self, node, operands, count: self.edit.call(add, *(operands[n] for n in node.args)))
 
 
 @affine_mutant
@@ -410,7 +411,7 @@ def negation_of_features_ignored() -> Any:
 def order_of_dimensions_ignored() -> Any:
     def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         sizes = self._sizes(self.rows.of[node].dims, count)
-        return self.build.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
+        return self.edit.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
 
     return _again(aten.permute.default, change)
 
@@ -424,7 +425,7 @@ def order_of_features_ignored() -> Any:
 def joined_in_the_wrong_order() -> Any:
     def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
-        return self.build.call(node.target, parts, *node.args[1:])
+        return self.edit.call(node.target, parts, *node.args[1:])
 
     return _again(aten.cat.default, change)
 
@@ -461,7 +462,7 @@ def addend_kept_beside_the_merged_product() -> Any:
 
 @affine_mutant
 def strides_not_kept() -> Any:
-    return patch.object(rewrite.Builder, "laid_out", lambda build, node, strides: node)
+    return patch.object(editor.Editor, "laid_out", lambda build, node, strides: node)
 
 
 @affine_mutant
@@ -693,14 +694,14 @@ def a_bit_left_to_the_cast() -> Any:
 
 @dither_mutant
 def every_number_taken_for_normal() -> Any:
-    real = rewrite.Builder.call
+    real = editor.Editor.call
 
     def call(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         if target is aten.where.self and args[1].target is aten.view.dtype:
             return args[1]
         return real(self, target, *args, **kwargs)
 
-    return patch.object(rewrite.Builder, "call", call)
+    return patch.object(editor.Editor, "call", call)
 
 
 @dither_mutant
@@ -775,7 +776,7 @@ def moment_mutant(make: Mutation) -> Mutation:
 @moment_mutant
 def moment_of_the_other_side() -> Any:
     real = moments._Gradient._over_tokens
-    return patch.object(moments._Gradient, "_over_tokens", lambda self, u, dy: self.build.flip(real(self, u, dy)))
+    return patch.object(moments._Gradient, "_over_tokens", lambda self, u, dy: self.edit.flip(real(self, u, dy)))
 
 
 @moment_mutant
@@ -783,8 +784,8 @@ def way_from_the_moment_not_gone() -> Any:
     def on(self: Any, rows: Node, count: int) -> Node:
         left = self.found.node.args[0] is self.found.other
         sizes = shape(self.found.other)
-        return self.build.call(
-            aten.slice.Tensor, self.build.flip(rows) if left else rows, 0 if left else 1, 0, sizes[0 if left else 1]
+        return self.edit.call(
+            aten.slice.Tensor, self.edit.flip(rows) if left else rows, 0 if left else 1, 0, sizes[0 if left else 1]
         )
 
     return patch.object(moments._Gradient, "_on", on)
@@ -863,7 +864,7 @@ def _treated(op: Any, change: Callable[[Node, Any], Any]) -> Any:
 @loss_mutant
 def tangent_forgotten() -> Any:
     return patch.object(
-        chunked_loss._Rewriter, "_scaled", lambda self, node, result: self.build.cast(result, node.meta["val"].dtype)
+        chunked_loss._Rewriter, "_scaled", lambda self, node, result: self.edit.cast(result, node.meta["val"].dtype)
     )
 
 

@@ -11,6 +11,7 @@ from torch.fx import Node
 from peft_fx.passes.adapters import are_low_rank, stands_beside
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.nodes import (
     CASTS,
     LAYOUTS,
@@ -30,12 +31,11 @@ from peft_fx.passes.refusals.ways import (
     is_matrix,
     narrow_operand,
     reached,
-    through,
     values_read,
     weighted,
 )
-from peft_fx.passes.sites import Analysis, Refusal
-from peft_fx.passes.transfer import Product
+from peft_fx.passes.sites import Analysis
+from peft_fx.passes.transfer import Product, through
 
 REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
 TAKING = {  # some rows of a value
