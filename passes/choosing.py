@@ -86,8 +86,19 @@ def parameters_of(found: Sequence[Group | Region], flow: Flow) -> dict[Node, str
     """The parameters of adapters, frozen ones too, and what is trained below their modules, with the adapter's name."""
     own = {p: one.site_name(flow) for one in found for node in one.adapter_nodes for p in flow.parameters(node)}
     trained = {p: role.name for p, role in flow.roles.items() if role.trainable and p not in own}
-    below = {p: site for p, name in trained.items() for site in own.values() if name.startswith(f"{site}.")}
-    return below | own
+    last = {site: i for i, site in enumerate(own.values())}
+    around = {p: [site for site in _modules_around(name) if site in last] for p, name in trained.items()}
+    return {p: max(sites, key=last.__getitem__) for p, sites in around.items() if sites} | own
+
+
+def _modules_around(name: str) -> list[str]:
+    """The modules that a parameter lies in.
+
+    >>> _modules_around("layers.0.weight")
+    ['layers', 'layers.0']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def parameters_of_refused(refused: Sequence[Refusal], roles: Roles) -> dict[Node, str]:
@@ -239,7 +250,8 @@ def joined(sites: list[Site]) -> list[Site]:
     """Where the forward is a region and the input gradient a sum of terms, they are one site."""
     found: list[Site] = []
     for site in sites:
-        i = next((i for i, s in enumerate(found) if _is_half_of(site, s)), None)
+        half = site.forward == NONE
+        i = next((i for i, s in enumerate(found) if _is_half_of(site, s)), None) if half else None
         if i is None:
             found.append(site)
             continue

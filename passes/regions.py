@@ -313,7 +313,7 @@ def _weight_sizes(product: Node, rows: Rows) -> list[int]:
 
 def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
     """Whether a group of terms accounts for every use of a trained parameter in a region."""
-    group = next((g for g in analysis.groups if g.base.path[-1][0] is region.base), None)
+    group = analysis.group_of.get(region.base)
     uses = sum(bool(rows.brought(n)[0]) for n in region.nodes)
     return group is not None and uses <= sum(analysis.flow.is_trained(f.name) for f in group.adapter_factors)
 

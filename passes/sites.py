@@ -186,6 +186,11 @@ class Analysis:
         return [self.reader.number[through(n)] for n in operands if not self.flow.is_weight(n)]
 
     @functools.cached_property
+    def group_of(self) -> Mapping[Node, Group]:
+        """The first group with a base product."""
+        return {g.product_node: g for g in reversed(self.groups)}
+
+    @functools.cached_property
     def weights_of(self) -> Mapping[Node, list[Node]]:
         """By the first equal of a value, the weights that forward multiplies it by."""
         found: dict[Node, list[Node]] = defaultdict(list)
