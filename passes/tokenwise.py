@@ -25,6 +25,7 @@ from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Settings
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.joint import Joint
+from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
     CASTS,
@@ -39,7 +40,6 @@ from peft_fx.passes.nodes import (
     tensor_arg,
     value,
 )
-from peft_fx.passes.rowwise import SIZED, Rows, Treatment, Unfit, treatments
 
 LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
 MOST = 8  # chunks
@@ -162,7 +162,7 @@ class _Region:
     """What is done by chunks: nodes in the graph's order with what they make of tokens, those among them that are read
     outside; the node that the chunks are put behind, and what follows from these before it."""
 
-    nodes: dict[Node, Treatment]
+    nodes: dict[Node, RowEffect]
     outputs: list[Node]
     place: Node
     following: list[Node]
@@ -199,7 +199,7 @@ class _Region:
         return cls(treated, outputs, place, late, tokens, group.chunks)
 
 
-def _others(group: _Group, inside: dict[Node, Treatment]) -> Iterator[Node]:
+def _others(group: _Group, inside: dict[Node, RowEffect]) -> Iterator[Node]:
     """The layers' own products that read the same gradients. Behind them a gradient is in memory, and a chunk's copy is
     made of that: before, Inductor makes every chunk's in the kernel that makes the gradient, and keeps them all."""
     for source in {_source(way[0]) for r in group.members for way in r.ways if r.node in group.backward}:
@@ -260,9 +260,9 @@ def _read_sources(edit: Editor, region: _Region) -> None:
             edit.erase(back)
 
 
-def _flat(edit: Editor, region: _Region) -> dict[tuple[Node, Rows], Node]:
+def _flat(edit: Editor, region: _Region) -> dict[tuple[Node, RowDims], Node]:
     """What the region reads of tokens, these in one dimension."""
-    found: dict[tuple[Node, Rows], Node] = {}
+    found: dict[tuple[Node, RowDims], Node] = {}
     for node, how in region.nodes.items():
         for i, rows in how.operands.items():
             n = tensor_arg(node, i)
@@ -275,7 +275,7 @@ def _flat(edit: Editor, region: _Region) -> dict[tuple[Node, Rows], Node]:
 def _chunk(
     edit: Editor,
     region: _Region,
-    flat: dict[tuple[Node, Rows], Node],
+    flat: dict[tuple[Node, RowDims], Node],
     bounds: tuple[int, int],
     results: dict[Node, list[Node]],
 ) -> None:
@@ -284,7 +284,7 @@ def _chunk(
     start, stop = bounds
     made: dict[Any, Node] = {}
 
-    def done(node: Node, how: Treatment) -> Node:
+    def done(node: Node, how: RowEffect) -> Node:
         args: list[Any] = list(node.args)
         for i, arg in enumerate(args):
             if isinstance(arg, Node) and arg in region.nodes:

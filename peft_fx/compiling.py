@@ -28,10 +28,10 @@ from peft_fx import budgeting, compat
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
-from peft_fx.passes.chunked_loss import is_body
 from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Outcome, Settings
 from peft_fx.passes.flow import Role, is_tangent
+from peft_fx.passes.loss.body import is_body
 from peft_fx.passes.nodes import prims
 from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads

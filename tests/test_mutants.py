@@ -18,7 +18,6 @@ from torch.fx import Node
 from peft_fx.passes import (
     affine,
     algebra,
-    chunked_loss,
     editor,
     moments,
     parts,
@@ -27,11 +26,11 @@ from peft_fx.passes import (
     replay,
     rewrite,
     rounding,
-    rowwise,
     sites,
     transfer,
 )
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
+from peft_fx.passes.loss import chunking, loop, row_rules
 from peft_fx.passes.nodes import aten, is_rounded, numel, shape
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
@@ -829,8 +828,8 @@ def loss_holds() -> bool:
     """Loss and gradients those of the whole graph, at a tangent that is not 1, in three chunks of unequal sizes."""
     case = loss_captured()
     with (
-        patch.object(chunked_loss, "LEAST", -(1 << 40)),
-        patch.object(chunked_loss, "chunks", lambda *sizes: 5),
+        patch.object(chunking, "LEAST", -(1 << 40)),
+        patch.object(chunking, "chunks", lambda *sizes: 5),
     ):
         try:
             graph, outcome = case.rewritten()
@@ -857,60 +856,60 @@ def loss_mutant(make: Mutation) -> Mutation:
 
 def _treated(op: Any, change: Callable[[Node, Any], Any]) -> Any:
     """The rule of one op, with its answer changed."""
-    real = rowwise.RULES[op]
-    return patch.dict(rowwise.RULES, {op: lambda node, row: change(node, real(node, row))})
+    real = row_rules.ROWS[op]
+    return patch.dict(row_rules.ROWS, {op: lambda node, row: change(node, real(node, row))})
 
 
 @loss_mutant
 def tangent_forgotten() -> Any:
     return patch.object(
-        chunked_loss._Rewriter, "_scaled", lambda self, node, result: self.edit.cast(result, node.meta["val"].dtype)
+        loop.Rewriter, "_scaled", lambda self, node, result: self.edit.cast(result, node.meta["val"].dtype)
     )
 
 
 @loss_mutant
 def tangent_on_the_loss_too() -> Any:
-    real = chunked_loss._Rewriter._scaled
+    real = loop.Rewriter._scaled
 
     def scaled(self: Any, node: Node, result: Node) -> Node:
         with patch.object(self.flow, "backward", {*self.flow.backward, node}):
             return real(self, node, result)
 
-    return patch.object(chunked_loss._Rewriter, "_scaled", scaled)
+    return patch.object(loop.Rewriter, "_scaled", scaled)
 
 
 @loss_mutant
 def last_chunk_for_all_sums() -> Any:
-    real = chunked_loss._Rewriter._call
+    real = loop.Rewriter._call
 
     def call(self: Any, body: Node, operands: list[Node]) -> list[Node]:
         zeros = [n if n.target is not operator.getitem else self._zeros(n) for n in operands]
         return real(self, body, zeros)
 
-    return patch.object(chunked_loss._Rewriter, "_call", call)
+    return patch.object(loop.Rewriter, "_call", call)
 
 
 @loss_mutant
 def chunks_in_reverse() -> Any:
-    real = chunked_loss._Rewriter._whole
-    return patch.object(chunked_loss._Rewriter, "_whole", lambda self, node, parts: real(self, node, parts[::-1]))
+    real = loop.Rewriter._whole
+    return patch.object(loop.Rewriter, "_whole", lambda self, node, parts: real(self, node, parts[::-1]))
 
 
 @loss_mutant
 def first_rows_for_all() -> Any:
-    real = chunked_loss._Rewriter._bounds
+    real = loop.Rewriter._bounds
 
     def bounds(self: Any, i: int, count: Any) -> Any:
         *_, size = real(self, i, count)
         return 0, size, size
 
-    return patch.object(chunked_loss._Rewriter, "_bounds", bounds)
+    return patch.object(loop.Rewriter, "_bounds", bounds)
 
 
 @loss_mutant
 def a_sum_over_rows_taken_for_rows() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+        return replace(found, rows=row_rules.RowDims(0, 1)) if found.rows is None else found
 
     return _treated(aten.mm.default, change)
 
@@ -918,7 +917,7 @@ def a_sum_over_rows_taken_for_rows() -> Any:
 @loss_mutant
 def a_weight_taken_for_rows() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, operands={i: rowwise.Rows(0, 1) for i in range(len(node.args))})
+        return replace(found, operands={i: row_rules.RowDims(0, 1) for i in range(len(node.args))})
 
     return _treated(aten.addmm.default, change)
 
@@ -926,7 +925,7 @@ def a_weight_taken_for_rows() -> Any:
 @loss_mutant
 def a_bias_summed_along_the_vocabulary() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+        return replace(found, rows=row_rules.RowDims(0, 1)) if found.rows is None else found
 
     return _treated(aten.sum.dim_IntList, change)
 
