@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from peft_fx.passes.identities import one_hot_sums
 from peft_fx.passes.nodes import PRODUCTS, aten
+from peft_fx.passes.normalise.identities import one_hot_sums
 from tests import joint, losses
 from tests.losses import LOSSES, Head, V
 from tests.spellings import K, N, frozen, trained

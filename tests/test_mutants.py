@@ -20,7 +20,6 @@ from peft_fx.passes import (
     algebra,
     editor,
     moments,
-    parts,
     refusals,
     regions,
     replay,
@@ -32,6 +31,7 @@ from peft_fx.passes import (
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
 from peft_fx.passes.loss import chunking, loop, row_rules
 from peft_fx.passes.nodes import aten, is_rounded, numel, shape
+from peft_fx.passes.normalise import fused_layers
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
@@ -467,13 +467,13 @@ def strides_not_kept() -> Any:
 @affine_mutant
 def columns_of_parts_mixed_up() -> Any:
     """Each part of a whole result is taken from where another one is."""
-    real = parts._columns
+    real = fused_layers._columns
 
     def columns(node: Node) -> Any:
         found = real(node)
         return dict(zip(found, [*found.values()][::-1], strict=True))
 
-    return patch.object(parts, "_columns", columns)
+    return patch.object(fused_layers, "_columns", columns)
 
 
 @affine_mutant

@@ -25,7 +25,6 @@ from torch.fx import Node
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.findings import LOSS, Refusal, Settings
 from peft_fx.passes.flow import reachable
-from peft_fx.passes.identities import one_hot_sums
 from peft_fx.passes.joint import Joint
 from peft_fx.passes.loss import chunking
 from peft_fx.passes.loss.body import BODY, Body
@@ -39,6 +38,7 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
+from peft_fx.passes.normalise.identities import one_hot_sums
 
 
 def chunk_loss(joint: Joint, settings: Settings) -> None:

@@ -38,65 +38,7 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-
-MOST = 16  # addends of a sum that is looked into
-
-
-@dataclass(frozen=True)
-class Coefficient:
-    """`number + slope·vector`, what an addend is multiplied by."""
-
-    number: float = 1.0
-    slope: float = 0.0
-    vector: Node | None = None
-
-    def __mul__(self, other: Coefficient) -> Coefficient | None:
-        """None where it is of the second degree."""
-        if self.slope and other.slope:
-            return None
-        slope = self.number * other.slope + self.slope * other.number
-        return Coefficient(self.number * other.number, slope, self.vector or other.vector)
-
-    def __add__(self, other: Coefficient) -> Coefficient | None:
-        """None where the vectors differ."""
-        if self.vector and other.vector and self.vector is not other.vector:
-            return None
-        return Coefficient(self.number + other.number, self.slope + other.slope, self.vector or other.vector)
-
-
-@dataclass(frozen=True)
-class Form:
-    """A value as a sum of others, each with its coefficient, in the order in which they were met."""
-
-    addends: tuple[tuple[Node, Coefficient], ...]
-
-    def __mul__(self, by: Coefficient) -> Form | None:
-        found = [(node, c * by) for node, c in self.addends]
-        return None if any(c is None for _, c in found) else Form(tuple(found))  # type: ignore[arg-type]
-
-    def __add__(self, other: Form) -> Form | None:
-        both = self.addends + other.addends
-        return Form(both) if len(both) <= MOST else None
-
-    def collected(self) -> dict[Node, Coefficient] | None:
-        """Each addend once; those that cancel are gone."""
-        found: dict[Node, Coefficient] = {}
-        for node, c in self.addends:
-            total = found[node] + c if node in found else c
-            if total is None:
-                return None
-            found[node] = total
-        return {node: c for node, c in found.items() if c.number or c.slope}
-
-
-@dataclass(frozen=True)
-class Common:
-    """`vector · Σ number·part + Σ coefficient·constant`: a sum with one vector taken out; a constant is the same for
-    each token."""
-
-    vector: Node
-    parts: dict[Node, float]
-    constants: dict[Node, Coefficient]
+from peft_fx.passes.normalise.vector_sums import Coefficient, CommonVector, VectorSum
 
 
 @dataclass
@@ -104,7 +46,7 @@ class Factoring:
     """One graph's forms, and what has been written of them."""
 
     joint: Joint
-    forms: dict[Node, Form] = field(default_factory=dict)
+    forms: dict[Node, VectorSum] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)
     sums: dict[Any, Node] = field(default_factory=dict)
     scaled: dict[Any, Node] = field(default_factory=dict)
@@ -114,16 +56,16 @@ class Factoring:
 
     # ------------------------------------------------------------------------------------------------------- reading
 
-    def form(self, node: Node) -> Form:
+    def form(self, node: Node) -> VectorSum:
         """A value's form; its own name where it is anything but a sum or a scaled value."""
         if node not in self.forms:
             self.forms[node] = self._read(node) or self._name(node)
         return self.forms[node]
 
-    def _name(self, node: Node) -> Form:
-        return Form(((self.number.get(node, node), Coefficient()),))
+    def _name(self, node: Node) -> VectorSum:
+        return VectorSum(((self.number.get(node, node), Coefficient()),))
 
-    def operand(self, node: Node) -> Form:
+    def operand(self, node: Node) -> VectorSum:
         """A value as another reads it: a sum that others read too is a name for them, but for what is the same for
         each token, as a bias."""
         found = self.form(node)
@@ -131,7 +73,7 @@ class Factoring:
         several = sum(not self.flow.is_weight(n) for n, _ in found.addends) > 1
         return self._name(node) if shared and several else found
 
-    def _read(self, node: Node) -> Form | None:
+    def _read(self, node: Node) -> VectorSum | None:
         if node.target in CASTS | COPIES and is_tensor(node.args[0]):
             return self._cast(node, node.args[0])
         if node.target is aten.neg.default:
@@ -148,7 +90,7 @@ class Factoring:
                     return self.operand(x) * coefficient
         return None
 
-    def _cast(self, node: Node, source: Node) -> Form | None:
+    def _cast(self, node: Node, source: Node) -> VectorSum | None:
         """A value that is rounded is another; a sum that is rounded is summed up before."""
         if not {value(n).dtype for n in (node, source)} <= MANTISSA.keys():
             return None
@@ -157,7 +99,7 @@ class Factoring:
         rounds = any(coarser(value(n).dtype, value(node).dtype) != value(n).dtype for n in names)
         return None if rounds else form
 
-    def _sum(self, node: Node) -> Form | None:
+    def _sum(self, node: Node) -> VectorSum | None:
         a, b = node.args
         alpha = node.kwargs.get("alpha", 1)
         if not (is_tensor(a) and is_tensor(b) and is_number(alpha)):
@@ -196,9 +138,9 @@ class Factoring:
             elif vectors and node.target is aten.add.Tensor:
                 self._contract(node)
 
-    def _roots(self, nodes: list[Node]) -> dict[Node, Common]:
+    def _roots(self, nodes: list[Node]) -> dict[Node, CommonVector]:
         """The largest sums in which a value is met twice and one vector can be taken out."""
-        found: dict[Node, Common] = {}
+        found: dict[Node, CommonVector] = {}
         covered: set[Node] = set()
         for node in reversed(nodes):
             if node.target not in SUMS or node in covered:
@@ -232,7 +174,7 @@ class Factoring:
             todo += [n for n in inner if n.target in SUMS | SCALINGS | CASTS | COPIES]
         return found
 
-    def _common(self, form: Form) -> Common | None:
+    def _common(self, form: VectorSum) -> CommonVector | None:
         collected = form.collected()
         if collected is None:
             return None
@@ -243,9 +185,9 @@ class Factoring:
             return None
         (vector,) = vectors
         assert vector is not None
-        return Common(vector, {n: c.slope for n, c in rest.items()}, constants)
+        return CommonVector(vector, {n: c.slope for n, c in rest.items()}, constants)
 
-    def _write(self, node: Node, common: Common) -> None:
+    def _write(self, node: Node, common: CommonVector) -> None:
         with self.edit.at(node):
             new = self._times(common.parts, common.vector, node)
             for constant, c in common.constants.items():
@@ -291,7 +233,7 @@ class Factoring:
                 self._replace(node, self.edit.reshape(summed, shape(node)))
             return
 
-    def _contraction(self, node: Any) -> list[tuple[Node, Form]] | None:
+    def _contraction(self, node: Any) -> list[tuple[Node, VectorSum]] | None:
         """The two ways to read a sum over tokens of a product: the one factor, and the form of the other."""
         if not is_tensor(node) or node.target is not aten.sum.dim_IntList or node.kwargs or len(node.users) != 1:
             return None
