@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from peft_fx.passes.choosing import (
-    candidates,
-    decided,
-    joined,
-    numbered,
-    parameters_of,
-    parameters_of_refused,
-    settled,
-)
+from peft_fx.passes.decide.candidates import parameters_of, parameters_of_refused
+from peft_fx.passes.decide.choosing import candidates, decided, joined, numbered, settled
+from peft_fx.passes.decide.regimes import Regimes
 from peft_fx.passes.findings import Settings
 from peft_fx.passes.joint import Joint
 from peft_fx.passes.lossy import layer_inputs
 from peft_fx.passes.merged import merged_already
 from peft_fx.passes.refusals import refusals
-from peft_fx.passes.regimes import Regimes
 from peft_fx.passes.regions import regions, rewrite
 from peft_fx.passes.rewrite import Rewriter
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch.fx import Graph
 
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.decide.regimes import AtLeast
 from peft_fx.passes.findings import Outcome, Settings
 from peft_fx.passes.flow import Roles
 from peft_fx.passes.joint import Joint, Sizes
@@ -23,7 +24,6 @@ from peft_fx.passes.normalise.common_vector import common_vector
 from peft_fx.passes.normalise.fused_layers import fused_layers
 from peft_fx.passes.normalise.fused_weights import fused_weights
 from peft_fx.passes.normalise.identities import identities
-from peft_fx.passes.regimes import AtLeast
 from peft_fx.passes.snapshots import changed_inputs
 from peft_fx.passes.training import dense_grads, in_place_reads, recompute
 from peft_fx.passes.verify import Contract, verify

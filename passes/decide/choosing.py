@@ -12,54 +12,24 @@ from torch.fx import Node
 
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.findings import ACTIVATION, NONE, WEIGHT, Refusal, Settings, Site
-from peft_fx.passes.flow import Flow, Roles
+from peft_fx.passes.decide.candidates import Adapter, Found, adapters_of
+from peft_fx.passes.decide.notation import scale_of, written
+from peft_fx.passes.decide.regimes import Regimes
+from peft_fx.passes.findings import ACTIVATION, NONE, WEIGHT, Settings, Site
+from peft_fx.passes.flow import Flow
 from peft_fx.passes.joint import Joint
 from peft_fx.passes.machine import Machine
-from peft_fx.passes.notation import scale_of, written
-from peft_fx.passes.regimes import Regimes
-from peft_fx.passes.regions import Region
-from peft_fx.passes.sites import Group
 
 UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more than the forms save
-
-
-@dataclass
-class Adapter:
-    """What one site is in forward and in the input gradient: groups of terms, or regions."""
-
-    forward: Group | Region | None = None
-    grad: Group | Region | None = None
-
-    @property
-    def either(self) -> Group | Region:
-        found = self.forward or self.grad
-        assert found is not None
-        return found
-
-    def has_grad(self, flow: Flow) -> bool:
-        """Whether W multiplies anything in backward: an input gradient that was not found stays as it is."""
-        if isinstance(self.either, Group) and self.either.product.gathered:
-            return False  # numbers of rows have none, whatever else reads W
-        seen: set[Node] = set()
-        todo: list[Any] = [self.either.weight_node]
-        while todo:
-            node = todo.pop()
-            if isinstance(node, Node) and node not in seen and node is not self.either.product_node:
-                seen.add(node)
-                todo += [u for u in node.users if flow.is_weight(u)]
-                if any(u in flow.backward for u in node.users):
-                    return True
-        return False
 
 
 Candidate = tuple[Adapter, "Priced"]
 
 
-def candidates(joint: Joint, settings: Settings, found: Sequence[Group | Region]) -> list[Candidate]:
+def candidates(joint: Joint, settings: Settings, found: Sequence[Found]) -> list[Candidate]:
     """The adapters that groups or regions are of, but for those refused, each with what its price depends on."""
     flow, refused = joint.flow, {r.name for r in joint.found.refusals}
-    adapters = [a for a in _adapters(found, flow) if a.either.site_name(flow) not in refused]
+    adapters = [a for a in adapters_of(found, flow) if a.either.site_name(flow) not in refused]
     return [(adapter, Priced.of(adapter, flow, settings, joint.sizes.hint)) for adapter in adapters]
 
 
@@ -80,72 +50,6 @@ def decided(joint: Joint, asked: Sequence[Candidate], regimes: Regimes) -> list[
         joint.found.spare += prices.spare(tokens)
         chosen += weight_form
     return chosen
-
-
-def parameters_of(found: Sequence[Group | Region], flow: Flow) -> dict[Node, str]:
-    """The parameters of adapters, frozen ones too, and what is trained below their modules, with the adapter's name."""
-    own = {p: one.site_name(flow) for one in found for node in one.adapter_nodes for p in flow.parameters(node)}
-    trained = {p: role.name for p, role in flow.roles.items() if role.trainable and p not in own}
-    last = {site: i for i, site in enumerate(own.values())}
-    around = {p: [site for site in _modules_around(name) if site in last] for p, name in trained.items()}
-    return {p: max(sites, key=last.__getitem__) for p, sites in around.items() if sites} | own
-
-
-def _modules_around(name: str) -> list[str]:
-    """The modules that a parameter lies in.
-
-    >>> _modules_around("layers.0.weight")
-    ['layers', 'layers.0']
-    """
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def parameters_of_refused(refused: Sequence[Refusal], roles: Roles) -> dict[Node, str]:
-    """Of adapters without a weight form: what is below their module, and what is trained beside their weight."""
-    found = {}
-    for r in sorted(refused, key=lambda r: len(r.name)):  # an inner module's after that of one around it
-        for p, role in roles.items():
-            module, beside = role.name.rpartition(".")[0], r.name.rpartition(".")[0]
-            if role.name.startswith(f"{r.name}.") or (role.trainable and module == beside and p not in found):
-                found[p] = r.name
-    return found
-
-
-def _adapters(found: Sequence[Group | Region], flow: Flow) -> list[Adapter]:
-    """By adapter. A weight used twice has as many adapters: backward meets the uses in the reverse order."""
-    adapters: dict[Any, list[Adapter]] = {}
-    for one in found:
-        if not one.backward:
-            adapters.setdefault(one.key, []).append(Adapter(forward=one))
-    for one in reversed([f for f in found if f.backward]):
-        same = adapters.setdefault(one.key, [])
-        free = next((a for a in same if a.grad is None), None)
-        if free is None:
-            same.append(Adapter(grad=one))
-        else:
-            free.grad = one
-    return _paired([a for same in adapters.values() for a in same], flow)
-
-
-def _paired(adapters: list[Adapter], flow: Flow) -> list[Adapter]:
-    """Forward and backward may compute the same weight each for itself, from one parameter."""
-
-    def alone(direction: str) -> dict[Any, list[Adapter]]:
-        found: dict[Any, list[Adapter]] = {}
-        for a in adapters:
-            other = {"forward": "grad", "grad": "forward"}[direction]
-            if getattr(a, direction) is not None and getattr(a, other) is None:
-                found.setdefault(frozenset(flow.parameters(a.either.weight_node)), []).append(a)
-        return found
-
-    grads = alone("grad")
-    for parameters, (first, *others) in alone("forward").items():
-        matching = grads.get(parameters, [])
-        if parameters and not others and len(matching) == 1:
-            first.grad = matching[0].grad
-            adapters.remove(matching[0])
-    return adapters
 
 
 @dataclass(frozen=True)
