@@ -17,33 +17,30 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.find import ALIKE, made_alike
 from peft_fx.passes.editor import REBUILD
 from peft_fx.passes.findings import EXACT, REBUILT, KeptInput, Settings
-from peft_fx.passes.flow import Flow, returned
+from peft_fx.passes.flow import returned
 from peft_fx.passes.joint import Joint
 from peft_fx.passes.keep import PARTS, SMALL, Keep, products
 from peft_fx.passes.nodes import (
-    CAST,
     LAYOUTS,
     PRODUCTS,
     SCALINGS,
     SUMS,
     aten,
     factors_of,
-    is_tensor,
     shape,
     value,
 )
 from peft_fx.passes.policies import POLICIES, Policy
 
 FREE = "rebuilt from what backward keeps in any case"
-ALIKE = LAYOUTS | {CAST}
 
 
 @dataclass(frozen=True)
@@ -109,25 +106,6 @@ def kept_inputs(joint: Joint, settings: Settings, keep: Keep) -> list[KeptInput]
     made = (n for n in joint.graph.nodes if n not in before)
     joint.notes.rebuilt = frozenset(n for n in made if n.meta.get("recompute") == REBUILD)
     return found + free
-
-
-def layer_inputs(flow: Flow) -> frozenset[Node]:
-    """What forward multiplies to a weight that is not, or not only, trained."""
-    found: list[Node] = []
-    for node in flow.forward:
-        for product in products(node):
-            for weight, x in ((product.left, product.right), (product.right, product.left)):
-                if flow.is_weight(weight) and not all(flow.roles[p].trainable for p in flow.parameters(weight)):
-                    found += _alike(x, ALIKE)
-    return frozenset(found)
-
-
-def _alike(node: Node, ops: Collection[Any]) -> list[Node]:
-    """A value and those that it is made of by such ops alone."""
-    found = [node]
-    for n in found:
-        found += [i for i in n.all_input_nodes if n.target in ops and is_tensor(i) and i not in found]
-    return found
 
 
 def _names(reads: Iterable[Read]) -> list[str]:
@@ -215,9 +193,9 @@ class _Change:
 
     def _is_low_rank(self, node: Node) -> bool:
         """x·A and the like: a product by weights that no layer reads."""
-        made_of = _alike(node, ALIKE | PARTS | SUMS | SCALINGS)
+        made_of = made_alike(node, ALIKE | PARTS | SUMS | SCALINGS)
         multiplied = any(self.keep.flow.is_weight(m) for n in made_of for p in products(n) for m in (p.left, p.right))
-        return multiplied and self.layer_inputs.isdisjoint(_alike(node, ALIKE))
+        return multiplied and self.layer_inputs.isdisjoint(made_alike(node, ALIKE))
 
     def kept_beside(self, node: Node) -> list[Node]:
         """What the frozen model keeps and could be made of the value, as a bool mask of a relu's result is."""

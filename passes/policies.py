@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from peft_fx.passes.editor import Editor
 from peft_fx.passes.nodes import aten, prims, shape, value
-from peft_fx.passes.rounding import hash_of
+from peft_fx.passes.rewrite.rounding import hash_of
 
 ROUNDINGS = ("nearest", "stochastic")
 LARGEST_GROUP, SMALLEST_GROUP = 128, 16

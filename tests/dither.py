@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from peft_fx.passes import rounding
 from peft_fx.passes.editor import Editor
+from peft_fx.passes.rewrite import rounding
 
 HALVES = {torch.bfloat16: 16, torch.float16: 13}  # and the bits of fp32 that they lack
 

@@ -27,10 +27,12 @@ import peft_fx
 from peft_fx import compat, compiling, machines
 from peft_fx.options import CHOICES, parse
 from peft_fx.passes import joint as joints
-from peft_fx.passes import keep, machine, merging, pipeline, price, rewrite, training
+from peft_fx.passes import keep, machine, pipeline, price, training
+from peft_fx.passes.analyse import find
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.flow import Role
 from peft_fx.passes.nodes import CAST, aten, is_random, value
+from peft_fx.passes.rewrite import merge_sums
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
 from tests.spellings import Case, K, Stack, lora, scale_right, x
@@ -271,10 +273,10 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 FAULTS = {
     "contract": (pipeline.Contract, "of"),
     "analysis": (joints, "Analysis"),
-    "refusals": (merging, "refusals"),
+    "refusals": (find, "refusals"),
     "price": (price, "decide"),
-    "rewrite": (rewrite.Rewriter, "rewrite"),
-    "merge": (rewrite.Rewriter, "_merge"),
+    "rewrite": (merge_sums.Rewriter, "rewrite"),
+    "merge": (merge_sums.Rewriter, "_merge"),
     "transients": (training, "read_in_place"),
     "keep": (keep.Keep, "mark"),
     "verify": (pipeline, "verify"),

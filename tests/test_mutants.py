@@ -20,18 +20,16 @@ from peft_fx.passes import (
     algebra,
     editor,
     moments,
-    refusals,
-    regions,
     replay,
-    rewrite,
-    rounding,
     sites,
     transfer,
 )
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
+from peft_fx.passes.analyse import refusals, regions
 from peft_fx.passes.loss import chunking, loop, row_rules
 from peft_fx.passes.nodes import aten, is_rounded, numel, shape
 from peft_fx.passes.normalise import fused_layers
+from peft_fx.passes.rewrite import merge_maps, merge_sums, rounding
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
@@ -130,88 +128,88 @@ def permute_taken_for_a_reshape() -> Any:
 
 @mutant
 def factors_in_the_wrong_order() -> Any:
-    real = rewrite.Rewriter._multiply
-    return patch.object(rewrite.Rewriter, "_multiply", lambda self, fs: self.edit.flip(real(self, fs)))
+    real = merge_sums.Rewriter._multiply
+    return patch.object(merge_sums.Rewriter, "_multiply", lambda self, fs: self.edit.flip(real(self, fs)))
 
 
 @mutant
 def weight_left_out() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, Scale(0.0), terms, dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def scale_on_the_weight_too() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, terms[0][0], terms, dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def one_adapter_of_two_forgotten() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, inner, terms[:1], dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def plain_weight_in_the_input_gradient() -> Any:
-    real = rewrite.Rewriter._merged_operand
+    real = merge_sums.Rewriter._merged_operand
 
     def operand(self: Any, group: sites.Group) -> Any:
         return group.operand if group.backward else real(self, group)
 
-    return patch.object(rewrite.Rewriter, "_merged_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
 
 
 @mutant
 def merged_weight_untransposed() -> Any:
-    real = rewrite.Rewriter._as_operand
+    real = merge_sums.Rewriter._as_operand
 
     def operand(self: Any, merged: Any, weight: Matrix, node: Any) -> Any:
         return real(self, merged, replace(weight, flipped=False), node)
 
-    return patch.object(rewrite.Rewriter, "_as_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_as_operand", operand)
 
 
 @mutant
 def one_merged_weight_for_all() -> Any:
-    real = rewrite.Rewriter._merged_operand
+    real = merge_sums.Rewriter._merged_operand
 
     def operand(self: Any, group: sites.Group) -> Any:
         return self.__dict__.setdefault("first", real(self, group))
 
-    return patch.object(rewrite.Rewriter, "_merged_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
 
 
 @mutant
 def bias_lost() -> Any:
-    real = rewrite.Rewriter._base
+    real = merge_sums.Rewriter._base
 
     def base(self: Any, node: Any, merged: Any, left: bool, bias_gone: bool, copies: Any) -> Any:
-        return real(self, node, merged, left, node.target in rewrite.PLAIN, copies)
+        return real(self, node, merged, left, node.target in merge_sums.PLAIN, copies)
 
-    return patch.object(rewrite.Rewriter, "_base", base)
+    return patch.object(merge_sums.Rewriter, "_base", base)
 
 
 @mutant
 def other_addend_lost() -> Any:
-    real = rewrite.Rewriter._without
+    real = merge_sums.Rewriter._without
 
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
         return self.edit.call(aten.mul.Tensor, real(self, node, i, copies), 0)
 
-    return patch.object(rewrite.Rewriter, "_without", without)
+    return patch.object(merge_sums.Rewriter, "_without", without)
 
 
 @mutant
@@ -219,7 +217,7 @@ def adapter_kept_beside_the_merged_weight() -> Any:
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
         return self.edit.call(node.target, *(copies.get(a, a) for a in node.args), **node.kwargs)
 
-    return patch.object(rewrite.Rewriter, "_without", without)
+    return patch.object(merge_sums.Rewriter, "_without", without)
 
 
 @mutant
@@ -456,7 +454,7 @@ def frozen_vectors_taken_for_adapters() -> Any:
 
 @affine_mutant
 def addend_kept_beside_the_merged_product() -> Any:
-    return patch.object(regions, "_drop", lambda build, end: None)
+    return patch.object(merge_maps, "_drop", lambda build, end: None)
 
 
 @affine_mutant

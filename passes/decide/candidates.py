@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from peft_fx.passes.analyse.candidates import Region
 from peft_fx.passes.findings import Refusal
 from peft_fx.passes.flow import Flow, Roles
-from peft_fx.passes.regions import Region
 from peft_fx.passes.sites import Group
 
 Found = Group | Region

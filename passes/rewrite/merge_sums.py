@@ -21,19 +21,37 @@ from peft_fx.kernels.merge import DTYPES as MERGED
 from peft_fx.kernels.merge import merge
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.decide.candidates import parameters_of
+from peft_fx.passes.decide.choosing import decided, joined, numbered
 from peft_fx.passes.editor import REBUILD as REBUILD
 from peft_fx.passes.editor import SAVE as SAVE
 from peft_fx.passes.editor import Editor
 from peft_fx.passes.editor import erase_unused as erase_unused
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
+from peft_fx.passes.merged import merged_already
 from peft_fx.passes.nodes import aten, shape, value
-from peft_fx.passes.rounding import rounded
+from peft_fx.passes.rewrite.rounding import rounded
 from peft_fx.passes.sites import Group
 from peft_fx.passes.transfer import Product, addends
 
-Builder = Editor  # its name until all modules have moved
 PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 WEIGHT_ARGUMENT = {aten.convolution.default: 1, aten.embedding.default: 0}
 Path = tuple[tuple[Node, int], ...]
+
+
+def merge_sums(joint: Joint, settings: Settings) -> None:
+    """Puts W' in the place of W where a sum is to be in weight form, then has settled what was rewritten for now."""
+    notes, position = joint.notes, joint.position
+    chosen = decided(joint, notes.sums, notes.regimes)
+    joint.found.sites = numbered(joined(joint.found.sites))
+    # of the same parameters, a region is the site
+    notes.adapter_of = parameters_of(notes.groups, joint.flow) | notes.adapter_of
+    joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
+    rewriter = Rewriter(joint.edit, settings.rounding, settings.kernels)
+    rewriter.rewrite(sorted(chosen, key=lambda g: position[g.root]))
+    for tentative in reversed(notes.tentative):
+        tentative.settle()
 
 
 class Rewriter:

@@ -11,6 +11,15 @@ from torch.fx import Node
 from peft_fx.passes.adapters import are_low_rank, stands_beside
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.refusals.ways import (
+    READS,
+    is_beside,
+    is_matrix,
+    narrow_operand,
+    reached,
+    values_read,
+    weighted,
+)
 from peft_fx.passes.findings import Refusal
 from peft_fx.passes.nodes import (
     CASTS,
@@ -24,15 +33,6 @@ from peft_fx.passes.nodes import (
     numel,
     shape,
     value,
-)
-from peft_fx.passes.refusals.ways import (
-    READS,
-    is_beside,
-    is_matrix,
-    narrow_operand,
-    reached,
-    values_read,
-    weighted,
 )
 from peft_fx.passes.sites import Analysis
 from peft_fx.passes.transfer import Product, through

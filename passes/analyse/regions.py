@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from peft_fx.passes import price
 from peft_fx.passes.adapters import are_small
 from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Matrix, Size, coarser
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.algebra import MANTISSA, Size, coarser
+from peft_fx.passes.analyse.candidates import Region
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import Flow
 from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
@@ -33,7 +30,6 @@ from peft_fx.passes.nodes import (
     SUMS,
     TRANSPOSES,
     aten,
-    expr,
     factors_of,
     is_read_twice,
     is_rounded,
@@ -42,79 +38,7 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.replay import Replay
-from peft_fx.passes.rounding import rounded
 from peft_fx.passes.sites import Analysis
-
-
-@dataclass(frozen=True)
-class Region:
-    """What one source contributes to one sum: `ends` are its addends there, or the one value that it ends in.
-
-    Of the `nodes` between, those in `diagonal` hold the source's own features, scaled.
-    """
-
-    ends: tuple[Node, ...]
-    row: Row
-    nodes: frozenset[Node]
-    diagonal: frozenset[Node]
-    base: Node
-    backward: bool
-
-    @property
-    def source(self) -> Node:
-        return self.row.source
-
-    @property
-    def weight_node(self) -> Node:
-        """The base product's operand."""
-        return next(n for n in factors_of(self.base) if n not in self.nodes and n is not self.source)
-
-    @property
-    def adapter_nodes(self) -> list[Any]:
-        return list(self.row.trained)
-
-    @property
-    def product_node(self) -> Node:
-        return self.base
-
-    @property
-    def tokens(self) -> Size:
-        return numel([a.size for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)])
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """K and N."""
-        return int(shape(self.source)[-1]), self.row.width
-
-    @property
-    def key(self) -> Any:
-        """Equal for the regions of one adapter, forward and input gradient."""
-        return self.row.frozen
-
-    @property
-    def method(self) -> str:
-        return "affine"
-
-    def site_name(self, flow: Flow) -> str:
-        return flow.site_name(Matrix(self.weight_node, 0), [Matrix(t, 0) for t in self.row.trained])
-
-    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
-        """The region's sizes, its products other than the base, and what of them is done for W'."""
-        dtypes = [value(n).dtype for n in self.row.products]
-        adapter = max((d for d in dtypes if d in MANTISSA), key=MANTISSA.__getitem__)
-        K, N = self.features
-        steps = tuple(self._step(n) for n in sorted(self.row.products))
-        return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
-
-    def _step(self, node: Node) -> price.Step:
-        a, b = factors_of(node)
-        weight = next(n for n in (a, b) if n not in self.nodes and n is not self.source)
-        *batch, k, n = shape(weight)
-        if weight is a:
-            k, n = n, k
-        x = b if weight is a else a
-        return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
 
 
 def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
@@ -343,50 +267,3 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
 def _precision(region: Region, rows: Rows) -> torch.dtype:
     x = next(n for n in factors_of(region.base) if n in rows.of)
     return rows.of[x].precision
-
-
-# -------------------------------------------------------------------------------------------------------------- rewrite
-
-
-def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
-    """Makes each region one product `u·W' + b'`."""
-    edit, rows, position = joint.edit, joint.maps, joint.position
-    for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
-        last = max(region.ends, key=position.__getitem__)
-        with edit.at(last, like=region.base):
-            new = _product(edit, rows, region, last, rounding)
-        for end in region.ends:
-            if end is not last:
-                _drop(edit, end)
-        edit.replace(last, new)
-
-
-def _product(edit: Editor, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
-    K, N = region.features
-    dtype = value(region.base).dtype
-    with edit.provenance(region.base, rebuilt=True):
-        replay = Replay(edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype))
-        parts = [replay.matrix(end) for end in region.ends]
-        merged = functools.reduce(edit.add, [m for m, _ in parts])
-        constants = [c for _, c in parts if c is not None]
-        merged = rounded(edit, merged, dtype, rounding, transposed=region.backward)
-        bias = edit.reshape(edit.cast(functools.reduce(edit.add, constants), dtype), [N]) if constants else None
-    u = edit.reshape(edit.cast(region.source, dtype), [-1, K])
-    y = edit.call(aten.mm.default, u, merged) if bias is None else edit.call(aten.addmm.default, bias, u, merged)
-    y = edit.reshape(y, _sizes(edit, last, region.source))
-    return edit.laid_out(edit.cast(y, value(last).dtype), value(last).stride())
-
-
-def _sizes(edit: Editor, node: Node, source: Node) -> list[Any]:
-    """A node's sizes as arguments, the dynamic ones read from the source."""
-    known = dict(zip(shape(source), edit.sizes_of(source), strict=True))
-    return [n if isinstance(n, int) else known.get(expr(n), -1) for n in value(node).shape]
-
-
-def _drop(edit: Editor, end: Node) -> None:
-    """Takes an addend out of its sum."""
-    (total,) = (u for u in end.users if u.target is aten.add.Tensor and end in u.args[:2])
-    other = next(a for a in total.args[:2] if a is not end)
-    assert isinstance(other, Node)
-    with edit.at(total):
-        edit.replace(total, edit.cast(other, value(total).dtype))
