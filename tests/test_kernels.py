@@ -27,6 +27,7 @@ from peft_fx.options import parse
 from peft_fx.passes import price
 from peft_fx.passes.machine import MACHINES, table_entry
 from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.rewrite import merge_sums
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR
