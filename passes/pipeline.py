@@ -11,14 +11,15 @@ from typing import Any
 
 from torch.fx import Graph
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.find import find
+from peft_fx.passes.analyse.flow import Roles
 from peft_fx.passes.decide.regimes import AtLeast
 from peft_fx.passes.findings import Outcome, Settings
-from peft_fx.passes.flow import Roles
-from peft_fx.passes.joint import Joint, Sizes
+from peft_fx.passes.graph.joint import Joint, Sizes
+from peft_fx.passes.keep.approximation import compress
+from peft_fx.passes.keep.changed_inputs import changed_inputs
 from peft_fx.passes.loss.loop import chunk_loss
-from peft_fx.passes.lossy import compress
 from peft_fx.passes.normalise.columns import columns_together
 from peft_fx.passes.normalise.common_vector import common_vector
 from peft_fx.passes.normalise.fused_layers import fused_layers
@@ -26,7 +27,6 @@ from peft_fx.passes.normalise.fused_weights import fused_weights
 from peft_fx.passes.normalise.identities import identities
 from peft_fx.passes.rewrite.merge_maps import merge_maps
 from peft_fx.passes.rewrite.merge_sums import merge_sums
-from peft_fx.passes.snapshots import changed_inputs
 from peft_fx.passes.training import dense_grads, in_place_reads, recompute
 from peft_fx.passes.verify import Contract, verify
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peft_fx.passes.findings import WEIGHT, Settings, Site
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.lossy import kept_inputs
-from peft_fx.passes.moments import Budget, from_moments
-from peft_fx.passes.nodes import is_tensor, value
-from peft_fx.passes.policies import POLICIES
-from peft_fx.passes.scaled_reads import scale_results
-from peft_fx.passes.tokenwise import by_chunks
-from peft_fx.passes.transients import read_in_place
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import is_tensor, value
+from peft_fx.passes.keep.approximation import kept_inputs
+from peft_fx.passes.keep.by_chunks import by_chunks
+from peft_fx.passes.keep.dense_grads import Budget, from_moments
+from peft_fx.passes.keep.in_place_reads import read_in_place
+from peft_fx.passes.keep.policies import POLICIES
+from peft_fx.passes.keep.scaled_reads import scale_results
 
 
 def dense_grads(joint: Joint, settings: Settings) -> None:

@@ -18,10 +18,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
-from peft_fx.passes.budget import Choices, Held, is_saved, mark
-from peft_fx.passes.flow import Roles, is_tangent, returned
-from peft_fx.passes.liveness import VIEW, bytes_of, kind_of
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.analyse.flow import Roles, is_tangent, returned
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.step.budget import Choices, Held, is_saved, mark
+from peft_fx.step.liveness import VIEW, bytes_of, kind_of
 from peft_fx.tracing import copy_graph
 
 log = logging.getLogger("peft_fx")

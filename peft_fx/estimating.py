@@ -22,9 +22,9 @@ from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.analyse.flow import Role, is_tangent
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (

@@ -12,10 +12,10 @@ from torch.fx import Graph, Node
 import peft_fx
 from peft_fx import compiling, machines
 from peft_fx.passes import pipeline
+from peft_fx.passes.analyse.flow import Flow, Roles
+from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.flow import Flow, Roles
-from peft_fx.passes.machine import MACHINES
-from peft_fx.passes.nodes import PRODUCTS
+from peft_fx.passes.graph.nodes import PRODUCTS
 from tests import joint
 from tests.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
 from tests.oracle import WEIGHT, Run, assert_bit_equal, gate, integers, numbers, run, weight_form

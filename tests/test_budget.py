@@ -22,14 +22,14 @@ from torch.utils.checkpoint import checkpoint
 import peft_fx
 from peft_fx import budgeting, compat, compiling
 from peft_fx.options import parse
-from peft_fx.passes import budget, halves
-from peft_fx.passes.budget import Choices, Held, is_repeatable, mark
-from peft_fx.passes.cut import ENDLESS, Network
-from peft_fx.passes.flow import is_tangent, returned
-from peft_fx.passes.liveness import Fused, outputs, walk
-from peft_fx.passes.machine import MACHINES
-from peft_fx.passes.nodes import aten
-from peft_fx.passes.rewrite import SAVE
+from peft_fx.passes.analyse.flow import is_tangent, returned
+from peft_fx.passes.decide.machine import MACHINES
+from peft_fx.passes.graph.editor import SAVE
+from peft_fx.passes.graph.nodes import aten
+from peft_fx.step import budget, halves
+from peft_fx.step.budget import Choices, Held, is_repeatable, mark
+from peft_fx.step.cut import ENDLESS, Network
+from peft_fx.step.liveness import Fused, outputs, walk
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import peft_fx
 from peft_fx import compiling
+from peft_fx.passes.decide.machine import MACHINES
+from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.loss import chunking
-from peft_fx.passes.machine import MACHINES
-from peft_fx.passes.nodes import aten
 from tests import joint, losses, peft_models
 from tests.losses import LOSSES, Head, K, T, V
 from tests.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from torch.nn import functional as F
 
 import peft_fx
-from peft_fx.passes.nodes import aten
+from peft_fx.passes.graph.nodes import aten
 from tests import joint
 from tests.oracle import assert_bit_equal, gate, integers, run, weight_form
 from tests.spellings import frozen, trained

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.nodes import PRODUCTS, aten
+from peft_fx.passes.graph.nodes import PRODUCTS, aten
 from peft_fx.passes.normalise import common_vector, vector_sums
 from tests import joint
 from tests.spellings import K, N, frozen, trained

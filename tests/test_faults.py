@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import peft_fx
-from peft_fx.passes import keep, pipeline
+from peft_fx.passes import pipeline
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import aten, prims, value
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, prims, value
+from peft_fx.passes.keep import chains
 from peft_fx.passes.verify import VerificationError
 from tests import joint
 from tests.oracle import WEIGHT, assert_bit_equal, integers, run
@@ -161,7 +162,7 @@ def captured() -> joint.Joint:
 
 def test_every_stage_has_something_to_do() -> None:
     """Else a fault in it would not show."""
-    with patch.object(keep.Keep, "mark", autospec=True, side_effect=keep.Keep.mark) as marked:
+    with patch.object(chains.Keep, "mark", autospec=True, side_effect=chains.Keep.mark) as marked:
         _, outcome = captured().rewritten(form="weight")
     assert marked.called
     assert {s.method for s in outcome.sites} == {"low-rank", "affine"}

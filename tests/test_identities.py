@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from peft_fx.passes.nodes import PRODUCTS, aten
+from peft_fx.passes.graph.nodes import PRODUCTS, aten
 from peft_fx.passes.normalise.identities import one_hot_sums
 from tests import joint, losses
 from tests.losses import LOSSES, Head, V

@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 
 import peft_fx
 from peft_fx import compat, compiling
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import aten, prims, value
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.graph.nodes import aten, prims, value
 from tests import joint
 from tests.peft_models import VOCAB, adapt, llama_config, t5_config
 from tests.peft_models import layers as adapted

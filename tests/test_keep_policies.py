@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import lossy, policies
-from peft_fx.passes.nodes import aten
-from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.graph.nodes import aten
+from peft_fx.passes.keep import approximation, policies
+from peft_fx.passes.keep.policies import POLICIES
 from tests import joint, oracle, test_keep
 from tests.peft_models import adapt, mlp
 from tests.spellings import frozen, trained
@@ -656,8 +656,8 @@ MUTANTS: dict[str, Callable[[], Any]] = {
     "rounded down": lambda: _calls(policies.Affine, "compress", _without(aten.add.Tensor)),
     "least number forgotten": lambda: _calls(policies.Affine, "restore", _without(aten.add.Tensor)),
     "unit forgotten": lambda: _calls(policies.Float8, "restore", _without(aten.mul.Tensor)),
-    "x·A of the likeness": lambda: patch.object(lossy, "products", lambda node: []),
-    "nobody reads the likeness": lambda: patch.object(lossy._Change, "reread", lambda self: None),
+    "x·A of the likeness": lambda: patch.object(approximation, "products", lambda node: []),
+    "nobody reads the likeness": lambda: patch.object(approximation._Change, "reread", lambda self: None),
 }
 
 

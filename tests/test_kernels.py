@@ -24,9 +24,9 @@ from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_in, narrow_out
 from peft_fx.options import parse
-from peft_fx.passes import price
-from peft_fx.passes.machine import MACHINES, table_entry
-from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import MACHINES, table_entry
+from peft_fx.passes.graph.nodes import aten, value
 from peft_fx.passes.rewrite import merge_sums
 from peft_fx.retargeting import GPU
 from tests import joint

@@ -15,21 +15,15 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from peft_fx.passes import (
-    affine,
-    algebra,
-    editor,
-    moments,
-    replay,
-    sites,
-    transfer,
-)
-from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
-from peft_fx.passes.analyse import refusals, regions
+from peft_fx.passes.analyse import affine_rules, algebra, linear_rules, maps, refusals, regions, sums
+from peft_fx.passes.analyse.algebra import ONE, Matrix, Scale, Term
+from peft_fx.passes.analyse.candidates import SumCandidate
+from peft_fx.passes.graph import editor
+from peft_fx.passes.graph.nodes import aten, is_rounded, numel, shape
+from peft_fx.passes.keep import dense_grads
 from peft_fx.passes.loss import chunking, loop, row_rules
-from peft_fx.passes.nodes import aten, is_rounded, numel, shape
 from peft_fx.passes.normalise import fused_layers
-from peft_fx.passes.rewrite import merge_maps, merge_sums, rounding
+from peft_fx.passes.rewrite import materialise, merge_maps, merge_sums, rounding
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
@@ -87,8 +81,8 @@ def mutant(make: Mutation) -> Mutation:
 
 def _rule(op: Any, change: Callable[[list[Any] | None], Any]) -> Any:
     """The transfer function of one op, with its answer changed."""
-    real = transfer.RULES[op]
-    return patch.dict(transfer.RULES, {op: lambda node: change(real(node))})
+    real = linear_rules.LINEAR[op]
+    return patch.dict(linear_rules.LINEAR, {op: lambda node: change(real(node))})
 
 
 @mutant
@@ -166,7 +160,7 @@ def one_adapter_of_two_forgotten() -> Any:
 def plain_weight_in_the_input_gradient() -> Any:
     real = merge_sums.Rewriter._merged_operand
 
-    def operand(self: Any, group: sites.Group) -> Any:
+    def operand(self: Any, group: SumCandidate) -> Any:
         return group.operand if group.backward else real(self, group)
 
     return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
@@ -186,7 +180,7 @@ def merged_weight_untransposed() -> Any:
 def one_merged_weight_for_all() -> Any:
     real = merge_sums.Rewriter._merged_operand
 
-    def operand(self: Any, group: sites.Group) -> Any:
+    def operand(self: Any, group: SumCandidate) -> Any:
         return self.__dict__.setdefault("first", real(self, group))
 
     return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
@@ -227,7 +221,7 @@ def different_inputs_taken_for_one() -> Any:
             f.shape == p.shape for f, p in zip(term.factors, prefix, strict=False)
         )
 
-    return patch.object(sites, "shares_left", shares)
+    return patch.object(sums, "shares_left", shares)
 
 
 @mutant
@@ -319,32 +313,32 @@ def affine_mutant(make: Mutation) -> Mutation:
     return make
 
 
-def _again(op: Any, change: Callable[[replay.Replay, Node, dict[Node, Node], int], Any]) -> Any:
+def _again(op: Any, change: Callable[[materialise.Replay, Node, dict[Node, Node], int], Any]) -> Any:
     """The replay of one op, done another way."""
-    real = replay.Replay._call
+    real = materialise.Replay._call
 
-    def call(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def call(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         return (change if node.target is op else real)(self, node, operands, count)
 
-    return patch.object(replay.Replay, "_call", call)
+    return patch.object(materialise.Replay, "_call", call)
 
 
-def _product(change: Callable[[replay.Replay, Node, replay.Value], Any]) -> Any:
-    real = replay.Replay._product
-    return patch.object(replay.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
+def _product(change: Callable[[materialise.Replay, Node, materialise.Value], Any]) -> Any:
+    real = materialise.Replay._product
+    return patch.object(materialise.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
 
 
 @affine_mutant
 def constant_dropped() -> Any:
-    real = replay.Replay.matrix
-    return patch.object(replay.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
+    real = materialise.Replay.matrix
+    return patch.object(materialise.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
 
 
 @affine_mutant
 def constant_of_a_product_left_unmultiplied() -> Any:
     """`(x+1)·W` as `x·W + 1`."""
 
-    def change(self: replay.Replay, node: Node, found: replay.Value) -> replay.Value:
+    def change(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Value:
         (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
         if before is None or numel(shape(before)) != numel(shape(found.constant)):
             return found
@@ -362,7 +356,7 @@ def bias_of_a_product_lost() -> Any:
 def diagonal_on_the_wrong_side() -> Any:
     """`W·d` for `d·W`."""
 
-    def change(self: replay.Replay, node: Node, found: replay.Value) -> replay.Value:
+    def change(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Value:
         rows = found.rows
         if rows.target is not aten.mul.Tensor or len(set(shape(rows))) > 1:  # type: ignore
             return found
@@ -373,8 +367,10 @@ def diagonal_on_the_wrong_side() -> Any:
 
 @affine_mutant
 def vector_before_the_product_ignored() -> Any:
-    real = replay.Replay._diagonal
-    return patch.object(replay.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows)
+    real = materialise.Replay._diagonal
+    return patch.object(
+        materialise.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows
+    )
 
 
 @affine_mutant
@@ -385,14 +381,14 @@ def difference_taken_for_a_sum() -> Any:
 
 @affine_mutant
 def subtracted_rows_keep_their_sign() -> Any:
-    real = replay.Replay._sum
+    real = materialise.Replay._sum
 
-    def sum_(self: replay.Replay, node: Node) -> replay.Value:
+    def sum_(self: materialise.Replay, node: Node) -> materialise.Value:
         found = real(self, node)
         a, b = node.args[:2]
         return replace(found, rows=self.values[b].rows) if self.rows.flow.is_weight(a) else found  # type: ignore
 
-    return patch.object(replay.Replay, "_sum", sum_)
+    return patch.object(materialise.Replay, "_sum", sum_)
 
 
 def _skipped(op: Any) -> Any:
@@ -406,7 +402,7 @@ def negation_of_features_ignored() -> Any:
 
 @affine_mutant
 def order_of_dimensions_ignored() -> Any:
-    def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         sizes = self._sizes(self.rows.of[node].dims, count)
         return self.edit.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
 
@@ -420,7 +416,7 @@ def order_of_features_ignored() -> Any:
 
 @affine_mutant
 def joined_in_the_wrong_order() -> Any:
-    def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
         return self.edit.call(node.target, parts, *node.args[1:])
 
@@ -429,12 +425,12 @@ def joined_in_the_wrong_order() -> Any:
 
 @affine_mutant
 def tokens_taken_for_features() -> Any:
-    return patch.object(affine, "_features", lambda dims, i: True)
+    return patch.object(affine_rules, "_features", lambda dims, i: True)
 
 
 @affine_mutant
 def every_weight_taken_for_the_same_at_all_tokens() -> Any:
-    return patch.object(affine, "_same", lambda weight, dims: True)
+    return patch.object(affine_rules, "_same", lambda weight, dims: True)
 
 
 @affine_mutant
@@ -444,12 +440,12 @@ def order_of_tokens_not_looked_at() -> Any:
 
 @affine_mutant
 def next_layer_taken_for_the_same() -> Any:
-    return patch.object(affine.Rows, "_cut", lambda self, node, row, trained, frozen: row)
+    return patch.object(maps.Rows, "_cut", lambda self, node, row, trained, frozen: row)
 
 
 @affine_mutant
 def frozen_vectors_taken_for_adapters() -> Any:
-    return patch.object(affine.Rows, "is_adapted", lambda self, row: bool(row.frozen))
+    return patch.object(maps.Rows, "is_adapted", lambda self, row: bool(row.frozen))
 
 
 @affine_mutant
@@ -477,13 +473,13 @@ def columns_of_parts_mixed_up() -> Any:
 @affine_mutant
 def columns_of_a_diagonal_ignored() -> Any:
     """`I[:, a:b]·M` is put at the first rows."""
-    real = replay.Replay._diagonal
+    real = materialise.Replay._diagonal
 
-    def diagonal(self: replay.Replay, node: Node, found: replay.Value) -> replay.Diagonal | None:
+    def diagonal(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Diagonal | None:
         held = real(self, node, found)
         return held and replace(held, columns=(0, held.width))
 
-    return patch.object(replay.Replay, "_diagonal", diagonal)
+    return patch.object(materialise.Replay, "_diagonal", diagonal)
 
 
 def test_the_affine_rules_as_they_are_hold() -> None:
@@ -551,7 +547,7 @@ def _is_rounded(rule: Callable[..., bool], *modules: Any) -> Iterator[None]:
 
 @finer_mutant
 def everything_taken_for_rounded() -> Any:
-    return _is_rounded(lambda *asked: True, sites, regions)
+    return _is_rounded(lambda *asked: True, sums, regions)
 
 
 @finer_mutant
@@ -564,7 +560,7 @@ def one_reader_that_rounds_taken_for_all() -> Any:
     def rule(node: Node, dtype: torch.dtype, among: Any) -> bool:
         return any(is_rounded(n, dtype, among) for n in (node, *node.users) if n.op != "output")
 
-    return _is_rounded(rule, sites, regions)
+    return _is_rounded(rule, sums, regions)
 
 
 def test_the_rule_of_finer_adapters_as_it_is_holds() -> None:
@@ -611,8 +607,8 @@ def nothing_but_the_adapter() -> bool:
 
 
 ADAPTER_MUTANTS = {
-    "any_size_is_added": (sites.adapters, "adds", lambda *args: True),
-    "nothing_is_added": (sites.adapters, "adds", lambda *args: False),
+    "any_size_is_added": (sums.adapters, "adds", lambda *args: True),
+    "nothing_is_added": (sums.adapters, "adds", lambda *args: False),
     "any_layer_is_refused": (refusals.sums, "stands_beside", lambda *args: True),
     "any_layer_transforms": (regions, "_is_a_layer", lambda *args: False),
 }
@@ -772,8 +768,8 @@ def moment_mutant(make: Mutation) -> Mutation:
 
 @moment_mutant
 def moment_of_the_other_side() -> Any:
-    real = moments._Gradient._over_tokens
-    return patch.object(moments._Gradient, "_over_tokens", lambda self, u, dy: self.edit.flip(real(self, u, dy)))
+    real = dense_grads._Gradient._over_tokens
+    return patch.object(dense_grads._Gradient, "_over_tokens", lambda self, u, dy: self.edit.flip(real(self, u, dy)))
 
 
 @moment_mutant
@@ -785,24 +781,24 @@ def way_from_the_moment_not_gone() -> Any:
             aten.slice.Tensor, self.edit.flip(rows) if left else rows, 0 if left else 1, 0, sizes[0 if left else 1]
         )
 
-    return patch.object(moments._Gradient, "_on", on)
+    return patch.object(dense_grads._Gradient, "_on", on)
 
 
 @moment_mutant
 def constant_beside_the_input_forgotten() -> Any:
-    real = moments._Gradient._read
-    return patch.object(moments._Gradient, "_read", lambda self: (real(self)[0], None))
+    real = dense_grads._Gradient._read
+    return patch.object(dense_grads._Gradient, "_read", lambda self: (real(self)[0], None))
 
 
 @moment_mutant
 def one_moment_for_all_layers() -> Any:
-    real = moments._Gradient._second
+    real = dense_grads._Gradient._second
 
     def second(self: Any) -> Node:
         self.made.setdefault(("G", self.found.u, self.found.dy), next(iter(self.made.values()), None) or real(self))
         return real(self)
 
-    return patch.object(moments._Gradient, "_second", second)
+    return patch.object(dense_grads._Gradient, "_second", second)
 
 
 @pytest.mark.parametrize("name", MOMENT_MUTANTS)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_fx import passes
-from peft_fx.passes import price
-from peft_fx.passes.machine import MACHINES, Machine, Speed, cpu, table_entry
-from peft_fx.passes.price import Decision, Price, Shape, decide, flop_crossover
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import MACHINES, Machine, Speed, cpu, table_entry
+from peft_fx.passes.decide.price import Decision, Price, Shape, decide, flop_crossover
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 CPU = MACHINES["cpu"]
@@ -359,6 +359,6 @@ def test_doctests(name: str) -> None:
 
 def test_price_and_algebra_have_doctests() -> None:
     """The two modules whose examples are formulas; a search that finds none would pass above."""
-    from peft_fx.passes import algebra
+    from peft_fx.passes.analyse import algebra
 
     assert all(doctest.testmod(module).attempted for module in (price, algebra))

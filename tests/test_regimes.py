@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import price
-from peft_fx.passes.decide import regimes
+from peft_fx.passes.decide import price, regimes
 from peft_fx.passes.decide.regimes import MOST, Regimes, crossovers
 from tests.spellings import frozen, trained
 

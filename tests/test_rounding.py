@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_fx.passes.nodes import aten, prims
+from peft_fx.passes.graph.nodes import aten, prims
 from tests import affine_spellings, dither, joint, spellings
 from tests.affine_spellings import Layer
 from tests.dither import HALVES, PROPERTIES

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from peft_fx.passes import scaled_reads
-from peft_fx.passes.nodes import aten, is_number, value
+from peft_fx.passes.graph.nodes import aten, is_number, value
+from peft_fx.passes.keep import scaled_reads
 from tests import joint
 from tests.oracle import assert_bit_equal, gate, integers, run, to_dtype, weight_form
 from tests.spellings import Lora, scale_right, x

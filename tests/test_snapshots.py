@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import snapshots
-from peft_fx.passes.nodes import aten
-from peft_fx.passes.rewrite import REBUILD
+from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.nodes import aten
+from peft_fx.passes.keep import changed_inputs
 from peft_fx.passes.verify import VerificationError
 from tests import joint
 from tests.oracle import assert_bit_equal, integers, run, weight_form
@@ -277,7 +277,7 @@ def test_what_backward_has_no_use_for_is_not_copied() -> None:
 # ------------------------------------------------------------------------------------------------------ ways round it
 
 
-real = snapshots.snapshots
+real = changed_inputs.snapshots
 
 
 def _never(edit: Any) -> None:
@@ -317,7 +317,7 @@ def _only_in_backward(edit: Any) -> None:
     """Forward reads the input, and the partitioner leaves the copy to backward."""
 
     def back(copied: Any) -> None:
-        needed = snapshots._Sides(edit.graph).forward
+        needed = changed_inputs._Sides(edit.graph).forward
         for reader in [u for u in copied.users if u in needed and u.target is not aten.mul.Tensor]:
             reader.replace_input_with(copied, copied.args[0])
 
@@ -338,7 +338,7 @@ MUTANTS = [_never, _rebuilt, _untagged, _one_reader_left, _view_left, _only_in_b
 def test_verify_finds_every_way_round_the_rule(mutant: Callable[..., Any]) -> None:
     case = joint.capture(filled(Stateful("B", WRITES["add"], READS["identity"], False)), x64())
     case.rewritten(form="weight")
-    with patch.object(snapshots, "snapshots", mutant), pytest.raises(VerificationError, match="writes over"):
+    with patch.object(changed_inputs, "snapshots", mutant), pytest.raises(VerificationError, match="writes over"):
         case.rewritten(form="weight")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.nodes import PRODUCTS, aten, shape, value
+from peft_fx.passes.graph.nodes import PRODUCTS, aten, shape, value
 from tests import joint
 from tests.affine_spellings import Layer
 from tests.spellings import BF16, Lora, TwoAdapters, linear, peft_casts, scale_right

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import peft_fx
-from peft_fx.passes import tokenwise
-from peft_fx.passes.flow import is_tangent, reachable
-from peft_fx.passes.nodes import CASTS, aten, is_tensor, value
+from peft_fx.passes.analyse.flow import is_tangent, reachable
+from peft_fx.passes.graph.nodes import CASTS, aten, is_tensor, value
+from peft_fx.passes.keep import by_chunks
 from tests import joint
 from tests.oracle import gate, weight_form
 
@@ -76,7 +76,7 @@ def tokens(*sizes: int, dtype: torch.dtype = BF16) -> tuple[Tensor]:
 
 def in_chunks(size: int = 0) -> Any:
     """However small they are, or not at all."""
-    return patch.object(tokenwise, "LEAST", size)
+    return patch.object(by_chunks, "LEAST", size)
 
 
 def copies(graph: Graph) -> Iterator[Node]:
@@ -117,7 +117,7 @@ def test_the_copies_of_a_chunk_are_read_before_the_next_are_made() -> None:
         cast = next(u for u in part.users if u.op == "call_function")
         last = max(position[u] for n in (part, cast) for u in n.users)
         groups.setdefault(part.args[2], []).append((position[part], last))
-    assert len(groups) == tokenwise.MOST
+    assert len(groups) == by_chunks.MOST
     for at, following in zip(sorted(groups), sorted(groups)[1:], strict=False):
         early, late = sorted(groups[at]), sorted(groups[following])
         half = len(early) // 2  # two places in the graph, the last layer's and the siblings'
@@ -159,7 +159,7 @@ def test_tokens_as_columns() -> None:
     captured = joint.capture(Turned(), *tokens(64, 48))
     with in_chunks():
         chunked = captured.rewritten(**SLOW)[0]
-    assert max(min(value(n).shape) for n in copies(chunked)) <= 64 // tokenwise.MOST
+    assert max(min(value(n).shape) for n in copies(chunked)) <= 64 // by_chunks.MOST
     assert joint.equal(captured.run(captured.graph, bound=1), captured.run(chunked, bound=1))
 
 
@@ -252,7 +252,7 @@ def test_a_dynamic_number_of_tokens_is_left_whole() -> None:
 )
 def test_any_sizes(T: int, K: int, N: int, siblings: int, magnitude: bool, most: int) -> None:
     captured = joint.trace(Layers(K, N, siblings, magnitude), *tokens(1, T, K))
-    with in_chunks(), patch.object(tokenwise, "MOST", most * 2):
+    with in_chunks(), patch.object(by_chunks, "MOST", most * 2):
         chunked = captured.rewritten(**SLOW)[0]
     with in_chunks(10**9):
         whole = captured.rewritten(**SLOW)[0]
@@ -267,7 +267,7 @@ def test_through_inductor() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ mutants
 
-real_chunk = tokenwise._chunk
+real_chunk = by_chunks._chunk
 
 
 def _without_the_rest(build: Any, region: Any, flat: Any, bounds: tuple[int, int], results: Any) -> None:
@@ -294,7 +294,7 @@ def _rows_of_another(build: Any, region: Any) -> Any:
     return {key: swapped[n] for key, n in found.items()}
 
 
-real_flat = tokenwise._flat
+real_flat = by_chunks._flat
 MUTANTS = {
     "the_rest_of_the_tokens_left_out": ("_chunk", _without_the_rest),
     "the_first_chunk_again": ("_chunk", _first_chunk_again),
@@ -309,7 +309,7 @@ def test_mutants(name: str | None) -> None:
     captured = joint.capture(Layers(32, 48, 3), *tokens(83, 32))
     with in_chunks(10**9):
         whole = captured.run(captured.rewritten(**SLOW)[0], bound=1)
-    with in_chunks(), patch.object(tokenwise, *MUTANTS[name]) if name else nullcontext():
+    with in_chunks(), patch.object(by_chunks, *MUTANTS[name]) if name else nullcontext():
         try:
             same = joint.equal(whole, captured.run(captured.rewritten(**SLOW)[0], bound=1))
         except Exception:  # sizes that do not fit are found by the first that computes with them

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.graph.nodes import aten, value
 from tests import joint
 from tests.oracle import PAIR, gate, weight_form
 from tests.spellings import K, N, frozen, trained

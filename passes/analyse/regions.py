@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_small
-from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Size, coarser
-from peft_fx.passes.analyse.candidates import Region
+from peft_fx.passes.analyse.adapters import are_small
+from peft_fx.passes.analyse.algebra import MANTISSA, Size, coarser
+from peft_fx.passes.analyse.candidates import MapCandidate
+from peft_fx.passes.analyse.dims import Token, in_order
+from peft_fx.passes.analyse.maps import Row, Rows, fresh
+from peft_fx.passes.analyse.sums import Analysis
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import (
     CASTS,
     COPIES,
     PRODUCTS,
@@ -38,13 +40,12 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.sites import Analysis
 
 
-def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
+def regions(joint: Joint) -> tuple[list[MapCandidate], list[Refusal]]:
     """The regions that no group of terms accounts for, the largest ones, in graph order; and those refused."""
     graph, rows, analysis = joint.graph, joint.maps, joint.sums
-    every: list[Region] = []
+    every: list[MapCandidate] = []
     covered: set[Node] = set()
     for node in reversed(graph.nodes):
         if node in covered or node not in rows.of:
@@ -118,7 +119,7 @@ def _puts_in_order(node: Node, rows: Rows) -> bool:
     return False
 
 
-def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
+def _region(ends: tuple[Node, ...], rows: Rows) -> MapCandidate | None:
     flow = rows.flow
     row = functools.reduce(Row.joined, (rows.of[end] for end in ends))
     bases = [n for n in row.products if not set(rows.brought(n)[1]).isdisjoint(row.frozen)]
@@ -147,7 +148,7 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
         return None  # part of an adapter whose base is elsewhere
     diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal is not None)
-    return Region(ends, row, nodes, diagonal, base, backward)
+    return MapCandidate(ends, row, nodes, diagonal, base, backward)
 
 
 def _is_a_layer(product: Node, base: Node, row: Row, rows: Rows, sizes: tuple[Size, Size]) -> bool:
@@ -235,14 +236,14 @@ def _weight_sizes(product: Node, rows: Rows) -> list[int]:
     return [int(m) for m in (*(m for m in batch if m != 1), k, n)]
 
 
-def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
+def _read_as_terms(region: MapCandidate, rows: Rows, analysis: Analysis) -> bool:
     """Whether a group of terms accounts for every use of a trained parameter in a region."""
     group = analysis.group_of.get(region.base)
     uses = sum(bool(rows.brought(n)[0]) for n in region.nodes)
     return group is not None and uses <= sum(analysis.flow.is_trained(f.name) for f in group.adapter_factors)
 
 
-def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
+def _refusal(region: MapCandidate, rows: Rows, analysis: Analysis) -> Refusal | None:
     row = region.row
     name = region.site_name(rows.flow)
     reads = sorted(row.read, key=lambda d: MANTISSA.get(d, 0))
@@ -264,6 +265,6 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
     return None
 
 
-def _precision(region: Region, rows: Rows) -> torch.dtype:
+def _precision(region: MapCandidate, rows: Rows) -> torch.dtype:
     x = next(n for n in factors_of(region.base) if n in rows.of)
     return rows.of[x].precision

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes import price
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.decide import price
 from peft_fx.passes.decide.candidates import Adapter, Found, adapters_of
+from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.decide.notation import scale_of, written
 from peft_fx.passes.decide.regimes import Regimes
 from peft_fx.passes.findings import ACTIVATION, NONE, WEIGHT, Settings, Site
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.graph.joint import Joint
 
 UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more than the forms save
 

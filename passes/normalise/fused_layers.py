@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import SPLITS, Columns, Rows, columns, is_zero, put_at
+from peft_fx.passes.analyse.flow import is_tangent, reachable
+from peft_fx.passes.analyse.maps import Rows
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.flow import is_tangent, reachable
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.graph.columns import SPLITS, Columns, columns, is_zero, put_at
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
 
 Pair = tuple[Node, Node]  # what the graph read before, and what it reads in its place
 

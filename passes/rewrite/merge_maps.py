@@ -8,21 +8,16 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes import price
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.analyse.candidates import Region
+from peft_fx.passes.analyse.candidates import MapCandidate
+from peft_fx.passes.analyse.maps import Rows
+from peft_fx.passes.decide import price
 from peft_fx.passes.decide.choosing import candidates, decided, settled
 from peft_fx.passes.decide.regimes import Regimes
-from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
-    aten,
-    expr,
-    shape,
-    value,
-)
-from peft_fx.passes.replay import Replay
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, expr, shape, value
+from peft_fx.passes.rewrite.materialise import Replay
 from peft_fx.passes.rewrite.rounding import rounded
 
 
@@ -45,7 +40,7 @@ def merge_maps(joint: Joint, settings: Settings) -> None:
     settled([c for c in notes.sums if c[0].either.product_node not in known], settings, notes.regimes)
 
 
-def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
+def rewrite(joint: Joint, chosen: Iterable[MapCandidate], rounding: str) -> None:
     """Makes each region one product `u·W' + b'`."""
     edit, rows, position = joint.edit, joint.maps, joint.position
     for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
@@ -58,7 +53,7 @@ def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
         edit.replace(last, new)
 
 
-def _product(edit: Editor, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
+def _product(edit: Editor, rows: Rows, region: MapCandidate, last: Node, rounding: str) -> Node:
     K, N = region.features
     dtype = value(region.base).dtype
     with edit.provenance(region.base, rebuilt=True):

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import Rows, is_scaled_by_a_root
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.linear_rules import addends, products_in
+from peft_fx.passes.analyse.maps import Rows, is_scaled_by_a_root
 from peft_fx.passes.analyse.refusals.ways import is_beside, reached
+from peft_fx.passes.analyse.sums import Analysis
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.nodes import aten, tensor_arg
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import addends, products_in
+from peft_fx.passes.graph.nodes import aten, tensor_arg
 
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
 AFTER = {

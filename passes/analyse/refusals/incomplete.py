@@ -7,15 +7,15 @@ from collections.abc import Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_low_rank, are_small
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.adapters import are_low_rank, are_small
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.flow import common_path, shared_path
+from peft_fx.passes.analyse.linear_rules import products_in, through
+from peft_fx.passes.analyse.maps import Rows
 from peft_fx.passes.analyse.refusals.ways import is_matrix, narrow_operand, reached
+from peft_fx.passes.analyse.sums import Analysis
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import common_path, shared_path
-from peft_fx.passes.nodes import numel, shape
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import products_in, through
+from peft_fx.passes.graph.nodes import numel, shape
 
 
 def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:

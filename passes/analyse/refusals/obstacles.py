@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from peft_fx.passes.analyse.linear_rules import addends, products_in
 from peft_fx.passes.analyse.refusals.some_rows import DROPPED, SOME_ROWS, is_of_rows
 from peft_fx.passes.analyse.refusals.ways import NEAR
-from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import addends, products_in
+from peft_fx.passes.analyse.sums import Analysis
+from peft_fx.passes.graph.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
 
 ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}

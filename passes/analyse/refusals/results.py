@@ -7,12 +7,12 @@ from collections.abc import Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_small
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.adapters import are_small
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.maps import Rows
+from peft_fx.passes.analyse.sums import BASE_READ_TOO, Analysis
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.nodes import SUMS, is_tensor, numel, shape
-from peft_fx.passes.sites import SHARED, Analysis
+from peft_fx.passes.graph.nodes import SUMS, is_tensor, numel, shape
 
 PART = "the adapter is added to part of what the layer gives, and all of it is read, or is laid out in another order"
 
@@ -37,4 +37,4 @@ def of_results(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Re
             whole = max(own.products, key=lambda p: numel(shape(p)))
             part = numel(shape(base)) != numel(shape(whole))
             name = analysis.flow.site_name(Matrix(weight, 0), [Matrix(t, 0) for t in adapter.trained])
-            yield Refusal(name, "shape", PART) if part else Refusal(name, "shared", SHARED)
+            yield Refusal(name, "shape", PART) if part else Refusal(name, "shared", BASE_READ_TOO)

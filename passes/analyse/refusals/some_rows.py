@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Set
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_low_rank, stands_beside
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.adapters import are_low_rank, stands_beside
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.linear_rules import Product, through
+from peft_fx.passes.analyse.maps import Rows
 from peft_fx.passes.analyse.refusals.ways import (
     READS,
     is_beside,
@@ -20,8 +21,9 @@ from peft_fx.passes.analyse.refusals.ways import (
     values_read,
     weighted,
 )
+from peft_fx.passes.analyse.sums import Analysis
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.nodes import (
     CASTS,
     LAYOUTS,
     SCALINGS,
@@ -34,8 +36,6 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, through
 
 REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
 TAKING = {  # some rows of a value

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import is_scaled_by_a_root
-from peft_fx.passes.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, products_in
+from peft_fx.passes.analyse.linear_rules import Product, products_in
+from peft_fx.passes.analyse.maps import is_scaled_by_a_root
+from peft_fx.passes.analyse.sums import Analysis
+from peft_fx.passes.graph.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
 
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
 READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import MANTISSA, Size, coarser
+from peft_fx.passes.analyse.algebra import MANTISSA, Size, coarser
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import CAST, argument, aten, expr, numel, prims, tensor_arg, value
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.graph.nodes import CAST, argument, aten, expr, numel, prims, tensor_arg, value
 
 LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
     "library",

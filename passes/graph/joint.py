@@ -13,16 +13,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Flow, Roles
+from peft_fx.passes.analyse.maps import Rows
+from peft_fx.passes.analyse.reader import Reader
+from peft_fx.passes.analyse.sums import Analysis
 from peft_fx.passes.decide.regimes import AtLeast
-from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.flow import Flow, Roles
-from peft_fx.passes.keep import Keep
-from peft_fx.passes.nodes import value_numbers
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Reader
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import value_numbers
+from peft_fx.passes.keep.chains import Keep
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from peft_fx.passes.algebra import Matrix
-from peft_fx.passes.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.graph.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 
 REBUILD, SAVE = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE
 COPIED = (
@@ -244,3 +244,6 @@ def fake(arg: Any) -> Any:
 def erase_unused(graph: Graph, node: Node) -> None:
     """Removes a node that has lost its users, and what only it used."""
     Editor(graph, contextlib.nullcontext()).drop(node)
+
+
+Builder = Editor  # its name until all modules have moved

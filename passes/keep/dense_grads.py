@@ -18,16 +18,29 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes import price
-from peft_fx.passes.affine import Row, Rows, Token, in_order, plain
-from peft_fx.passes.algebra import MANTISSA, Size, finer
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.keep import Keep
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import CAST, CASTS, COPIES, RESHAPES, SUMS, aten, is_tensor, numel, shape, tensor_arg, value
-from peft_fx.passes.replay import Diagonal, Replay, Value
-from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.transients import MIXED
+from peft_fx.passes.analyse.algebra import MANTISSA, Size, finer
+from peft_fx.passes.analyse.dims import Token, in_order, plain
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.analyse.maps import Row, Rows
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.graph.editor import Builder, erase_unused
+from peft_fx.passes.graph.nodes import (
+    CAST,
+    CASTS,
+    COPIES,
+    RESHAPES,
+    SUMS,
+    aten,
+    is_tensor,
+    numel,
+    shape,
+    tensor_arg,
+    value,
+)
+from peft_fx.passes.keep.chains import Keep
+from peft_fx.passes.keep.in_place_reads import MIXED
+from peft_fx.passes.rewrite.materialise import Diagonal, Replay, Value
 
 FEW = 8  # with an eighth as many tokens as G has rows, a result is kept for a vector's gradient
 NARROW = 4  # a product with a quarter of its input's columns is computed again

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import PLACINGS, Atom, Columns, Dims, Rows, Token, fresh, is_constant, is_zero, part_of
-from peft_fx.passes.editor import Editor
-from peft_fx.passes.nodes import (
+from peft_fx.passes.analyse.dims import Atom, Dims, Token
+from peft_fx.passes.analyse.maps import Rows, fresh
+from peft_fx.passes.graph.columns import PLACINGS, Columns, is_constant, is_zero, part_of
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import (
     CASTS,
     COPIES,
     PRODUCTS,

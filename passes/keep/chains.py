@@ -24,11 +24,22 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.kernels.narrow import narrow_in, narrow_out
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow, returned
-from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
-from peft_fx.passes.rewrite import REBUILD
-from peft_fx.passes.transfer import Product, products_in
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Flow, returned
+from peft_fx.passes.analyse.linear_rules import Product, products_in
+from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.nodes import (
+    LAYOUTS,
+    SUMS,
+    aten,
+    is_random,
+    is_tensor,
+    numel,
+    prims,
+    shape,
+    value,
+    value_numbers,
+)
 
 PARTS = {aten.slice.Tensor, aten.select.int, aten.cat.default}
 SMALL = 8  # a value of this fraction of another's size is no second tensor to keep

@@ -9,141 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.kernels.library import available
-from peft_fx.kernels.merge import DTYPES as MERGED
-from peft_fx.kernels.merge import WIDEST
-from peft_fx.passes import adapters, price
-from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
+from peft_fx.passes.analyse import adapters
+from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Term, shares_left
+from peft_fx.passes.analyse.candidates import SumCandidate, factors_in
+from peft_fx.passes.analyse.flow import Flow, shared_path
+from peft_fx.passes.analyse.linear_rules import addends, products_in, through
+from peft_fx.passes.analyse.reader import Occurrence, Reader
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import Flow, shared_path
-from peft_fx.passes.nodes import coarsest, is_rounded, value
-from peft_fx.passes.transfer import Occurrence, Product, Reader, addends, products_in, through
+from peft_fx.passes.graph.nodes import coarsest, is_rounded
 
-SHARED = "what the layer gives without the adapter is read as well: x·W' would be another product beside x·W"
-
-
-@dataclass(frozen=True)
-class Group:
-    """One base product `u·W` (`W·u` if `right`) of the sum `root`, and the other terms of the sum that share `u`.
-
-    `outer` is the scale of the whole base product, `inner` the one that its weight operand carries, as in `x @ (2·W)`.
-    """
-
-    root: Node
-    base: Occurrence
-    others: tuple[Occurrence, ...]
-    shared: tuple[Matrix, ...]
-    right: bool
-    backward: bool
-    outer: Scale | None
-    inner: Scale
-
-    @property
-    def product(self) -> Product:
-        product = self.base.product
-        assert product is not None, "the base of a group is a product"
-        return product
-
-    @property
-    def product_node(self) -> Node:
-        return self.base.path[-1][0]
-
-    @property
-    def at_left(self) -> bool:
-        """Whether the base product, as it is written, reads W from its left."""
-        return self.right != self.base.flipped
-
-    @property
-    def operand(self) -> Node:
-        """The node that the base product reads W from: W, or Wᵀ where the product is transposed on the way to the
-        sum."""
-        return self.product.left if self.at_left else self.product.right
-
-    @property
-    def weight(self) -> Matrix:
-        """W as it multiplies u, [K,N]; from the right, [N,K]."""
-        return _factors(self.base)[0 if self.right else -1]
-
-    @property
-    def remainders(self) -> tuple[Term, ...]:
-        """What multiplies u besides W, in W's orientation."""
-        return tuple(self._remainder(occ.term) for occ in self.others if occ.term is not None)
-
-    def added_by(self, occ: Occurrence) -> tuple[Matrix, ...]:
-        """The factors of one of the others, without what is shared."""
-        return self._remainder(occ.term).factors if occ.term is not None else ()
-
-    def _remainder(self, term: Term) -> Term:
-        if not self.right:
-            return without_left(term, self.shared)
-        return without_left(term.T, tuple(f.T for f in reversed(self.shared))).T
-
-    @property
-    def adapter_factors(self) -> list[Matrix]:
-        return [f for t in self.remainders for f in t.factors]
-
-    @property
-    def adapter_nodes(self) -> list[Any]:
-        return [f.name for f in self.adapter_factors]
-
-    @property
-    def ratios(self) -> tuple[Scale | None, ...]:
-        """`s` of `u·W + s·u·A·B` for each of the others, with the base product's own scale divided out."""
-        return tuple(occ.term.scale.over(self.outer) if self.outer and occ.term else None for occ in self.others)
-
-    @property
-    def tokens(self) -> Size:
-        u = self.shared[-1].T if self.right else self.shared[0]
-        return u.shape[0] * (u.batch if self.weight.batch == 1 else 1)
-
-    @property
-    def key(self) -> Any:
-        """Equal for the groups of one adapter, forward and input gradient."""
-        return self.weight.name, frozenset(f.name for f in self.adapter_factors)
-
-    @property
-    def weight_node(self) -> Any:
-        return self.weight.name
-
-    @property
-    def method(self) -> str:
-        return "low-rank" if all(len(t.factors) > 1 for t in self.remainders) else "dense delta"
-
-    def site_name(self, flow: Flow) -> str:
-        return flow.site_name(self.weight, self.adapter_factors)
-
-    @property
-    def has_kernel(self) -> bool:
-        """Whether a kernel of our own builds W' at once: of a half-precision matrix on a GPU with Triton."""
-        known, dtype = value(self.weight.name), self.product.dtype  # type: ignore[arg-type]
-        ranks = [t.narrowest for t in self.remainders]
-        factors = [self.weight, *(f for t in self.remainders for f in t.factors)]
-        return (
-            available(known.device)
-            and (known.ndim, known.dtype) == (2, dtype)
-            and dtype in MERGED
-            and self.inner == Scale()
-            and all(isinstance(r, int) and 0 < r <= WIDEST for r in ranks)
-            and all(len(t.factors) > 1 for t in self.remainders)
-            and all(f.batch == 1 for f in factors)
-        )
-
-    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
-        weight, dtype = self.weight, self.product.dtype
-        sizes = price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
-        return replace(sizes, gathered=self.product.gathered, fused=self.has_kernel)
-
-
-def _factors(occ: Occurrence) -> tuple[Matrix, ...]:
-    assert occ.term is not None
-    return occ.term.factors
+BASE_READ_TOO = "what the layer gives without the adapter is read as well: x·W' would be another product beside x·W"
 
 
 @dataclass(frozen=True)
@@ -165,7 +47,7 @@ class Analysis:
 
     def __init__(self, graph: Graph, flow: Flow, reader: Reader, position: Mapping[Node, int], strict: bool = False):
         self.strict, self.reader, self.flow, self.position = strict, reader, flow, position
-        self.groups: list[Group] = []
+        self.groups: list[SumCandidate] = []
         self.refusals: list[Refusal] = []
         self.sums: list[Sum] = []
         inside: set[Node] = set()
@@ -186,7 +68,7 @@ class Analysis:
         return [self.reader.number[through(n)] for n in operands if not self.flow.is_weight(n)]
 
     @functools.cached_property
-    def group_of(self) -> Mapping[Node, Group]:
+    def group_of(self) -> Mapping[Node, SumCandidate]:
         """The first group with a base product."""
         return {g.product_node: g for g in reversed(self.groups)}
 
@@ -201,7 +83,7 @@ class Analysis:
                 found[u] += weights
         return found
 
-    def _multiplies_weights(self, group: Group, weights: set[Any]) -> bool:
+    def _multiplies_weights(self, group: SumCandidate, weights: set[Any]) -> bool:
         """In backward a sum of parameter gradients has the same form, `xᵀ·dy + xᵀ·dy`, with x in the place of W."""
         return all(self.flow.is_weight(f.name) or f.name in weights for f in (group.weight, *group.adapter_factors))
 
@@ -222,7 +104,7 @@ class Analysis:
             taken |= ways
         self.sums.append(Sum(root, terms, frozenset(taken)))
 
-    def _is_from_elsewhere(self, group: Group) -> bool:
+    def _is_from_elsewhere(self, group: SumCandidate) -> bool:
         """Where u is made of weights too, as a table of positions is: whether W and the adapter share a module that u
         is no part of. If not, the sum makes a weight, and there are no tokens."""
         own, adapter, u = (
@@ -233,7 +115,7 @@ class Analysis:
             a != own[0] and shared_path(own[0], a) > max(shared_path(own[0], other) for other in u) for a in adapter
         )
 
-    def _candidates(self, root: Node, terms: Iterable[Occurrence], backward: bool) -> Iterator[Group]:
+    def _candidates(self, root: Node, terms: Iterable[Occurrence], backward: bool) -> Iterator[SumCandidate]:
         # of a product over no features at all, the sizes of the factors are not known
         products = [o for o in terms if o.term is not None and o.product and o.term.narrowest]
         for base in products:
@@ -250,17 +132,17 @@ class Analysis:
                 if len(read.factors) == 1:  # W alone, not a product of W with part of what is shared
                     shared = tuple(f.T for f in reversed(factors[:-1])) if right else factors[:-1]
                     outer = base.term.scale.over(read.scale)
-                    group = Group(root, base, others, shared, right, backward, outer, read.scale)
+                    group = SumCandidate(root, base, others, shared, right, backward, outer, read.scale)
                     if adapting := tuple(
                         o for o in others if adapters.adds(self.flow, group.weight, group.added_by(o))
                     ):
                         yield replace(group, others=adapting)
 
-    def _preference(self, group: Group) -> tuple[int, int, bool]:
+    def _preference(self, group: SumCandidate) -> tuple[int, int, bool]:
         """Few factors in the base first, then much company, then a frozen weight."""
-        return len(_factors(group.base)), -len(group.others), self.flow.is_trained(group.weight.name)
+        return len(factors_in(group.base)), -len(group.others), self.flow.is_trained(group.weight.name)
 
-    def _refusal(self, group: Group) -> Refusal | None:
+    def _refusal(self, group: SumCandidate) -> Refusal | None:
         """The reason why a group that the algebra allows must stay as it is."""
         factors = group.adapter_factors
         name = group.site_name(self.flow)
@@ -277,11 +159,11 @@ class Analysis:
             code = "input_dependent" if changes else "shape"
             return Refusal(name, code, f"{several[0].batch} adapters share one weight: a W' for each would be as many")
         if not group.backward and self._is_read_besides(group):
-            return Refusal(name, "shared", SHARED)
+            return Refusal(name, "shared", BASE_READ_TOO)
         end = -1 if group.right else 0
         u = group.shared[end]
         for occ in group.others:
-            v = _factors(occ)[end]
+            v = factors_in(occ)[end]
             if MANTISSA.get(v.precision, 0) > MANTISSA.get(u.precision, 0):
                 read = (
                     f"the adapter reads its input in {_plain(v.precision)}, the base product in {_plain(u.precision)}"
@@ -303,7 +185,7 @@ class Analysis:
             return Refusal(name, "unknown_op", "the base product carries a scale that cannot be divided out")
         return None
 
-    def _is_read_besides(self, group: Group) -> bool:
+    def _is_read_besides(self, group: SumCandidate) -> bool:
         """Whether forward reads the base product's result elsewhere than in the sum, or past it."""
         end, side = group.root, self.flow.forward
         seen, todo = {end}, [n for n in (group.product_node,) if n is not end]  # not where both are one addmm

@@ -17,10 +17,10 @@ import math
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import (
     CASTS,
     LAYOUTS,
     PRODUCTS,

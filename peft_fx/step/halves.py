@@ -13,12 +13,12 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import is_tangent, leading_to, reachable, returned
-from peft_fx.passes.liveness import Fused, Known, Part, walk
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import is_mutable
-from peft_fx.passes.snapshots import IN_BACKWARD
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import is_tangent, leading_to, reachable, returned
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.graph.nodes import is_mutable
+from peft_fx.passes.keep.changed_inputs import IN_BACKWARD
+from peft_fx.step.liveness import Fused, Known, Part, walk
 
 
 @dataclass(frozen=True)

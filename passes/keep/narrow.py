@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from peft_fx.kernels.narrow import DTYPE, MOST, WIDEST, narrow_in, narrow_out
-from peft_fx.passes.nodes import shape, value
-from peft_fx.passes.rewrite import Builder
+from peft_fx.passes.graph.editor import Builder
+from peft_fx.passes.graph.nodes import shape, value
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import Matrix
-from peft_fx.passes.nodes import is_random, is_tensor
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.graph.nodes import is_random, is_tensor
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_fx.passes.algebra import Size, Term, cheapest_order, finer
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.analyse.algebra import Size, Term, cheapest_order, finer
+from peft_fx.passes.decide.machine import Machine
 
 FORMS = ("weight", "activation")
 IN_PLACE = 16  # an activation is read in place by products of a rank that is a sixteenth of its sides at most

@@ -23,8 +23,8 @@ from typing import Protocol
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.editor import Editor
-from peft_fx.passes.nodes import aten, prims, shape, value
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import aten, prims, shape, value
 from peft_fx.passes.rewrite.rounding import hash_of
 
 ROUNDINGS = ("nearest", "stochastic")

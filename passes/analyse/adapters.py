@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 
 from torch.fx import Node
 
-from peft_fx.passes.algebra import Matrix, Size
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import numel, shape
+from peft_fx.passes.analyse.algebra import Matrix, Size
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.graph.nodes import numel, shape
 
 
 def adds(flow: Flow, weight: Matrix, factors: Sequence[Matrix]) -> bool:

@@ -30,11 +30,13 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.kernels.library import available
-from peft_fx.passes import narrow
-from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import (
+from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.analyse.reader import Layout, Reader
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.decide.price import reads_in_place
+from peft_fx.passes.graph.editor import Builder, erase_unused
+from peft_fx.passes.graph.nodes import (
     CAST,
     LAYOUTS,
     RESHAPES,
@@ -48,9 +50,7 @@ from peft_fx.passes.nodes import (
     value,
     value_numbers,
 )
-from peft_fx.passes.price import reads_in_place
-from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.transfer import Layout, Reader
+from peft_fx.passes.keep import narrow
 
 MIXED = {"cuda", "xpu"}  # devices with a product of half-precision matrices that is not rounded to their dtype
 

@@ -25,25 +25,14 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.cut import ENDLESS, Network
-from peft_fx.passes.flow import leading_to
-from peft_fx.passes.halves import Sides, Taken, taken
-from peft_fx.passes.liveness import (
-    ATTENTION,
-    ITEM,
-    NONE,
-    SCATTERS,
-    VIEW,
-    Known,
-    bytes_of,
-    kind_of,
-    name_of,
-    seconds_of,
-)
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import argument, is_mutable, is_random, value
-from peft_fx.passes.rewrite import REBUILD, SAVE
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import leading_to
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.graph.editor import REBUILD, SAVE
+from peft_fx.passes.graph.nodes import argument, is_mutable, is_random, value
+from peft_fx.step.cut import ENDLESS, Network
+from peft_fx.step.halves import Sides, Taken, taken
+from peft_fx.step.liveness import ATTENTION, ITEM, NONE, SCATTERS, VIEW, Known, bytes_of, kind_of, name_of, seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last

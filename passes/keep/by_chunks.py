@@ -20,14 +20,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.algebra import MANTISSA
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.analyse.algebra import MANTISSA
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import (
     CASTS,
     LAYOUTS,
     MATRIX_PRODUCTS,
@@ -40,6 +39,7 @@ from peft_fx.passes.nodes import (
     tensor_arg,
     value,
 )
+from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
 
 LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
 MOST = 8  # chunks

@@ -20,11 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.editor import SAVE, Editor
+from peft_fx.passes.analyse.flow import is_tangent, leading_to, reachable, returned
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.flow import is_tangent, leading_to, reachable, returned
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.graph.editor import SAVE, Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, value
 
 
 def changed_inputs(joint: Joint, settings: Settings) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Set as AbstractSet
 
 from torch.fx import Node
 
-from peft_fx.passes import adapters
-from peft_fx.passes.algebra import Matrix, Size, Term
+from peft_fx.passes.analyse import adapters
+from peft_fx.passes.analyse.algebra import Matrix, Size, Term
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.analyse.sums import Analysis, Sum
 from peft_fx.passes.findings import NONE, WEIGHT, Site
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import value
-from peft_fx.passes.sites import Analysis, Sum
+from peft_fx.passes.graph.nodes import value
 
 ALREADY = "already in weight form: the model adds to the weight itself"
 

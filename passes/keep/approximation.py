@@ -21,24 +21,15 @@ from fnmatch import fnmatchcase
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.find import ALIKE, made_alike
-from peft_fx.passes.editor import REBUILD
+from peft_fx.passes.analyse.flow import returned
 from peft_fx.passes.findings import EXACT, REBUILT, KeptInput, Settings
-from peft_fx.passes.flow import returned
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.keep import PARTS, SMALL, Keep, products
-from peft_fx.passes.nodes import (
-    LAYOUTS,
-    PRODUCTS,
-    SCALINGS,
-    SUMS,
-    aten,
-    factors_of,
-    shape,
-    value,
-)
-from peft_fx.passes.policies import POLICIES, Policy
+from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import LAYOUTS, PRODUCTS, SCALINGS, SUMS, aten, factors_of, shape, value
+from peft_fx.passes.keep.chains import PARTS, SMALL, Keep, products
+from peft_fx.passes.keep.policies import POLICIES, Policy
 
 FREE = "rebuilt from what backward keeps in any case"
 
