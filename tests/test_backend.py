@@ -274,13 +274,13 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 
 FAULTS = {
     "contract": (pipeline.Contract, "of"),
-    "analysis": (joints, "Analysis"),
+    "analysis": (joints, "Sums"),
     "refusals": (find, "refusals"),
     "price": (price, "decide"),
     "rewrite": (merge_sums.Rewriter, "rewrite"),
     "merge": (merge_sums.Rewriter, "_merge"),
     "transients": (training, "read_in_place"),
-    "keep": (chains.Keep, "mark"),
+    "keep": (chains.Recompute, "mark"),
     "verify": (pipeline, "verify"),
 }
 

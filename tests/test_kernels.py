@@ -31,9 +31,9 @@ from peft_fx.passes.rewrite import merge_sums
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR
+from tests.passes.keep.test_in_place_reads import Siblings
 from tests.spellings import K, N, frozen, trained
 from tests.test_retargeting import with_products_of_a_cpu
-from tests.test_transients import Siblings
 
 BF16 = torch.bfloat16
 R = 4

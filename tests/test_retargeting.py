@@ -26,8 +26,8 @@ from peft_fx.retargeting import GPU, Retarget, device_of
 from peft_fx.tracing import CPU
 from tests import affine_spellings, joint, spellings
 from tests.oracle import integers
+from tests.passes.keep.test_in_place_reads import Siblings
 from tests.spellings import Case, K, N, frozen, trained, x
-from tests.test_transients import Siblings
 
 H100 = {"peft_fx.machine": "h100", "peft_fx.form": "weight"}
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -15,7 +15,7 @@ from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Scale, Size, Term, 
 from peft_fx.passes.analyse.dims import Token
 from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.analyse.linear_rules import Product
-from peft_fx.passes.analyse.maps import Row, fresh
+from peft_fx.passes.analyse.maps import AffineMap, fresh
 from peft_fx.passes.analyse.reader import Occurrence
 from peft_fx.passes.decide import price
 from peft_fx.passes.graph.nodes import factors_of, numel, shape, value
@@ -146,7 +146,7 @@ class MapCandidate:
     """
 
     ends: tuple[Node, ...]
-    row: Row
+    row: AffineMap
     nodes: frozenset[Node]
     diagonal: frozenset[Node]
     base: Node

@@ -1,4 +1,4 @@
-"""Row-wise affine maps: values each of whose rows is `u·M + c` of the same row of one source `u`.
+"""AffineMap-wise affine maps: values each of whose rows is `u·M + c` of the same row of one source `u`.
 
 A LoRA is a sum of products and is read as such (`transfer.py`). Other adapters scale, rotate, pool, permute or
 transform features on the way: `((u·A)*d)·B`, `(u·W)*l`, `rotate(u)·W`. They need no words of their own. Where every op
@@ -47,7 +47,7 @@ PASSED = RESHAPES | SQUEEZES | COPIES | CASTS | SCALINGS | SUMS | {aten.reciproc
 
 
 @dataclass(frozen=True)
-class Row:
+class AffineMap:
     """What is known of a value: its source, its dimensions, the parameters met on the way.
 
     `products` are the matrix products by a weight, `frozen` the untrained weights among their operands; `precision`
@@ -69,7 +69,7 @@ class Row:
         """The features of a row."""
         return int(numel([a for dim in self.dims for a in dim if isinstance(a, int)]))
 
-    def joined(self, other: Row) -> Row:
+    def joined(self, other: AffineMap) -> AffineMap:
         """What is known of a sum of two values with the same dimensions."""
         return replace(
             self,
@@ -82,32 +82,34 @@ class Row:
         )
 
 
-def fresh(node: Node) -> Row:
+def fresh(node: Node) -> AffineMap:
     """A value as a source of its own: its last dimension are features, the others count tokens."""
     *tokens, features = shape(node) or (1,)
     dims = tuple((Token(i, n),) if n != 1 else () for i, n in enumerate(tokens))
     diagonal = (0, features) if isinstance(features, int) else None
-    return Row(node, (*dims, (features,) if features != 1 else ()), precision=value(node).dtype, diagonal=diagonal)
+    return AffineMap(
+        node, (*dims, (features,) if features != 1 else ()), precision=value(node).dtype, diagonal=diagonal
+    )
 
 
-class Rows:
+class AffineMaps:
     """The rows of the activations of a graph, or of what follows one node of it. Pure."""
 
     def __init__(self, nodes: Iterable[Node], flow: Flow, source: Node | None = None):
         self.flow = flow
         self._frozen: dict[Node, frozenset[Node]] = {}
-        self.of: dict[Node, Row] = {} if source is None else {source: fresh(source)}
+        self.of: dict[Node, AffineMap] = {} if source is None else {source: fresh(source)}
         for node in nodes:
             if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
                 self.of.setdefault(node, self._row(node) or fresh(node))
         self._position = {node: i for i, node in enumerate(self.of)}
 
-    def from_source(self, ends: Iterable[Node], source: Node) -> Rows:
+    def from_source(self, ends: Iterable[Node], source: Node) -> AffineMaps:
         """The same of the nodes between a source and the ends alone."""
         between = self.between(ends, source) & self.of.keys()
-        return Rows(sorted(between, key=self._position.__getitem__), self.flow, source)
+        return AffineMaps(sorted(between, key=self._position.__getitem__), self.flow, source)
 
-    def _row(self, node: Node) -> Row | None:
+    def _row(self, node: Node) -> AffineMap | None:
         rule = AFFINE.get(node.target)
         if rule is None:
             return None
@@ -125,7 +127,7 @@ class Rows:
         dims = rule(node, lambda n: known[n].dims if isinstance(n, Node) and n in known else None)
         if dims is None:
             return None
-        row = functools.reduce(Row.joined, rows)
+        row = functools.reduce(AffineMap.joined, rows)
         dtype = value(node).dtype
         read = frozenset({row.precision}) if node.target in PRODUCTS and not row.products else frozenset()
         return replace(
@@ -176,7 +178,7 @@ class Rows:
                 todo += new
         return found
 
-    def _cut(self, node: Node, row: Row, trained: frozenset[Node], frozen: frozenset[Node]) -> Row:
+    def _cut(self, node: Node, row: AffineMap, trained: frozenset[Node], frozen: frozenset[Node]) -> AffineMap:
         """A layer ends where the next begins: the result of an adapted layer is a source to a weight of another."""
         new, met = trained | frozen, self._frozen_met(row) if row.trained else frozenset()
 
@@ -195,7 +197,7 @@ class Rows:
         dims = regroup(fresh(start).dims, shape(node))
         return replace(fresh(start), dims=dims, precision=row.precision) if dims is not None else row
 
-    def _frozen_met(self, row: Row) -> frozenset[Node]:
+    def _frozen_met(self, row: AffineMap) -> frozenset[Node]:
         """The frozen parameters behind a value's products, those that a weight shares with trained ones as well; the
         tables of indices that spread a trained parameter over a matrix (OFT's) are no layer's."""
         return row.frozen.union(*map(self._frozen_behind, row.products))
@@ -207,7 +209,7 @@ class Rows:
             self._frozen[product] = frozenset(p for p in behind if not self.flow.roles[p].trainable)
         return self._frozen[product]
 
-    def is_adapted(self, row: Row) -> bool:
+    def is_adapted(self, row: AffineMap) -> bool:
         """Whether a trained parameter of the same module acts beside a frozen weight."""
         return any(self.in_one_module(t, f) for t in row.trained for f in row.frozen)
 

@@ -11,14 +11,14 @@ from torch.fx import Node
 from peft_fx.passes.analyse import adapters
 from peft_fx.passes.analyse.algebra import Matrix, Size, Term
 from peft_fx.passes.analyse.flow import Flow
-from peft_fx.passes.analyse.sums import Analysis, Sum
+from peft_fx.passes.analyse.sums import Sum, Sums
 from peft_fx.passes.findings import NONE, WEIGHT, Site
 from peft_fx.passes.graph.nodes import value
 
 ALREADY = "already in weight form: the model adds to the weight itself"
 
 
-def merged_already(analysis: Analysis, placed: AbstractSet[Node], hint: Callable[[Size], int]) -> list[Site]:
+def merged_already(analysis: Sums, placed: AbstractSet[Node], hint: Callable[[Size], int]) -> list[Site]:
     """The sites of sums `W + s·A·B` of weights, but for those of parameters that have their place elsewhere, as in the
     norm of a DoRA."""
     flow, found = analysis.flow, dict[str, Site]()

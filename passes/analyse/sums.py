@@ -41,7 +41,7 @@ class Sum:
         return [occ for occ in self.terms if occ.path not in self.taken]
 
 
-class Analysis:
+class Sums:
     """What is in a graph: its groups, the sums they are in, and refusals of groups that the algebra alone would
     allow. Pure."""
 

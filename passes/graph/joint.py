@@ -15,14 +15,14 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Flow, Roles
-from peft_fx.passes.analyse.maps import Rows
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.analyse.reader import Reader
-from peft_fx.passes.analyse.sums import Analysis
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.decide.regimes import AtLeast
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import value_numbers
-from peft_fx.passes.keep.chains import Keep
+from peft_fx.passes.keep.chains import Recompute
 
 T = TypeVar("T")
 
@@ -134,16 +134,16 @@ class Joint:
         return Reader(self.numbers)
 
     @analysis
-    def sums(self) -> Analysis:
+    def sums(self) -> Sums:
         """The sums, and what of them are adapters."""
-        return Analysis(self.graph, self.flow, self.reader, self.position, self.strict)
+        return Sums(self.graph, self.flow, self.reader, self.position, self.strict)
 
     @analysis
-    def maps(self) -> Rows:
+    def maps(self) -> AffineMaps:
         """The row-wise affine maps."""
-        return Rows(self.graph.nodes, self.flow)
+        return AffineMaps(self.graph.nodes, self.flow)
 
-    def recompute(self, random: bool) -> Keep:
+    def recompute(self, random: bool) -> Recompute:
         """What backward would make again, after what passes have noted; `random`: masks too."""
         notes = self.notes
-        return Keep(self.graph, self.flow, self.sizes.hint, random, notes.reads_tokens, notes.rebuilt)
+        return Recompute(self.graph, self.flow, self.sizes.hint, random, notes.reads_tokens, notes.rebuilt)

@@ -28,7 +28,7 @@ from peft_fx.passes.findings import EXACT, REBUILT, KeptInput, Settings
 from peft_fx.passes.graph.editor import REBUILD
 from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import LAYOUTS, PRODUCTS, SCALINGS, SUMS, aten, factors_of, shape, value
-from peft_fx.passes.keep.chains import PARTS, SMALL, Keep, products
+from peft_fx.passes.keep.chains import PARTS, SMALL, Recompute, products
 from peft_fx.passes.keep.policies import POLICIES, Policy
 
 FREE = "rebuilt from what backward keeps in any case"
@@ -59,7 +59,7 @@ def compress(joint: Joint, settings: Settings) -> None:
         joint.found.inputs = kept_inputs(joint, settings, joint.recompute(settings.rebuild_random))
 
 
-def kept_inputs(joint: Joint, settings: Settings, keep: Keep) -> list[KeptInput]:
+def kept_inputs(joint: Joint, settings: Settings, keep: Recompute) -> list[KeptInput]:
     """What is kept of every value that adapters' gradients read. The policy of the name `settings.keep` has the graph
     keep parts of what it can; a name without a policy changes nothing.
 
@@ -112,7 +112,7 @@ class _Change:
     """The values that only adapters' gradients cost, by their first equal, and the likenesses that those are to
     read."""
 
-    def __init__(self, joint: Joint, keep: Keep, layers: Collection[str]):
+    def __init__(self, joint: Joint, keep: Recompute, layers: Collection[str]):
         self.edit, self.keep, self.layers = joint.edit, keep, layers
         self.members, self.layer_inputs = joint.notes.adapter_of, joint.notes.layer_inputs
         self.number, self.flow = joint.numbers, joint.flow
@@ -257,7 +257,7 @@ class _Change:
         return self._copies[first]
 
 
-def _parameters_of(keep: Keep) -> dict[Node, set[Node]]:
+def _parameters_of(keep: Recompute) -> dict[Node, set[Node]]:
     """By product of backward: the parameters that it gives the gradients of."""
     found: dict[Node, set[Node]] = defaultdict(set)
     for parameter, result in returned(keep.graph)[1].items():

@@ -53,7 +53,7 @@ class Origin:
     chain: frozenset[Node] = frozenset()
 
 
-class Keep:
+class Recompute:
     """Finds the nodes to rebuild, `chosen`. Pure but for `mark`, which writes the tags.
 
     `random` is whether a random draw may be repeated from its seed; `reading` are products of backward known to serve

@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from peft_fx.passes.analyse.algebra import MANTISSA, Size, finer
 from peft_fx.passes.analyse.dims import Token, in_order, plain
 from peft_fx.passes.analyse.flow import Flow
-from peft_fx.passes.analyse.maps import Row, Rows
+from peft_fx.passes.analyse.maps import AffineMap, AffineMaps
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.graph.editor import Builder, erase_unused
@@ -38,9 +38,9 @@ from peft_fx.passes.graph.nodes import (
     tensor_arg,
     value,
 )
-from peft_fx.passes.keep.chains import Keep
+from peft_fx.passes.keep.chains import Recompute
 from peft_fx.passes.keep.in_place_reads import MIXED
-from peft_fx.passes.rewrite.materialise import Diagonal, Replay, Value
+from peft_fx.passes.rewrite.materialise import Diagonal, Materialise, Value
 
 FEW = 8  # with an eighth as many tokens as G has rows, a result is kept for a vector's gradient
 NARROW = 4  # a product with a quarter of its input's columns is computed again
@@ -90,7 +90,7 @@ def from_moments(
     flow: Flow,
     fake_mode: AbstractContextManager[Any],
     hint: Callable[[Size], int],
-    without: Callable[[], Keep],
+    without: Callable[[], Recompute],
     machine: Machine,
     budget: Budget | None = None,
     lossy: bool = False,
@@ -101,7 +101,7 @@ def from_moments(
     A `lossy` policy keeps less than that: what it keeps of a matrix's input is read, not made again by a product; and a
     layer's result is not kept for a vector. `dense` does so wherever it can be done.
     """
-    rows, build = Rows(graph.nodes, flow), Builder(graph, fake_mode)
+    rows, build = AffineMaps(graph.nodes, flow), Builder(graph, fake_mode)
     met = list(_contractions(graph, rows, flow))
     found = [c for c in (_by_itself(m, rows, None if dense else NARROW) for m in met) if c is not None]
     if not found:
@@ -133,7 +133,7 @@ def from_moments(
 
 
 def _afforded(
-    chosen: dict[Node, Contraction], budget: Budget, machine: Machine, hint: Callable[[Size], int], keep: Keep
+    chosen: dict[Node, Contraction], budget: Budget, machine: Machine, hint: Callable[[Size], int], keep: Recompute
 ) -> dict[Node, Contraction]:
     """Those that may be made: by turns the one that saves most bytes in a second, while the budget lasts."""
     by_product: dict[Any, list[Contraction]] = {}
@@ -164,7 +164,7 @@ def _seconds(machine: Machine, T: int, K: int, M: int, u: Node, dy: Node) -> flo
     return seconds + (machine.one_pass(copied) if copied else 0.0)
 
 
-def _instead(machine: Machine, one: Contraction, hint: Callable[[Size], int], keep: Keep) -> float:
+def _instead(machine: Machine, one: Contraction, hint: Callable[[Size], int], keep: Recompute) -> float:
     """Seconds of what reads all tokens otherwise."""
     if not one.is_matrix:
         return machine.one_pass(keep.bytes(one.read))
@@ -172,7 +172,7 @@ def _instead(machine: Machine, one: Contraction, hint: Callable[[Size], int], ke
     return machine.product(m, k, n, value(one.node).dtype)
 
 
-def _by_itself(met: Met, rows: Rows, narrow: int | None) -> Contraction | None:
+def _by_itself(met: Met, rows: AffineMaps, narrow: int | None) -> Contraction | None:
     """A contraction that reads a product's result, as one with the gradient of that."""
     node, read, other = met
     source = _narrowest(read, rows, narrow) if rows.of[read].products else None
@@ -183,7 +183,7 @@ def _by_itself(met: Met, rows: Rows, narrow: int | None) -> Contraction | None:
 
 
 def _shared(
-    met: Met, made: Iterable[Contraction], rows: Rows, hint: Callable[[Size], int], machine: Machine
+    met: Met, made: Iterable[Contraction], rows: AffineMaps, hint: Callable[[Size], int], machine: Machine
 ) -> Contraction | None:
     """A matrix's gradient both of whose operands are computed from what a vector's G is made of, where that costs
     less than what it reads of all tokens."""
@@ -219,7 +219,7 @@ def _multiplied_in(u: Node, dy: Node, machine: Machine) -> torch.dtype:
     return dtype if value(u).device.type in MIXED else _held_in(u, dy, machine)
 
 
-def _is_linear(node: Node, origin: Node, other: Node, rows: Rows) -> bool:
+def _is_linear(node: Node, origin: Node, other: Node, rows: AffineMaps) -> bool:
     """Whether what is summed over tokens is linear in a value of theirs, nothing constant being added."""
     if not _leads_to(origin, other, rows):
         return False
@@ -251,7 +251,7 @@ def _start(node: Node, source: Node) -> Node:
     return source if is_source else before(node, width)
 
 
-def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Keep) -> bool:
+def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Recompute) -> bool:
     """Not for few tokens, nor where x would be kept in the place of less, of x·A where A is frozen."""
     tokens = hint(numel(shape(found.source))) // width if width else 0
     if not tokens or tokens < (width if found.is_matrix else width / FEW):
@@ -260,7 +260,7 @@ def _pays(found: Contraction, width: int, hint: Callable[[Size], int], keep: Kee
     return read >= source or keep.cost(found.source) <= keep.bytes(found.read)
 
 
-def _contractions(graph: Graph, rows: Rows, flow: Flow) -> Iterator[Met]:
+def _contractions(graph: Graph, rows: AffineMaps, flow: Flow) -> Iterator[Met]:
     """The sums over tokens in backward of a value of forward times one of backward."""
     for node in graph.nodes:
         if node not in flow.backward:
@@ -292,7 +292,7 @@ def _uncast(node: Node) -> Node:
     return node
 
 
-def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
+def _sums_over_tokens(node: Node, read: Node, row: AffineMap) -> bool:
     tokens = [i for i, dim in enumerate(row.dims) if any(isinstance(a, Token) for a in dim)]
     if not tokens or any(isinstance(a, int) for i in tokens for a in row.dims[i]):
         return False
@@ -302,7 +302,7 @@ def _sums_over_tokens(node: Node, read: Node, row: Row) -> bool:
     return in_order(row.dims) and set(tokens) <= dims and all(shape(read)[d] == 1 for d in dims - set(tokens))
 
 
-def _narrowest(read: Node, rows: Rows, narrow: int | None) -> Node | None:
+def _narrowest(read: Node, rows: AffineMaps, narrow: int | None) -> Node | None:
     """The value of fewest features that a product's wide result is computed from, and nothing else is; none where the
     result has one part in `narrow` of its features."""
     row, node = rows.of[read], read
@@ -323,7 +323,7 @@ def _narrowest(read: Node, rows: Rows, narrow: int | None) -> Node | None:
     return best
 
 
-def _leads_to(source: Node, read: Node, rows: Rows) -> bool:
+def _leads_to(source: Node, read: Node, rows: AffineMaps) -> bool:
     """Whether a value tells the tokens apart that a later one has: flattened, it does not say where they part."""
     row = rows.from_source([read], source).of.get(read)
     return row is not None and row.source is source
@@ -332,7 +332,7 @@ def _leads_to(source: Node, read: Node, rows: Rows) -> bool:
 class _Gradient:
     """One gradient from G."""
 
-    def __init__(self, build: Builder, rows: Rows, found: Contraction, made: dict[Any, Node], machine: Machine):
+    def __init__(self, build: Builder, rows: AffineMaps, found: Contraction, made: dict[Any, Node], machine: Machine):
         self.build, self.rows, self.found, self.made, self.machine = build, rows, found, made, machine
         self.dtype = price.merge_dtype(value(found.source).dtype)
         if found.is_matrix:  # a product in fp64 takes longer than what it is instead of
@@ -350,7 +350,7 @@ class _Gradient:
         be made in backward."""
         source, read = self.found.source, self.found.read
         self.build.rebuild = True
-        replay = Replay(self.build, self.rows.from_source([read], source), source, self._width, self.dtype)
+        replay = Materialise(self.build, self.rows.from_source([read], source), source, self._width, self.dtype)
         found = replay.value(read)
         result = (found.rows, found.constant) if self.found.is_matrix else replay.matrix(read)
         self.build.rebuild = False
@@ -391,7 +391,7 @@ class _Gradient:
     def _on(self, rows: Node, count: int) -> Node:
         """`other` on the rows of G, or of their sum, in the place of the tokens."""
         origin, other = self.found.origin, self.found.other
-        replay = Replay(self.build, self.rows.from_source([other], origin), origin, count, self.dtype)
+        replay = Materialise(self.build, self.rows.from_source([other], origin), origin, count, self.dtype)
         replay.values[origin] = Value(self.build.reshape(rows, replay.sizes(origin)))
         return replay.written(other)
 

@@ -1,4 +1,4 @@
-"""Row-wise affine maps run again on other rows than the tokens'.
+"""AffineMap-wise affine maps run again on other rows than the tokens'.
 
 `W' = f(I) - f(0)` and `b' = f(0)` for a map of `affine.py`: its own ops on the rows of an identity and on a row of
 zeros. The identity is not multiplied: `I·W` is W, `(I*d)·W` is `d[:, None]*W`.
@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.analyse.dims import Atom, Dims, Token
-from peft_fx.passes.analyse.maps import Rows, fresh
+from peft_fx.passes.analyse.maps import AffineMaps, fresh
 from peft_fx.passes.graph.columns import PLACINGS, Columns, is_constant, is_zero, part_of
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import (
@@ -53,11 +53,11 @@ class Value:
 
 
 @dataclass
-class Replay:
+class Materialise:
     """Runs the ops between `source` and a value again, on `count` rows in the place of its tokens, in `dtype`."""
 
     edit: Editor
-    rows: Rows
+    rows: AffineMaps
     source: Node
     count: int
     dtype: torch.dtype

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from peft_fx.passes.analyse.candidates import MapCandidate
-from peft_fx.passes.analyse.maps import Rows
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.choosing import candidates, decided, settled
 from peft_fx.passes.decide.regimes import Regimes
@@ -17,7 +17,7 @@ from peft_fx.passes.findings import Settings
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import aten, expr, shape, value
-from peft_fx.passes.rewrite.materialise import Replay
+from peft_fx.passes.rewrite.materialise import Materialise
 from peft_fx.passes.rewrite.rounding import rounded
 
 
@@ -53,11 +53,13 @@ def rewrite(joint: Joint, chosen: Iterable[MapCandidate], rounding: str) -> None
         edit.replace(last, new)
 
 
-def _product(edit: Editor, rows: Rows, region: MapCandidate, last: Node, rounding: str) -> Node:
+def _product(edit: Editor, rows: AffineMaps, region: MapCandidate, last: Node, rounding: str) -> Node:
     K, N = region.features
     dtype = value(region.base).dtype
     with edit.provenance(region.base, rebuilt=True):
-        replay = Replay(edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype))
+        replay = Materialise(
+            edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype)
+        )
         parts = [replay.matrix(end) for end in region.ends]
         merged = functools.reduce(edit.add, [m for m, _ in parts])
         constants = [c for _, c in parts if c is not None]

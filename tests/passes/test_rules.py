@@ -195,9 +195,7 @@ AFFINE_CASES: dict[Any, Case] = {
         call(aten.unsqueeze.default, n["w"], 0),
     ),
     aten._conj.default: lambda call, n: call(aten._conj.default, _transformed(call, n)),
-    aten.expand.default: lambda call, n: call(
-        aten.expand.default, call(aten.unsqueeze.default, n["x"], 1), [T, 3, K]
-    ),
+    aten.expand.default: lambda call, n: call(aten.expand.default, call(aten.unsqueeze.default, n["x"], 1), [T, 3, K]),
     aten.sum.dim_IntList: lambda call, n: call(aten.sum.dim_IntList, _pairs(call, n), [1]),
     aten.mean.dim: lambda call, n: call(aten.mean.dim, _pairs(call, n), [1]),
     aten.select.int: lambda call, n: call(aten.select.int, n["x"], 1, 2),
@@ -211,15 +209,11 @@ AFFINE_CASES: dict[Any, Case] = {
     ),
     aten.view_as_real.default: lambda call, n: call(aten.view_as_real.default, _transformed(call, n)),
     aten.cat.default: lambda call, n: call(aten.cat.default, [n["x"], call(aten.neg.default, n["x"])], 1),
-    aten.select_scatter.default: lambda call, n: call(
-        aten.select_scatter.default, _zeros(call, T, 3, K), n["x"], 1, 2
-    ),
+    aten.select_scatter.default: lambda call, n: call(aten.select_scatter.default, _zeros(call, T, 3, K), n["x"], 1, 2),
     aten.slice_scatter.default: lambda call, n: call(
         aten.slice_scatter.default, _zeros(call, T, 2 * K), n["x"], 1, 1, 1 + K
     ),
-    aten.index_put.default: lambda call, n: call(
-        aten.index_put.default, _zeros(call, T, K), [None, n["i"]], n["x"]
-    ),
+    aten.index_put.default: lambda call, n: call(aten.index_put.default, _zeros(call, T, K), [None, n["i"]], n["x"]),
     aten.index_add.default: lambda call, n: call(aten.index_add.default, _zeros(call, T, K), 1, n["i"], n["x"]),
     operator.getitem: _parts,
     aten.copy.default: lambda call, n: call(aten.copy.default, _zeros(call, T, K), n["x"]),
@@ -327,7 +321,9 @@ def test_a_row_rule_is_its_op(op: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "cases"), [(LINEAR, LINEAR_CASES), (AFFINE, AFFINE_CASES), (ROWS, ROW_CASES)], ids=["linear", "affine", "rows"]
+    ("table", "cases"),
+    [(LINEAR, LINEAR_CASES), (AFFINE, AFFINE_CASES), (ROWS, ROW_CASES)],
+    ids=["linear", "affine", "rows"],
 )
 def test_every_rule_has_a_case(table: dict[Any, Any], cases: dict[Any, Any]) -> None:
     assert set(cases) == set(table)

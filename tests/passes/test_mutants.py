@@ -313,32 +313,32 @@ def affine_mutant(make: Mutation) -> Mutation:
     return make
 
 
-def _again(op: Any, change: Callable[[materialise.Replay, Node, dict[Node, Node], int], Any]) -> Any:
+def _again(op: Any, change: Callable[[materialise.Materialise, Node, dict[Node, Node], int], Any]) -> Any:
     """The replay of one op, done another way."""
-    real = materialise.Replay._call
+    real = materialise.Materialise._call
 
-    def call(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def call(self: materialise.Materialise, node: Node, operands: dict[Node, Node], count: int) -> Any:
         return (change if node.target is op else real)(self, node, operands, count)
 
-    return patch.object(materialise.Replay, "_call", call)
+    return patch.object(materialise.Materialise, "_call", call)
 
 
-def _product(change: Callable[[materialise.Replay, Node, materialise.Value], Any]) -> Any:
-    real = materialise.Replay._product
-    return patch.object(materialise.Replay, "_product", lambda self, node: change(self, node, real(self, node)))
+def _product(change: Callable[[materialise.Materialise, Node, materialise.Value], Any]) -> Any:
+    real = materialise.Materialise._product
+    return patch.object(materialise.Materialise, "_product", lambda self, node: change(self, node, real(self, node)))
 
 
 @affine_mutant
 def constant_dropped() -> Any:
-    real = materialise.Replay.matrix
-    return patch.object(materialise.Replay, "matrix", lambda self, node: (real(self, node)[0], None))
+    real = materialise.Materialise.matrix
+    return patch.object(materialise.Materialise, "matrix", lambda self, node: (real(self, node)[0], None))
 
 
 @affine_mutant
 def constant_of_a_product_left_unmultiplied() -> Any:
     """`(x+1)·W` as `x·W + 1`."""
 
-    def change(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Value:
+    def change(self: materialise.Materialise, node: Node, found: materialise.Value) -> materialise.Value:
         (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
         if before is None or numel(shape(before)) != numel(shape(found.constant)):
             return found
@@ -356,7 +356,7 @@ def bias_of_a_product_lost() -> Any:
 def diagonal_on_the_wrong_side() -> Any:
     """`W·d` for `d·W`."""
 
-    def change(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Value:
+    def change(self: materialise.Materialise, node: Node, found: materialise.Value) -> materialise.Value:
         rows = found.rows
         if rows.target is not aten.mul.Tensor or len(set(shape(rows))) > 1:  # type: ignore
             return found
@@ -367,9 +367,9 @@ def diagonal_on_the_wrong_side() -> Any:
 
 @affine_mutant
 def vector_before_the_product_ignored() -> Any:
-    real = materialise.Replay._diagonal
+    real = materialise.Materialise._diagonal
     return patch.object(
-        materialise.Replay, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows
+        materialise.Materialise, "_diagonal", lambda self, node, found: real(self, node, found) and found.rows
     )
 
 
@@ -381,14 +381,14 @@ def difference_taken_for_a_sum() -> Any:
 
 @affine_mutant
 def subtracted_rows_keep_their_sign() -> Any:
-    real = materialise.Replay._sum
+    real = materialise.Materialise._sum
 
-    def sum_(self: materialise.Replay, node: Node) -> materialise.Value:
+    def sum_(self: materialise.Materialise, node: Node) -> materialise.Value:
         found = real(self, node)
         a, b = node.args[:2]
         return replace(found, rows=self.values[b].rows) if self.rows.flow.is_weight(a) else found  # type: ignore
 
-    return patch.object(materialise.Replay, "_sum", sum_)
+    return patch.object(materialise.Materialise, "_sum", sum_)
 
 
 def _skipped(op: Any) -> Any:
@@ -402,7 +402,7 @@ def negation_of_features_ignored() -> Any:
 
 @affine_mutant
 def order_of_dimensions_ignored() -> Any:
-    def change(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: materialise.Materialise, node: Node, operands: dict[Node, Node], count: int) -> Any:
         sizes = self._sizes(self.rows.of[node].dims, count)
         return self.edit.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
 
@@ -416,7 +416,7 @@ def order_of_features_ignored() -> Any:
 
 @affine_mutant
 def joined_in_the_wrong_order() -> Any:
-    def change(self: materialise.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
+    def change(self: materialise.Materialise, node: Node, operands: dict[Node, Node], count: int) -> Any:
         parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
         return self.edit.call(node.target, parts, *node.args[1:])
 
@@ -440,12 +440,12 @@ def order_of_tokens_not_looked_at() -> Any:
 
 @affine_mutant
 def next_layer_taken_for_the_same() -> Any:
-    return patch.object(maps.Rows, "_cut", lambda self, node, row, trained, frozen: row)
+    return patch.object(maps.AffineMaps, "_cut", lambda self, node, row, trained, frozen: row)
 
 
 @affine_mutant
 def frozen_vectors_taken_for_adapters() -> Any:
-    return patch.object(maps.Rows, "is_adapted", lambda self, row: bool(row.frozen))
+    return patch.object(maps.AffineMaps, "is_adapted", lambda self, row: bool(row.frozen))
 
 
 @affine_mutant
@@ -473,13 +473,13 @@ def columns_of_parts_mixed_up() -> Any:
 @affine_mutant
 def columns_of_a_diagonal_ignored() -> Any:
     """`I[:, a:b]·M` is put at the first rows."""
-    real = materialise.Replay._diagonal
+    real = materialise.Materialise._diagonal
 
-    def diagonal(self: materialise.Replay, node: Node, found: materialise.Value) -> materialise.Diagonal | None:
+    def diagonal(self: materialise.Materialise, node: Node, found: materialise.Value) -> materialise.Diagonal | None:
         held = real(self, node, found)
         return held and replace(held, columns=(0, held.width))
 
-    return patch.object(materialise.Replay, "_diagonal", diagonal)
+    return patch.object(materialise.Materialise, "_diagonal", diagonal)
 
 
 def test_the_affine_rules_as_they_are_hold() -> None:

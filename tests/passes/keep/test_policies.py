@@ -21,7 +21,8 @@ from peft_fx import compiling
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.keep import approximation, policies
 from peft_fx.passes.keep.policies import POLICIES
-from tests import joint, oracle, test_keep
+from tests import joint, oracle
+from tests.passes.keep import test_chains
 from tests.peft_models import adapt, mlp
 from tests.spellings import frozen, trained
 
@@ -329,12 +330,12 @@ def test_pefts_own_optimizer_for_it() -> None:
 @cache
 def bytes_of_opt(layers: int, form: str | None) -> int:
     """What an OPT keeps with adapters whose A is frozen, by form; of None, without adapters."""
-    base, inputs = test_keep.opt(layers)
+    base, inputs = test_chains.opt(layers)
     base.set_attn_implementation("eager")
     model = adapt(base, r=2).train() if form else base.requires_grad_(False)
     for name, p in model.named_parameters():
         p.requires_grad_("lora_B" in name)
-    test_keep.train_embeddings(base)
+    test_chains.train_embeddings(base)
     return peft_fx.explain(model, **inputs, options={"peft_fx.form": form or "auto"}).kept_bytes["after"]
 
 

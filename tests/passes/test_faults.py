@@ -162,7 +162,7 @@ def captured() -> joint.Joint:
 
 def test_every_stage_has_something_to_do() -> None:
     """Else a fault in it would not show."""
-    with patch.object(chains.Keep, "mark", autospec=True, side_effect=chains.Keep.mark) as marked:
+    with patch.object(chains.Recompute, "mark", autospec=True, side_effect=chains.Recompute.mark) as marked:
         _, outcome = captured().rewritten(form="weight")
     assert marked.called
     assert {s.method for s in outcome.sites} == {"low-rank", "affine"}
