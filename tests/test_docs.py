@@ -55,7 +55,7 @@ def test_every_code_is_described() -> None:
     """Of a refusal: by the table's own words."""
     told = dict(re.findall(r"^\| `(\w+)` +\| (.*) \|$", (ROOT / "docs" / "limits.md").read_text(), re.M))
     assert {code: why.strip() for code, why in told.items()} == findings.REFUSALS
-    source = "".join(p.read_text() for p in SOURCES)
+    source = "".join(p.read_text() for p in SOURCES if p.name != "findings.py")
     assert all((f'"{code}"' in source) is not why.startswith("of no adapter yet") for code, why in told.items())
 
 
