@@ -180,12 +180,15 @@ class AffineMaps:
 
     def _cut(self, node: Node, row: AffineMap, trained: frozenset[Node], frozen: frozenset[Node]) -> AffineMap:
         """A layer ends where the next begins: the result of an adapted layer is a source to a weight of another."""
-        new, met = trained | frozen, self._frozen_met(row) if row.trained else frozenset()
+        new = trained | frozen
+        if not new or not row.trained:
+            return row
+        met = self._frozen_met(row)
 
         def has_part_of_it(parameters: frozenset[Node]) -> bool:
             return any(self.in_one_module(p, f) for p in parameters for f in met)
 
-        if not new or not has_part_of_it(row.trained) or has_part_of_it(new):
+        if not has_part_of_it(row.trained) or has_part_of_it(new):
             return row
         layouts = [node]
         while layouts[-1].target in COPIES | CASTS | RESHAPES:
