@@ -3,6 +3,7 @@ test_kernels.py starts. The interpreter knows of no input precision, and cuts to
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from peft_fx.kernels import trial, triton_merge, triton_narrow
 from peft_fx.kernels.merge import merge
-from peft_fx.kernels.narrow import narrow_in, narrow_out
+from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 some = settings(max_examples=6, deadline=None, derandomize=True)
@@ -143,6 +144,25 @@ def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
         exact = z.double().t() @ u.double() * s
         assert torch.equal(a.double(), exact.t() if turn else exact)
         assert torch.equal(a, b)
+
+
+@some
+@given(st.data(), st.sampled_from([1, 63, 300, 600]), st.sampled_from([8192, 1024]))
+def test_narrow_both_is_both(data: st.DataObject, tokens: int, block: int) -> None:
+    """To the bit, on integers: with features in one part, and in several."""
+    us, ranks, generator = data.draw(activations(tokens))
+    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
+    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator)]
+    turned, scales = [i % 2 == 0 for i in range(len(zs))], [2.0 ** (i - 1) for i in range(len(zs))]
+    counts = [len(own) for own in ranks]
+    asked = factors, counts, scales, zs, counts, scales[::-1], turned
+    want = narrow_both(us, *asked)
+    assert all(map(torch.equal, want, [*narrow_out(us, *asked[:3]), *narrow_in(us, *asked[3:])]))
+    got = [torch.full_like(t, float("nan")) for t in want]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_narrow, "BLOCK", block)
+        triton_narrow.launch_both(got[: len(factors)], got[len(factors) :], us, *asked)
+    assert all(map(torch.equal, got, want))
 
 
 def test_the_parts_of_a_sum_are_as_many_as_occupy_a_card() -> None:
