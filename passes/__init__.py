@@ -8,7 +8,6 @@
     rewrite/     adapters in weight form in the place of what they were
     keep/        what adapters' gradients are made of, and what backward keeps for them
     loss/        a language model's loss, a few rows of the logits at a time
-    training.py  the passes for a graph with backward, in the words of keep/
     verify.py    what must hold of a graph before and after
     pipeline.py  the table of passes, and `run`
 

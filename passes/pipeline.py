@@ -21,6 +21,8 @@ from peft_fx.passes.graph.joint import Joint, Sizes
 from peft_fx.passes.keep.approximation import compress
 from peft_fx.passes.keep.changed_inputs import changed_inputs
 from peft_fx.passes.keep.dense_grads import dense_grads
+from peft_fx.passes.keep.in_place_reads import in_place_reads
+from peft_fx.passes.keep.recompute import recompute
 from peft_fx.passes.loss.loop import chunk_loss
 from peft_fx.passes.normalise.columns import columns_together
 from peft_fx.passes.normalise.common_vector import common_vector
@@ -29,7 +31,6 @@ from peft_fx.passes.normalise.fused_weights import fused_weights
 from peft_fx.passes.normalise.identities import identities
 from peft_fx.passes.rewrite.merge_maps import merge_maps
 from peft_fx.passes.rewrite.merge_sums import merge_sums
-from peft_fx.passes.training import in_place_reads, recompute
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")

@@ -41,9 +41,8 @@ class Editor:
     def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
         self.graph, self.fake_mode = graph, fake_mode
         self.changes = 0
-        self.like: Node | None = None
-        self.rebuild = False
-        self.added: list[Node] = []
+        self._like: Node | None = None
+        self._rebuilt = False
 
     # --------------------------------------------------------------------------------------------- where, and as what
 
@@ -60,12 +59,12 @@ class Editor:
     @contextlib.contextmanager
     def provenance(self, like: Node | None, *, rebuilt: bool = False) -> Iterator[None]:
         """Has new nodes say that they come from where another does, and, `rebuilt`, that backward makes them again."""
-        before = self.like, self.rebuild
-        self.like, self.rebuild = like, rebuilt
+        before = self._like, self._rebuilt
+        self._like, self._rebuilt = like, rebuilt
         try:
             yield
         finally:
-            self.like, self.rebuild = before
+            self._like, self._rebuilt = before
 
     # ----------------------------------------------------------------------------------------------------- new nodes
 
@@ -76,12 +75,11 @@ class Editor:
         return self._noted(node)
 
     def _noted(self, node: Node) -> Node:
-        if self.like is not None:
-            node.meta.update({k: self.like.meta[k] for k in COPIED if k in self.like.meta})
-        if self.rebuild:
+        if self._like is not None:
+            node.meta.update({k: self._like.meta[k] for k in COPIED if k in self._like.meta})
+        if self._rebuilt:
             self.rebuilt(node)
             node.meta.pop("ac_graph_id", None)
-        self.added.append(node)
         self.changes += 1
         return node
 
@@ -239,11 +237,3 @@ def fake(arg: Any) -> Any:
     if isinstance(arg, Node):
         return value(arg)
     return [fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
-
-
-def erase_unused(graph: Graph, node: Node) -> None:
-    """Removes a node that has lost its users, and what only it used."""
-    Editor(graph, contextlib.nullcontext()).drop(node)
-
-
-Builder = Editor  # its name until all modules have moved

@@ -28,7 +28,7 @@ from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Flow, returned
 from peft_fx.passes.analyse.linear_rules import Product, products_in
-from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.editor import REBUILD, Editor
 from peft_fx.passes.graph.nodes import (
     LAYOUTS,
     SUMS,
@@ -215,7 +215,7 @@ class Recompute:
         self._origins.clear()
         return sum(self.bytes(n) for n in leaves - self.kept)
 
-    def mark(self) -> int:
+    def mark(self, edit: Editor) -> int:
         """Tags what is chosen, and the equals of all that is to be rebuilt: the partitioner merges them first, and the
         first one's tag stays."""
         number = value_numbers(self.graph)
@@ -223,7 +223,7 @@ class Recompute:
         equals = {number[node] for node in self.chosen | tagged}
         marked = [node for node in self.graph.nodes if number[node] in equals and "recompute" not in node.meta]
         for node in marked:
-            node.meta["recompute"] = REBUILD
+            edit.rebuilt(node)
         return len(marked)
 
 

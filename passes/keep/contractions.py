@@ -26,7 +26,7 @@ from peft_fx.passes.graph.nodes import (
     tensor_arg,
     value,
 )
-from peft_fx.passes.keep.in_place_reads import MIXED
+from peft_fx.passes.keep.half_products import MIXED
 
 Met = tuple[Node, Node, Node]  # a sum over tokens, and what of forward and of backward it multiplies
 

@@ -42,7 +42,7 @@ from peft_fx.passes.keep.contractions import (
     shared,
     uncast,
 )
-from peft_fx.passes.keep.in_place_reads import MIXED
+from peft_fx.passes.keep.half_products import MIXED
 from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.passes.rewrite.materialise import Diagonal, Materialise, Value
 

@@ -1,9 +1,8 @@
-"""An adapter's narrow products by kernels of our own, where the graph is on a GPU: what `transients.py` spells in
+"""An adapter's narrow products by kernels of our own, where the graph is on a GPU: what `in_place_reads.py` spells in
 halves, `u·[hi | lo]`, is one launch there, which reads u as it lies and the narrow factors in fp32."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.kernels.narrow import DTYPE, MOST, WIDEST, WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
-from peft_fx.passes.graph.editor import Builder
+from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import RESHAPES, shape, value
 
 
@@ -56,17 +55,17 @@ def at_once(ranks: Sequence[Any]) -> bool:
     return all(isinstance(r, int) for r in ranks) and 0 < sum(ranks) <= WIDEST_OF_BOTH
 
 
-def computed(build: Builder, asked: Sequence[Reads]) -> list[Node]:
+def computed(edit: Editor, asked: Sequence[Reads]) -> list[Node]:
     """Of each u all s·u·F [T,r]; then of each u all s·zᵀ·u [r,K], in memory as its transpose where the strides say so.
     In one launch where each u has both, else in one of each kind."""
-    views = {one.u: _view(build, one.u) for one in asked}
+    views = {one.u: _view(edit, one.u) for one in asked}
     out = [(views[one.u], one.out) for one in asked if one.out]
     into = [(views[one.u], one.into) for one in asked if one.into]
     if len(out) == len(into) == len(asked) and all(at_once(own) for one in asked for own in one.ranks):
         us, *rest = _out(out)
-        return _results(build, narrow_both, us, *rest, *_into(build, into)[1:])
-    found = _results(build, narrow_out, *_out(out)) if out else []
-    return found + (_results(build, narrow_in, *_into(build, into)) if into else [])
+        return _results(edit, narrow_both, us, *rest, *_into(edit, into)[1:])
+    found = _results(edit, narrow_out, *_out(out)) if out else []
+    return found + (_results(edit, narrow_in, *_into(edit, into)) if into else [])
 
 
 Given = Sequence[tuple[Node, Sequence[Narrow]]]
@@ -77,20 +76,20 @@ def _out(given: Given) -> list[Any]:
     return [[u for u, _ in given], [n.other for n in every], [len(own) for _, own in given], [n.scale for n in every]]
 
 
-def _into(build: Builder, given: Given) -> list[Any]:
+def _into(edit: Editor, given: Given) -> list[Any]:
     us, others, counts, scales = _out(given)
     turned = [n.strides[-1] != 1 for _, own in given for n in own]
-    return [us, [build.flip(n) for n in others], counts, scales, turned]
+    return [us, [edit.flip(n) for n in others], counts, scales, turned]
 
 
-def _results(build: Builder, op: Any, *arguments: Any) -> list[Node]:
+def _results(edit: Editor, op: Any, *arguments: Any) -> list[Node]:
     """The op's results, one for each narrow factor; those that lie turned, as what they are the transpose of."""
-    whole, turned = build.call(op, *arguments), [] if op is narrow_out else arguments[-1]
-    found = [build.call(operator.getitem, whole, i) for i in range(len(value(whole)))]
+    whole, turned = edit.call(op, *arguments), [] if op is narrow_out else arguments[-1]
+    found = [edit.item(whole, i) for i in range(len(value(whole)))]
     first = len(found) - len(turned)
-    return found[:first] + [build.flip(n) if turn else n for n, turn in zip(found[first:], turned, strict=True)]
+    return found[:first] + [edit.flip(n) if turn else n for n, turn in zip(found[first:], turned, strict=True)]
 
 
-def _view(build: Builder, u: Node) -> Node:
+def _view(edit: Editor, u: Node) -> Node:
     """u as rows, by a view of its own: what several read through one view, Inductor lays out anew for a product."""
-    return build.reshape(u, [1, -1, shape(u)[1]]) if u.target in RESHAPES else u
+    return edit.reshape(u, [1, -1, shape(u)[1]]) if u.target in RESHAPES else u

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import aten, tensor_arg, value
-from peft_fx.passes.keep.in_place_reads import exact_products
+from peft_fx.passes.keep.half_products import exact_products
 from peft_fx.passes.loss.chunking import WIDE
 from peft_fx.passes.loss.region import Loop
 from peft_fx.passes.loss.row_rules import FILLS, SIZED, RowDims, RowEffect

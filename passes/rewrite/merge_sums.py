@@ -27,10 +27,7 @@ from peft_fx.passes.decide import price
 from peft_fx.passes.decide.candidates import parameters_of
 from peft_fx.passes.decide.choosing import decided, joined, numbered
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.graph.editor import REBUILD as REBUILD
-from peft_fx.passes.graph.editor import SAVE as SAVE
 from peft_fx.passes.graph.editor import Editor
-from peft_fx.passes.graph.editor import erase_unused as erase_unused
 from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import aten, shape, value
 from peft_fx.passes.rewrite.rounding import rounded

@@ -19,12 +19,11 @@ from peft_fx.passes.analyse import affine_rules, algebra, linear_rules, maps, re
 from peft_fx.passes.analyse.algebra import ONE, Matrix, Scale, Term
 from peft_fx.passes.analyse.candidates import SumCandidate
 from peft_fx.passes.graph import editor
-from peft_fx.passes.graph.editor import materialise
 from peft_fx.passes.graph.nodes import aten, is_rounded, numel, shape
 from peft_fx.passes.keep import dense_grads
 from peft_fx.passes.loss import chunking, loop, row_rules
 from peft_fx.passes.normalise import fused_layers
-from peft_fx.passes.rewrite import merge_maps, merge_sums, rounding
+from peft_fx.passes.rewrite import materialise, merge_maps, merge_sums, rounding
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
