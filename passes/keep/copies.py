@@ -91,7 +91,7 @@ class Copying:
 
 
 def families(joint: Joint, settings: Settings) -> list[list[Copying]]:
-    """The products of a graph that read copies, where the machine does not multiply these much sooner; in one list those
+    """The products of a graph that read copies, where the machine does not multiply these much sooner; in a list those
     that may be computed as one."""
     reader, flow = joint.reader, joint.flow
     groups: dict[Any, list[Copying]] = defaultdict(list)
