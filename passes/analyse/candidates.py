@@ -17,7 +17,7 @@ from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.analyse.linear_rules import Product
 from peft_fx.passes.analyse.maps import AffineMap, fresh
 from peft_fx.passes.analyse.reader import Occurrence
-from peft_fx.passes.decide import price
+from peft_fx.passes.decide.shapes import RegionProduct, Shape, shape_of
 from peft_fx.passes.graph.nodes import factors_of, numel, shape, value
 
 
@@ -127,9 +127,9 @@ class SumCandidate:
             and all(f.batch == 1 for f in factors)
         )
 
-    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
+    def sizes(self, hint: Callable[[Size], int]) -> Shape:
         weight, dtype = self.weight, self.product.dtype
-        sizes = price.shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
+        sizes = shape_of(self.tokens, weight.shape, self.remainders, dtype, hint, weight.batch, self.right)
         return replace(sizes, gathered=self.product.gathered, fused=self.has_kernel)
 
 
@@ -190,19 +190,19 @@ class MapCandidate:
     def site_name(self, flow: Flow) -> str:
         return flow.site_name(Matrix(self.weight_node, 0), [Matrix(t, 0) for t in self.row.trained])
 
-    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
+    def sizes(self, hint: Callable[[Size], int]) -> Shape:
         """The region's sizes, its products other than the base, and what of them is done for W'."""
         dtypes = [value(n).dtype for n in self.row.products]
         adapter = max((d for d in dtypes if d in MANTISSA), key=MANTISSA.__getitem__)
         K, N = self.features
         steps = tuple(self._step(n) for n in sorted(self.row.products))
-        return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
+        return Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
 
-    def _step(self, node: Node) -> price.Step:
+    def _step(self, node: Node) -> RegionProduct:
         a, b = factors_of(node)
         weight = next(n for n in (a, b) if n not in self.nodes and n is not self.source)
         *batch, k, n = shape(weight)
         if weight is a:
             k, n = n, k
         x = b if weight is a else a
-        return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
+        return RegionProduct(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)

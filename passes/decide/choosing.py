@@ -17,6 +17,7 @@ from peft_fx.passes.decide.candidates import Adapter, Found, adapters_of
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.decide.notation import scale_of, written
 from peft_fx.passes.decide.regimes import Regimes
+from peft_fx.passes.decide.shapes import Shape
 from peft_fx.passes.findings import ACTIVATION, NONE, WEIGHT, Settings, Site
 from peft_fx.passes.graph.joint import Joint
 
@@ -57,8 +58,8 @@ class Priced:
     """What the price of an adapter's forms depends on."""
 
     settings: Settings
-    forward: price.Shape | None
-    grad: price.Shape | None
+    forward: Shape | None
+    grad: Shape | None
     training: bool
     trained: bool
 
@@ -132,7 +133,7 @@ def _algebra(adapter: Adapter, forms: tuple[str, str]) -> dict[str, list[str]]:
 
 
 def _cost(
-    machine: Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
+    machine: Machine, shapes: list[Shape | None], forms: tuple[str, str], trained: bool
 ) -> dict[str, price.Price]:
     """FLOPs and bytes moved in one step by all products of a site, as written and as chosen."""
     costs = {}

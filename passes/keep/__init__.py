@@ -1,7 +1,11 @@
 """What adapters' gradients are made of, and what backward keeps for them.
 
 chains.py          what backward rebuilds instead of keeping, and from what
-dense_grads.py     gradients of vectors behind a layer, from xᵀ·dy
+recompute.py       the pass that tells the partitioner
+contractions.py    sums over tokens that can be had from xᵀ·dy
+dense_grads.py     gradients of vectors behind a layer, from these
+copies.py          products that read copies of activations, and which of them may be one
+half_products.py   products of half precision that lose nothing
 in_place_reads.py  adapters' gradients without copies of activations
 narrow.py          their products by kernels of our own
 by_chunks.py       their products a few tokens at a time

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from peft_fx import passes
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import MACHINES, Machine, Speed, cpu, table_entry
-from peft_fx.passes.decide.price import Decision, Price, Shape, decide, flop_crossover
+from peft_fx.passes.decide.price import Decision, Price, decide, flop_crossover
+from peft_fx.passes.decide.shapes import Shape
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 CPU = MACHINES["cpu"]
