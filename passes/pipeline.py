@@ -15,6 +15,7 @@ from torch.fx import Graph
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.find import find
 from peft_fx.passes.analyse.flow import Roles
+from peft_fx.passes.decide.choosing import decide
 from peft_fx.passes.decide.regimes import AtLeast
 from peft_fx.passes.findings import Outcome, Settings
 from peft_fx.passes.graph.joint import Joint, Sizes
@@ -71,7 +72,8 @@ PASSES = (
     Pass(fused_layers, "reassociates", ("common_vector",), "q, k, v of one product are read as one sum, for now"),
     Pass(fused_weights, "exact", ("fused_layers",), "quantised products are read as plain ones, for now"),
     Pass(find, "pure", ("fused_weights",), "adapters and refusals are known, and what layers read"),
-    Pass(merge_maps, "reassociates", ("find",), "affine adapters that pay read W', in one regime with the sums"),
+    Pass(decide, "pure", ("find",), "all adapters are decided at the same numbers of tokens"),
+    Pass(merge_maps, "reassociates", ("decide",), "affine adapters that pay read W'"),
     Pass(merge_sums, "reassociates", ("merge_maps",), "sums that pay read W', and what was for now is settled"),
     Pass(dense_grads, "reassociates", ("merge_sums",), "gradients come from uᵀ·dy where that pays", is_trained),
     Pass(compress, "lossy", ("dense_grads",), "of activations parts are kept, where that is asked for", is_trained),

@@ -1,6 +1,6 @@
 """AffineMap-wise affine maps: values each of whose rows is `u·M + c` of the same row of one source `u`.
 
-A LoRA is a sum of products and is read as such (`transfer.py`). Other adapters scale, rotate, pool, permute or
+A LoRA is a sum of products and is read as such (`linear_rules.py`). Other adapters scale, rotate, pool, permute or
 transform features on the way: `((u·A)*d)·B`, `(u·W)*l`, `rotate(u)·W`. They need no words of their own. Where every op
 between u and y treats all rows alike and is linear in u, y = u·W' + b', and running the same ops on the rows of an
 identity matrix in place of the tokens gives W', on a row of zeros b': `W' = f(I) - f(0)`, `b' = f(0)`. The identity is

@@ -1,7 +1,7 @@
 """Adapters that are no sums of products: regions of row-wise affine ops with a frozen product and trained parameters.
 
 A *region* is what lies between a source u and a value y = u·W' + b' of it, or between u and several addends of one sum
-of a backward graph. What `sites.py` reads as terms is left to it: there W' is shared between forward and backward, and
+of a backward graph. What `sums.py` reads as terms is left to it: there W' is shared between forward and backward, and
 the sum keeps its spelling.
 """
 

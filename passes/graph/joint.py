@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from torch.fx import Graph, Node
 
@@ -18,11 +18,15 @@ from peft_fx.passes.analyse.flow import Flow, Roles
 from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.analyse.reader import Reader
 from peft_fx.passes.analyse.sums import Sums
-from peft_fx.passes.decide.regimes import AtLeast
+from peft_fx.passes.decide.regimes import AtLeast, Regimes
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import value_numbers
 from peft_fx.passes.keep.chains import Recompute
+
+if TYPE_CHECKING:
+    from peft_fx.passes.analyse.candidates import MapCandidate, SumCandidate
+    from peft_fx.passes.decide.choosing import Candidate
 
 T = TypeVar("T")
 
@@ -55,10 +59,12 @@ class Notes:
     reads_tokens  dense_grads, for compress and recompute: products that serve parameter gradients alone
     rebuilt       compress, for recompute: what is made again in any case
     as_it_was     dense_grads, for in_place_reads and recompute: the graph is Inductor's, and no other
-    maps          find, for merge_maps: the affine adapters
+    maps          find, for decide: the affine adapters
     as_written    find, for merge_sums: the sums before anything was merged
-    regimes       merge_maps, for merge_sums: the numbers of tokens that all is decided at
-    groups, sums  merge_maps, for merge_sums: the adapters that are sums, and their prices
+    regimes       decide, for merge_maps and merge_sums: the numbers of tokens that all is decided at
+    settled       decide, for merge_maps: the base products that the regimes are settled for
+    chosen_maps   decide, for merge_maps: the maps that are to be in weight form
+    groups, sums  decide and merge_maps, for merge_sums: the adapters that are sums, and their prices
     """
 
     tentative: list[Tentative] = field(default_factory=list)
@@ -67,11 +73,13 @@ class Notes:
     reads_tokens: frozenset[Node] = frozenset()
     rebuilt: frozenset[Node] = frozenset()
     as_it_was: bool = False
-    maps: list[Any] = field(default_factory=list)
-    as_written: Any = None
-    regimes: Any = None
-    groups: list[Any] = field(default_factory=list)
-    sums: list[Any] = field(default_factory=list)
+    maps: list[MapCandidate] = field(default_factory=list)
+    as_written: Sums | None = None
+    regimes: Regimes | None = None
+    settled: set[Node] = field(default_factory=set)
+    chosen_maps: list[MapCandidate] = field(default_factory=list)
+    groups: list[SumCandidate] = field(default_factory=list)
+    sums: list[Candidate] = field(default_factory=list)
 
 
 class analysis(Generic[T]):

@@ -1,10 +1,10 @@
-"""Lossy keeps of what an adapter's gradient reads: small parts instead, and a likeness of it for that gradient alone.
+"""Lossy keeps of what an adapter's gradient reads: small parts, and an approximation of it for that gradient alone.
 
     x ── forward, input gradient                    x ── forward, input gradient
     └─── adapter's gradient            ->           └─── parts, kept ─── x̃, rebuilt ─── adapter's gradient
 
 It acts where keeping costs something: on values that the frozen model's backward does not keep, and that no pointwise
-chain rebuilds from what it keeps. These are the beginnings of the chains that `keep.py` found; casts, activations and
+chain rebuilds from what it keeps. These are the beginnings of the chains that `chains.py` found; casts, activations and
 dropout on the way to the gradient are computed again from x̃. What is read through a product stays exact, as x·A is,
 which dB reads: it is narrow, and kept instead. A value that is kept in any case, because something else reads it as
 well, is left alone, and so is one inside a checkpoint, which is not kept. Neither forward nor the input gradient reads

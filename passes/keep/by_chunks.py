@@ -1,9 +1,9 @@
 """Adapter gradients a few tokens at a time, where they read copies of activations.
 
 `dA = uᵀ·(dy·Bᵀ)` and `dB = (u·A)ᵀ·dy` read u [T,K] and dy [T,N] in the adapter's dtype. Where a product cannot read a
-coarser tensor in place (`transients.py`), it reads a copy, wider than the tensor itself, and several are alive at once,
-those of siblings with one input among them. All of this treats each token by itself, and ends in sums over tokens: so
-it is done for a chunk of tokens after the other,
+coarser tensor in place (`in_place_reads.py`), it reads a copy, wider than the tensor itself, and several are alive at
+once, those of siblings with one input among them. All of this treats each token by itself, and ends in sums over
+tokens: so it is done for a chunk of tokens after the other,
 
     dA = Σ_i uᵢᵀ·(dyᵢ·Bᵀ)      dB = Σ_i (uᵢ·A)ᵀ·dyᵢ
 

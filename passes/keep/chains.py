@@ -11,7 +11,7 @@ forces, so a node is tagged only where that means keeping less:
   rebuilding one link would pull in all of them.
 
 A chain also begins at what is computed of an input that the graph changes in place: backward has its old value only
-where that is kept (see `snapshots.py`).
+where that is kept (see `changed_inputs.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The gradient of a vector behind a layer, `dl = Σ_t dy·(u·W)`, and of a matrix behind it, `(u·W)ᵀ·dz`, read u·W: a tensor
 that the frozen model does not keep, and that takes the layer's own product to compute again. Both are sums over tokens
-of something linear in u times something linear in dy, so they depend on `G = uᵀ·dy` alone (see `affine.py`):
+of something linear in u times something linear in dy, so they depend on `G = uᵀ·dy` alone (see `maps.py`):
 `dl = Σ_k W·G`, `Wᵀ·(uᵀ·dz)`. G costs what u·W costs, is no larger than W, and several gradients of a layer share it:
 where a vector has made it, and it is not rounded to less than they are, `dA = G·Bᵀ` and `dB = Aᵀ·G` read no token any
 more. u is the narrowest value on the way: where the product is `z·B` with z = x·A of rank r, G = zᵀ·dy has r rows.

@@ -1,6 +1,6 @@
 """AffineMap-wise affine maps run again on other rows than the tokens'.
 
-`W' = f(I) - f(0)` and `b' = f(0)` for a map of `affine.py`: its own ops on the rows of an identity and on a row of
+`W' = f(I) - f(0)` and `b' = f(0)` for a map of `maps.py`: its own ops on the rows of an identity and on a row of
 zeros. The identity is not multiplied: `I·W` is W, `(I*d)·W` is `d[:, None]*W`.
 """
 

@@ -40,11 +40,12 @@ Path = tuple[tuple[Node, int], ...]
 def merge_sums(joint: Joint, settings: Settings) -> None:
     """Puts W' in the place of W where a sum is to be in weight form, then has settled what was rewritten for now."""
     notes, position = joint.notes, joint.position
-    chosen = decided(joint, notes.sums, notes.regimes)
+    chosen = decided(joint, notes.sums)
     joint.found.sites = numbered(joined(joint.found.sites))
     # of the same parameters, a region is the site
     notes.adapter_of = parameters_of(notes.groups, joint.flow) | notes.adapter_of
-    joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
+    if notes.as_written is not None:
+        joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
     rewriter = Rewriter(joint.edit, settings.rounding, settings.kernels)
     rewriter.rewrite(sorted(chosen, key=lambda g: position[g.root]))
     for tentative in reversed(notes.tentative):
