@@ -43,7 +43,7 @@ from peft_fx.passes.liveness import (
 )
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import argument, is_mutable, is_random, value
-from peft_fx.passes.rewrite import REBUILD, SAVE
+from peft_fx.passes.rewrite import SAVE
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last
@@ -273,18 +273,3 @@ def is_repeatable(node: Node) -> bool:
         return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
     return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS
 
-
-def mark(graph: Graph, choice: Choice) -> None:
-    """Tags the nodes of a graph by their names in the one that the choice was made for, so that the partitioner makes
-    the same."""
-    kept, rebuilt = ({n.name for n in nodes} for nodes in (choice.kept, choice.rebuilt))
-    makers = {n.all_input_nodes[0].name for n in choice.kept if kind_of(n) == ITEM}  # items can be had of it again
-    for node in graph.nodes:
-        if "ac_graph_id" in node.meta or node.op != "call_function" or isinstance(value(node), torch.SymInt):
-            continue
-        if node.name in kept | makers:
-            node.meta["recompute"] = SAVE
-        elif node.name in rebuilt:
-            node.meta["recompute"] = REBUILD
-        elif _is_repeated(node):
-            del node.meta["recompute"]
