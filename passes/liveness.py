@@ -263,10 +263,42 @@ def _is_view(target: Any) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
+@dataclass
+class _Groups:
+    """The nodes of each kernel, by any of them. `level` is below those of the kernels that read from it, by a kernel's
+    id: what is not above one cannot lead to it."""
+
+    of: dict[Node, list[Node]]
+    level: dict[int, int]
+    users: dict[Node, list[Node]]
+
+    @classmethod
+    def alone(cls, fused: Fused) -> _Groups:
+        """Each node a kernel by itself."""
+        of = {n: [n] for n in fused.made}
+        users: dict[Node, list[Node]] = {n: [] for n in fused.made}
+        for node, before in fused.before.items():
+            for read in before:
+                users[read].append(node)
+        return cls(of, {id(group): i for i, group in enumerate(of.values())}, users)
+
+    def join(self, a: list[Node], b: list[Node]) -> None:
+        self.level[id(a)] = max(self.level[id(a)], self.level[id(b)])
+        a += b
+        self.of |= dict.fromkeys(b, a)
+        todo = [a]
+        while todo:
+            group = todo.pop()
+            for other in (self.of[user] for n in group for user in self.users[n]):
+                if other is not group and self.level[id(other)] <= self.level[id(group)]:
+                    self.level[id(other)] = self.level[id(group)] + 1
+                    todo.append(other)
+
+
 def _grouped(fused: Fused) -> dict[Node, list[Node]]:
     """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
     another, what it writes itself. What only shares an input, and is far away, stays apart."""
-    groups = {n: [n] for n in fused.made}
+    groups = _Groups.alone(fused)
     order = {n: i for i, n in enumerate(fused.made)}
     sharing = _sharing(fused)
     for _ in range(ROUNDS):
@@ -274,12 +306,12 @@ def _grouped(fused: Fused) -> dict[Node, list[Node]]:
         if len(apart) == len(sharing):
             break
         sharing = apart
-    return groups
+    return groups.of
 
 
-def _join(fused: Fused, groups: dict[Node, list[Node]], order: dict[Node, int], one: Node, other: Node) -> bool:
+def _join(fused: Fused, groups: _Groups, order: dict[Node, int], one: Node, other: Node) -> bool:
     """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
-    a, b = groups[one], groups[other]
+    a, b = groups.of[one], groups.of[other]
     if a is b:
         return True
     places = [order[n] for n in (*a, *b)]
@@ -288,8 +320,7 @@ def _join(fused: Fused, groups: dict[Node, list[Node]], order: dict[Node, int], 
         return False
     if _between(fused, groups, a, b) or _between(fused, groups, b, a):
         return False
-    a += b
-    groups |= dict.fromkeys(b, a)
+    groups.join(a, b)
     return True
 
 
@@ -323,17 +354,22 @@ def _in_one_loop(fused: Fused, nodes: Iterable[Node]) -> bool:
     return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
 
 
-def _between(fused: Fused, groups: dict[Node, list[Node]], first: list[Node], last: list[Node]) -> bool:
+def _between(fused: Fused, groups: _Groups, first: list[Node], last: list[Node]) -> bool:
     """Whether a way leads from one kernel to another by way of a third."""
-    todo = [r for n in last for r in fused.before[n] if groups[r] is not first and groups[r] is not last]
-    seen = {id(groups[r]) for r in todo}
+    of, level = groups.of, groups.level
+    least = level[id(first)]
+    todo = [g for n in last for r in fused.before[n] if (g := of[r]) is not first and g is not last]
+    seen = {id(g) for g in todo}
     while todo:
-        for r in (r for n in groups[todo.pop()] for r in fused.before[n]):
-            if groups[r] is first:
+        group = todo.pop()
+        if level[id(group)] <= least:
+            continue
+        for g in (of[r] for n in group for r in fused.before[n]):
+            if g is first:
                 return True
-            if id(groups[r]) not in seen:
-                seen.add(id(groups[r]))
-                todo.append(r)
+            if id(g) not in seen:
+                seen.add(id(g))
+                todo.append(g)
     return False
 
 
