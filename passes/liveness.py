@@ -78,13 +78,15 @@ ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 @dataclass
 class Walk:
     """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
-    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels."""
+    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels; the
+    buffers whose memory is taken at the highest point, whether or not they are read again."""
 
     peak: int = 0
     late: int = 0
     planned: int = 0
     planned_late: int = 0
     seconds: float = 0.0
+    alive: frozenset[Node] = frozenset()
 
 
 @dataclass
@@ -440,7 +442,8 @@ def walk(
     passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
     plan = _Plan.of(fused, start, end, given, stays)
     reckoned = list(plan.alive)
-    reused, taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
+    taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
+    reused = {before: b for b, before in taken.items()}
     change = [0] * (len(kernels) + 1)
     for b in start:
         change[start[b]] += 0 if b in taken or b in passing else size(b)
@@ -450,16 +453,20 @@ def walk(
     for b in mortal:
         freed[end[b]] += 0 if b in reused or b in passing else size(b)
     now -= sum(size(b) for b in given if b not in end and b not in stays)
+    highest = 0
     for i, kernel in enumerate(kernels):
         now += change[i]
         top = now + kernel.inside + (_scratch(fused, kernel, machine) if machine and kernel.library else 0)
-        walked.peak = max(walked.peak, top)
+        if top > walked.peak:
+            walked.peak, highest = top, i
         walked.planned = max(walked.planned, reckoned[i] + top - now)
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
             walked.planned_late = max(walked.planned_late, reckoned[i] + top - now)
         walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
         now -= freed[i]
+    until = {b: start[reused[b]] - 1 if b in reused else end[b] for b in start}
+    walked.alive = frozenset(b for b, made in start.items() if made <= highest and (b in stays or highest <= until[b]))
     return walked
 
 
@@ -500,11 +507,11 @@ class _Plan:
         given: set[Node],
         stays: frozenset[Node],
         apart: set[Node],
-    ) -> tuple[set[Node], set[Node]]:
-        """The buffers whose memory another takes over, at once or later, and those that do so; none `apart` does."""
+    ) -> dict[Node, Node]:
+        """The buffers that take over another's memory, at once or later, and that other; none `apart` does."""
         most, alive = max(self.alive, default=0), self.alive
         reused: set[Node] = set()
-        taken: set[Node] = set()
+        taken: dict[Node, Node] = {}
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
         dying: dict[int, list[Node]] = defaultdict(list)
         for b, at in end.items():
@@ -530,11 +537,11 @@ class _Plan:
                             alive[since + 1 : i] = [n + size for n in alive[since + 1 : i]]
                     if last is not None:
                         reused.add(last)
-                        taken.add(b)
+                        taken[b] = last
             for b in dying[i]:
                 if b not in reused and b not in given:
                     idle[_same(b)].append((b, i))
-        return reused, taken
+        return taken
 
 
 # ------------------------------------------------------------------------------------------------------------ order

@@ -282,8 +282,8 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         return contextlib.nullcontext() if self.record.budget is None else compat.choosing(self.hold)
 
     def hold(self, graph: Graph, values: list[Node]) -> list[Node]:
-        """What the partitioner is to keep of a joint graph, where it would keep those values by itself. Where the choice
-        fails, the same, after one warning."""
+        """What the partitioner is to keep of a joint graph, where it would keep those values by itself; the same, after
+        one warning, where the choice fails."""
         record, asked = self.record, self.record.budget
         calls = not is_body(graph) and matching(graph, record.subgraphs) is None
         if asked is None or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
