@@ -471,6 +471,7 @@ class Rows:
 
     def __init__(self, nodes: Iterable[Node], flow: Flow, source: Node | None = None):
         self.flow = flow
+        self._frozen: dict[Node, frozenset[Node]] = {}
         self.of: dict[Node, Row] = {} if source is None else {source: fresh(source)}
         for node in nodes:
             if is_tensor(node) and not flow.is_weight(node) and node.op in ("placeholder", "call_function"):
@@ -573,9 +574,14 @@ class Rows:
     def _frozen_met(self, row: Row) -> frozenset[Node]:
         """The frozen parameters behind a value's products, those that a weight shares with trained ones as well; the
         tables of indices that spread a trained parameter over a matrix (OFT's) are no layer's."""
-        weights = (n for p in row.products for n in p.args[-2:] if isinstance(n, Node) and self.flow.is_weight(n))
-        behind = {p for w in weights for p in self.flow.parameters(w) if value(p).is_floating_point()}
-        return row.frozen | {p for p in behind if not self.flow.roles[p].trainable}
+        return row.frozen.union(*map(self._frozen_behind, row.products))
+
+    def _frozen_behind(self, product: Node) -> frozenset[Node]:
+        if product not in self._frozen:
+            weights = (n for n in product.args[-2:] if isinstance(n, Node) and self.flow.is_weight(n))
+            behind = {p for w in weights for p in self.flow.parameters(w) if value(p).is_floating_point()}
+            self._frozen[product] = frozenset(p for p in behind if not self.flow.roles[p].trainable)
+        return self._frozen[product]
 
     def is_adapted(self, row: Row) -> bool:
         """Whether a trained parameter of the same module acts beside a frozen weight."""

@@ -14,58 +14,33 @@ any node of this.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow, returned
+from peft_fx.passes.analyse.find import ALIKE, made_alike
+from peft_fx.passes.editor import REBUILD
+from peft_fx.passes.findings import EXACT, REBUILT, KeptInput, Settings
+from peft_fx.passes.flow import returned
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.keep import PARTS, SMALL, Keep, products
 from peft_fx.passes.nodes import (
-    CAST,
     LAYOUTS,
     PRODUCTS,
     SCALINGS,
     SUMS,
     aten,
     factors_of,
-    is_tensor,
     shape,
     value,
-    value_numbers,
 )
-from peft_fx.passes.policies import Policy
-from peft_fx.passes.rewrite import REBUILD, SAVE, Builder, erase_unused
+from peft_fx.passes.policies import POLICIES, Policy
 
-EXACT, REBUILT = "exact", "rebuilt"
 FREE = "rebuilt from what backward keeps in any case"
-ALIKE = LAYOUTS | {CAST}
-
-
-@dataclass(frozen=True)
-class KeptInput:
-    """What is kept of one value that an adapter's gradients read.
-
-    `keep` is "rebuilt" where that is nothing, "exact", or the lossy policy that acts on it; where none does, `code`
-    says why: rebuilt, low_rank (x·A is kept, not x), shared (something else keeps it), not_named (by
-    `peft_fx.keep_layers`), checkpointed, dearer (than the value itself), shape, device; empty where none was asked
-    for. `sizes` are bytes, "now" and as each policy would have it. A value that several adapters read is in the list
-    for each of them, and kept once.
-    """
-
-    name: str
-    keep: str
-    code: str = ""
-    detail: str = ""
-    sizes: dict[str, int] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -87,31 +62,21 @@ class Read:
         return (1, 1, *shape(self.operand))[-2 if is_left else -1]
 
 
-@dataclass
-class Lossy:
-    """What was done: nodes added, those of them that are rebuilt, and what is kept of every value read."""
-
-    added: list[Node] = field(default_factory=list)
-    rebuilt: frozenset[Node] = frozenset()
-    inputs: list[KeptInput] = field(default_factory=list)
+def compress(joint: Joint, settings: Settings) -> None:
+    """Has the graph keep parts of what it can, by the policy asked for, where one is."""
+    if settings.keep in POLICIES:
+        joint.found.inputs = kept_inputs(joint, settings, joint.recompute(settings.rebuild_random))
 
 
-def compress(
-    keep: Keep,
-    members: Mapping[Node, str],
-    inputs: Set[Node],
-    fake_mode: AbstractContextManager[Any],
-    policies: Mapping[str, Policy],
-    chosen: str,
-    layers: Collection[str] = (),
-) -> Lossy:
-    """Changes a graph in place so that it keeps parts of what it can, by the policy of the name `chosen`; a name
-    without a policy changes nothing.
+def kept_inputs(joint: Joint, settings: Settings, keep: Keep) -> list[KeptInput]:
+    """What is kept of every value that adapters' gradients read. The policy of the name `settings.keep` has the graph
+    keep parts of what it can; a name without a policy changes nothing.
 
-    `members` are the parameters of adapters, with the adapter's name; `inputs` is what layers read; `layers` are glob
-    patterns of names: it acts on these alone, and then on those of other modules too.
+    `keep_layers` are glob patterns of names: it acts on these alone, and then on those of other modules too.
     """
-    change = _Change(keep, members, inputs, fake_mode, layers)
+    chosen, asked = settings.keep, (settings.velora_group, settings.keep_rounding, settings.machine.name)
+    policies = {k: make(*asked) for k, make in POLICIES.items()}
+    change, before = _Change(joint, keep, settings.keep_layers), joint.position
     found: list[KeptInput] = []
     for node, readers in change.values.items():
         if not _names(readers):
@@ -138,27 +103,9 @@ def compress(
     change.reread()
     costly = _names(r for r in change.reads if r.costs)
     free = [KeptInput(n, REBUILT, "rebuilt", FREE) for n in _names(change.reads) if n not in costly]
-    rebuilt = frozenset(n for n in change.build.added if n.meta.get("recompute") == REBUILD)
-    return Lossy(change.build.added, rebuilt, found + free)
-
-
-def layer_inputs(flow: Flow) -> frozenset[Node]:
-    """What forward multiplies to a weight that is not, or not only, trained."""
-    found: list[Node] = []
-    for node in flow.forward:
-        for product in products(node):
-            for weight, x in ((product.left, product.right), (product.right, product.left)):
-                if flow.is_weight(weight) and not all(flow.roles[p].trainable for p in flow.parameters(weight)):
-                    found += _alike(x, ALIKE)
-    return frozenset(found)
-
-
-def _alike(node: Node, ops: Collection[Any]) -> list[Node]:
-    """A value and those that it is made of by such ops alone."""
-    found = [node]
-    for n in found:
-        found += [i for i in n.all_input_nodes if n.target in ops and is_tensor(i) and i not in found]
-    return found
+    made = (n for n in joint.graph.nodes if n not in before)
+    joint.notes.rebuilt = frozenset(n for n in made if n.meta.get("recompute") == REBUILD)
+    return found + free
 
 
 def _names(reads: Iterable[Read]) -> list[str]:
@@ -174,20 +121,13 @@ class _Change:
     """The values that only adapters' gradients cost, by their first equal, and the likenesses that those are to
     read."""
 
-    def __init__(
-        self,
-        keep: Keep,
-        members: Mapping[Node, str],
-        inputs: Set[Node],
-        fake_mode: AbstractContextManager[Any],
-        layers: Collection[str],
-    ):
-        self.keep, self.members, self.layer_inputs, self.layers = keep, members, inputs, layers
-        self.number = value_numbers(keep.graph)
+    def __init__(self, joint: Joint, keep: Keep, layers: Collection[str]):
+        self.edit, self.keep, self.layers = joint.edit, keep, layers
+        self.members, self.layer_inputs = joint.notes.adapter_of, joint.notes.layer_inputs
+        self.number, self.flow = joint.numbers, joint.flow
         self.equals: dict[Node, list[Node]] = defaultdict(list)
         for node, first in self.number.items():
             self.equals[first].append(node)
-        self.build = Builder(keep.graph, fake_mode)
         self.reads = list(self._reads())
         self.values: dict[Node, list[Read]] = {}
         for read in self.reads:
@@ -253,9 +193,9 @@ class _Change:
 
     def _is_low_rank(self, node: Node) -> bool:
         """x·A and the like: a product by weights that no layer reads."""
-        made_of = _alike(node, ALIKE | PARTS | SUMS | SCALINGS)
+        made_of = made_alike(node, ALIKE | PARTS | SUMS | SCALINGS)
         multiplied = any(self.keep.flow.is_weight(m) for n in made_of for p in products(n) for m in (p.left, p.right))
-        return multiplied and self.layer_inputs.isdisjoint(_alike(node, ALIKE))
+        return multiplied and self.layer_inputs.isdisjoint(made_alike(node, ALIKE))
 
     def kept_beside(self, node: Node) -> list[Node]:
         """What the frozen model keeps and could be made of the value, as a bool mask of a relu's result is."""
@@ -276,31 +216,26 @@ class _Change:
     # ----------------------------------------------------------------------------------------------------- changing
 
     def make_likeness(self, point: Node, policy: Policy, beside: list[Node]) -> None:
-        build = self.build
+        edit = self.edit
         for node in beside:
             self._save(node)
         following = point.next
-        build.like = point
-        with self.keep.graph.inserting_before(following):
-            sizes = build.sizes_of(point)
-            parts = policy.compress(build, point)
+        with edit.at(following, like=point):
+            sizes = edit.sizes_of(point)
+            parts = policy.compress(edit, point)
         for part in parts:
             self._save(part)
-        build.like = point
-        with self.keep.graph.inserting_before(following):
-            build.rebuild = True
-            new = build.cast(policy.restore(build, parts), value(point).dtype)
-            new = build.laid_out(build.reshape(new, sizes), value(point).stride())
-            build.rebuild = False
+        with edit.at(following, like=point, rebuilt=True):
+            new = edit.cast(policy.restore(edit, parts), value(point).dtype)
+            new = edit.laid_out(edit.reshape(new, sizes), value(point).stride())
         self.likeness[self.number[point]] = new
 
     def _save(self, node: Node) -> None:
         """Makes the partitioner keep a node that only backward needs: it heeds the tag on what forward needs alone, so
         forward asks for it, with an assertion that holds and of which no code is made."""
-        node.meta["recompute"] = SAVE
-        self.build.like = node
-        with self.keep.graph.inserting_before(node.next):
-            needs = self.build.call(aten._assert_tensor_metadata.default, node)
+        self.edit.keep(node)
+        with self.edit.at(node.next, like=node):
+            needs = self.edit.call(aten._assert_tensor_metadata.default, node)
         needs.meta["partitioner_tag"] = "must_be_in_forward"
 
     def reread(self) -> None:
@@ -308,11 +243,11 @@ class _Change:
         for read in self.reads:
             if not self.likeness or read.through_product:
                 continue
-            with self.keep.graph.inserting_before(read.gradient):
+            with self.edit.at(read.gradient):
                 new = self._copy(read.operand, self.keep.origins[read.operand].chain)
             if new is not read.operand:
-                read.gradient.replace_input_with(read.operand, new)
-                erase_unused(self.keep.graph, read.operand)
+                self.edit.reread(read.gradient, read.operand, new)
+                self.edit.drop(read.operand)
 
     def _copy(self, node: Node, chain: Set[Node]) -> Node:
         """A value as it is computed from likenesses."""
@@ -325,9 +260,9 @@ class _Change:
             inputs = {n: self._copy(n, chain) for n in node.all_input_nodes}
             if all(new is old for old, new in inputs.items()):
                 return node
-            self.build.like = node
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: inputs[n])
-            self._copies[first] = self.build.call(node.target, *args, **kwargs)
+            with self.edit.provenance(node):
+                self._copies[first] = self.edit.call(node.target, *args, **kwargs)
         return self._copies[first]
 
 

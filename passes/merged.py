@@ -10,9 +10,10 @@ from torch.fx import Node
 
 from peft_fx.passes import adapters
 from peft_fx.passes.algebra import Matrix, Size, Term
+from peft_fx.passes.findings import NONE, WEIGHT, Site
 from peft_fx.passes.flow import Flow
 from peft_fx.passes.nodes import value
-from peft_fx.passes.sites import NONE, WEIGHT, Analysis, Site, Sum
+from peft_fx.passes.sites import Analysis, Sum
 
 ALREADY = "already in weight form: the model adds to the weight itself"
 

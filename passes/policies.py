@@ -23,9 +23,9 @@ from typing import Protocol
 import torch
 from torch.fx import Node
 
+from peft_fx.passes.editor import Editor
 from peft_fx.passes.nodes import aten, prims, shape, value
-from peft_fx.passes.rewrite import Builder
-from peft_fx.passes.rounding import hash_of
+from peft_fx.passes.rewrite.rounding import hash_of
 
 ROUNDINGS = ("nearest", "stochastic")
 LARGEST_GROUP, SMALLEST_GROUP = 128, 16
@@ -37,8 +37,8 @@ class Policy(Protocol):
 
     def refusal(self, val: torch.Tensor) -> tuple[str, str] | None: ...
     def size(self, rows: int, features: int, dtype: torch.dtype) -> int: ...
-    def compress(self, build: Builder, x: Node) -> list[Node]: ...
-    def restore(self, build: Builder, parts: list[Node]) -> Node: ...
+    def compress(self, edit: Editor, x: Node) -> list[Node]: ...
+    def restore(self, edit: Editor, parts: list[Node]) -> Node: ...
 
 
 def _features(val: torch.Tensor) -> int:
@@ -53,11 +53,11 @@ def _bytes_of_statistics(dtype: torch.dtype) -> int:
     return int(_wide(dtype).itemsize)
 
 
-def _grouped(build: Builder, x: Node, m: int) -> Node:
+def _grouped(edit: Editor, x: Node, m: int) -> Node:
     """[rows, K/m, m], wide."""
     features = _features(value(x))
-    groups = build.reshape(x, [-1, features // m, m])
-    return build.cast(groups, _wide(value(x).dtype))
+    groups = edit.reshape(x, [-1, features // m, m])
+    return edit.cast(groups, _wide(value(x).dtype))
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,19 @@ class Velora:
     def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
         return rows * (features // self.m) * int(dtype.itemsize) + self.m * _bytes_of_statistics(dtype)
 
-    def compress(self, build: Builder, x: Node) -> list[Node]:
-        groups = _grouped(build, x, self.m)
-        total = build.call(aten.sum.dim_IntList, groups, [0, 1])
-        square = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, total, total), [0], True)
-        length = build.call(aten.clamp_min.default, build.call(aten.sqrt.default, square), 1e-12)
-        v = build.call(aten.div.Tensor, total, length)
-        coefficients = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, groups, v), [-1])
-        return [build.cast(coefficients, value(x).dtype), v]
+    def compress(self, edit: Editor, x: Node) -> list[Node]:
+        groups = _grouped(edit, x, self.m)
+        total = edit.call(aten.sum.dim_IntList, groups, [0, 1])
+        square = edit.call(aten.sum.dim_IntList, edit.times(total, total), [0], True)
+        length = edit.call(aten.clamp_min.default, edit.call(aten.sqrt.default, square), 1e-12)
+        v = edit.call(aten.div.Tensor, total, length)
+        coefficients = edit.call(aten.sum.dim_IntList, edit.times(groups, v), [-1])
+        return [edit.cast(coefficients, value(x).dtype), v]
 
-    def restore(self, build: Builder, parts: list[Node]) -> Node:
+    def restore(self, edit: Editor, parts: list[Node]) -> Node:
         coefficients, v = parts
-        coefficients = build.call(aten.unsqueeze.default, build.cast(coefficients, value(v).dtype), -1)
-        return build.call(aten.mul.Tensor, coefficients, v)
+        coefficients = edit.call(aten.unsqueeze.default, edit.cast(coefficients, value(v).dtype), -1)
+        return edit.times(coefficients, v)
 
 
 @dataclass(frozen=True)
@@ -107,38 +107,38 @@ class Affine:
         groups = features // self._group(features)
         return rows * (features * self.bits // 8 + groups * 2 * _bytes_of_statistics(dtype))
 
-    def compress(self, build: Builder, x: Node) -> list[Node]:
-        groups, most = _grouped(build, x, self._group(_features(value(x)))), (1 << self.bits) - 1
-        low, high = build.call(aten.amin.default, groups, [-1], True), build.call(aten.amax.default, groups, [-1], True)
-        step = build.call(aten.div.Tensor, build.call(aten.sub.Tensor, high, low), most)
-        step = build.call(aten.clamp_min.default, step, torch.finfo(value(step).dtype).tiny)
-        q = build.call(aten.div.Tensor, build.call(aten.sub.Tensor, groups, low), step)
-        up = 0.5 if self.rounding == "nearest" else self._dither(build, groups, step)
-        q = build.call(aten.clamp_max.default, build.call(aten.add.Tensor, q, up), most)
-        q = build.cast(q, torch.uint8)  # drops what is behind the point
+    def compress(self, edit: Editor, x: Node) -> list[Node]:
+        groups, most = _grouped(edit, x, self._group(_features(value(x)))), (1 << self.bits) - 1
+        low, high = edit.call(aten.amin.default, groups, [-1], True), edit.call(aten.amax.default, groups, [-1], True)
+        step = edit.call(aten.div.Tensor, edit.call(aten.sub.Tensor, high, low), most)
+        step = edit.call(aten.clamp_min.default, step, torch.finfo(value(step).dtype).tiny)
+        q = edit.call(aten.div.Tensor, edit.call(aten.sub.Tensor, groups, low), step)
+        up = 0.5 if self.rounding == "nearest" else self._dither(edit, groups, step)
+        q = edit.call(aten.clamp_max.default, edit.add(q, up), most)
+        q = edit.cast(q, torch.uint8)  # drops what is behind the point
         if self.bits == 4:
             half = int(shape(q)[-1]) // 2  # type: ignore[arg-type]
-            first, second = (build.call(aten.slice.Tensor, q, -1, i, i + half) for i in (0, half))
-            q = build.call(aten.bitwise_or.Tensor, first, build.call(aten.__lshift__.Scalar, second, 4))
+            first, second = (edit.call(aten.slice.Tensor, q, -1, i, i + half) for i in (0, half))
+            q = edit.call(aten.bitwise_or.Tensor, first, edit.call(aten.__lshift__.Scalar, second, 4))
         return [q, step, low]
 
-    def restore(self, build: Builder, parts: list[Node]) -> Node:
+    def restore(self, edit: Editor, parts: list[Node]) -> Node:
         q, step, low = parts
         if self.bits == 4:
-            halves = [build.call(aten.bitwise_and.Scalar, q, 15), build.call(aten.__rshift__.Scalar, q, 4)]
-            q = build.call(aten.cat.default, halves, -1)
-        q = build.call(aten.mul.Tensor, build.cast(q, value(step).dtype), step)
-        return build.call(aten.add.Tensor, q, low)
+            halves = [edit.call(aten.bitwise_and.Scalar, q, 15), edit.call(aten.__rshift__.Scalar, q, 4)]
+            q = edit.call(aten.cat.default, halves, -1)
+        q = edit.times(edit.cast(q, value(step).dtype), step)
+        return edit.add(q, low)
 
     def _group(self, features: int) -> int:
         return max((m for m in range(1, LARGEST_GROUP + 1) if features % m == 0), default=1)
 
-    def _dither(self, build: Builder, groups: Node, step: Node) -> Node:
+    def _dither(self, edit: Editor, groups: Node, step: Node) -> Node:
         """In [0, 1)."""
-        bits, steps = (build.call(aten.view.dtype, build.cast(n, torch.float32), torch.int32) for n in (groups, step))
+        bits, steps = (edit.call(aten.view.dtype, edit.cast(n, torch.float32), torch.int32) for n in (groups, step))
         sizes = [int(n) for n in shape(groups)[1:]]
         device = value(groups).device
-        place = build.call(
+        place = edit.call(
             prims.iota.default,
             math.prod(sizes),
             start=0,
@@ -147,9 +147,9 @@ class Affine:
             device=device,
             requires_grad=False,
         )
-        mixed = build.call(aten.bitwise_xor.Tensor, bits, hash_of(build, steps))
-        mixed = build.call(aten.bitwise_xor.Tensor, mixed, build.reshape(place, sizes))
-        return build.call(aten.mul.Tensor, build.cast(hash_of(build, mixed), value(groups).dtype), 2.0**-16)
+        mixed = edit.call(aten.bitwise_xor.Tensor, bits, hash_of(edit, steps))
+        mixed = edit.call(aten.bitwise_xor.Tensor, mixed, edit.reshape(place, sizes))
+        return edit.times(edit.cast(hash_of(edit, mixed), value(groups).dtype), 2.0**-16)
 
 
 OLDER = ("a100", "rtx3090", "t4")  # machines of the table whose kernels cannot have 8-bit floats
@@ -174,23 +174,23 @@ class Float8:
     def size(self, rows: int, features: int, dtype: torch.dtype) -> int:
         return rows * (features + _bytes_of_statistics(dtype))
 
-    def compress(self, build: Builder, x: Node) -> list[Node]:
-        row = _grouped(build, x, _features(value(x)))
-        largest = build.call(aten.amax.default, build.call(aten.abs.default, row), [-1], True)
-        unit = build.call(aten.div.Tensor, largest, torch.finfo(self.dtype).max)
-        unit = build.call(aten.clamp_min.default, unit, torch.finfo(value(unit).dtype).tiny)
-        return [build.cast(build.call(aten.div.Tensor, row, unit), self.dtype), unit]
+    def compress(self, edit: Editor, x: Node) -> list[Node]:
+        row = _grouped(edit, x, _features(value(x)))
+        largest = edit.call(aten.amax.default, edit.call(aten.abs.default, row), [-1], True)
+        unit = edit.call(aten.div.Tensor, largest, torch.finfo(self.dtype).max)
+        unit = edit.call(aten.clamp_min.default, unit, torch.finfo(value(unit).dtype).tiny)
+        return [edit.cast(edit.call(aten.div.Tensor, row, unit), self.dtype), unit]
 
-    def restore(self, build: Builder, parts: list[Node]) -> Node:
+    def restore(self, edit: Editor, parts: list[Node]) -> Node:
         q, unit = parts
-        return build.call(aten.mul.Tensor, build.cast(q, value(unit).dtype), unit)
+        return edit.times(edit.cast(q, value(unit).dtype), unit)
 
 
 def _is_capable(device: torch.device) -> bool:
     """Whether a device has what the newer ones have; one that is not there is as new as its machine."""
     try:
         return bool(torch.cuda.get_device_capability(device) >= CAPABILITY)
-    except (AssertionError, RuntimeError):  # no driver, or a build without CUDA
+    except (AssertionError, RuntimeError):  # no driver, or a edit without CUDA
         return True
 
 

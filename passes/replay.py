@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.affine import PLACINGS, Atom, Columns, Dims, Rows, Token, fresh, is_constant, is_zero, part_of
+from peft_fx.passes.editor import Editor
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -27,7 +28,6 @@ from peft_fx.passes.nodes import (
     tensor_arg,
     value,
 )
-from peft_fx.passes.rewrite import Builder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Value:
 class Replay:
     """Runs the ops between `source` and a value again, on `count` rows in the place of its tokens, in `dtype`."""
 
-    build: Builder
+    edit: Editor
     rows: Rows
     source: Node
     count: int
@@ -74,8 +74,8 @@ class Replay:
         """A value's rows as a matrix, and its constant as `[1, N]`."""
         found = self.value(node)
         n = self.rows.of[node].width
-        flat = self.build.reshape(self.written(node), [self.count, n])
-        return flat, found.constant and self.build.reshape(found.constant, [1, n])
+        flat = self.edit.reshape(self.written(node), [self.count, n])
+        return flat, found.constant and self.edit.reshape(found.constant, [1, n])
 
     def value(self, node: Node) -> Value:
         todo = [node]
@@ -119,12 +119,12 @@ class Replay:
         of = found.rows.of
         if held != found.rows.columns:
             start = found.rows.columns[0]
-            some = of and self.build.call(aten.slice.Tensor, of, 0, held[0] - start, held[1] - start)
+            some = of and self.edit.call(aten.slice.Tensor, of, 0, held[0] - start, held[1] - start)
             return Diagonal(held, some)
         if node.target not in SCALINGS:
             return found.rows
         other = next(a for a in node.args[:2] if not (isinstance(a, Node) and a in self.values))
-        scaled = self.build.call(node.target, of or self._ones(node, found.rows.width), self._vector(other))
+        scaled = self.edit.call(node.target, of or self._ones(node, found.rows.width), self._vector(other))
         return Diagonal(held, scaled)
 
     def _side_by_side(self, node: Node, found: list[Value]) -> Diagonal | None:
@@ -134,10 +134,10 @@ class Replay:
             return None
         if all(part.of is None for part in parts):
             return Diagonal(held)
-        return Diagonal(held, self.build.call(aten.cat.default, [p.of or self._ones(node, p.width) for p in parts]))
+        return Diagonal(held, self.edit.call(aten.cat.default, [p.of or self._ones(node, p.width) for p in parts]))
 
     def _ones(self, node: Node, count: int) -> Node:
-        return self.build.call(aten.full.default, [count], 1, dtype=self._wide(node), device=value(node).device)
+        return self.edit.call(aten.full.default, [count], 1, dtype=self._wide(node), device=value(node).device)
 
     def _vector(self, other: Any) -> Any:
         """A factor of each feature, or one of all."""
@@ -145,7 +145,7 @@ class Replay:
             return other
         weight = self._weight(other)
         size = int(numel(shape(weight)))
-        return self.build.reshape(weight, [size]) if shape(weight) else weight
+        return self.edit.reshape(weight, [size]) if shape(weight) else weight
 
     def _sum(self, node: Node) -> Value:
         a, b = node.args[:2]
@@ -157,7 +157,7 @@ class Replay:
             held = self.rows.of[node].diagonal
             if held is not None:
                 of = [end.of or self._ones(node, end.width) for end in ends]  # type: ignore[union-attr]
-                rows = Diagonal(held, self.build.call(node.target, *of, **kwargs))
+                rows = Diagonal(held, self.edit.call(node.target, *of, **kwargs))
             else:
                 rows = self._call(node, {n: self.written(n) for n in inside}, self.count)
             return Value(rows, self._constant(node, {n: self.values[n].constant for n in inside}))
@@ -167,18 +167,18 @@ class Replay:
         if x is b:  # weight + s·x, of which the rows are s·x
             scale = (1 if node.target is aten.add.Tensor else -1) * node.kwargs.get("alpha", 1)  # type: ignore[operator]
             if scale != 1 and isinstance(found, Diagonal):
-                scaled = self.build.call(aten.mul.Tensor, found.of or self._ones(node, found.width), scale)
+                scaled = self.edit.times(found.of or self._ones(node, found.width), scale)
                 found = Diagonal(found.columns, scaled)
             elif scale != 1:
-                found = self.build.call(aten.mul.Tensor, self.written(x), scale)
+                found = self.edit.times(self.written(x), scale)
         other = a if x is b else b
         if isinstance(other, Node):
             other = other.args[1] if is_constant(other) else self._weight(other)
         pair = (other, constant) if x is b else (constant, other)
         if not isinstance(pair[0], Node):
             like = {"dtype": self._wide(node), "device": value(node).device}
-            pair = (self.build.call(aten.full.default, [1], pair[0], **like), pair[1])
-        return Value(found, self.build.call(node.target, *pair, **kwargs))
+            pair = (self.edit.call(aten.full.default, [1], pair[0], **like), pair[1])
+        return Value(found, self.edit.call(node.target, *pair, **kwargs))
 
     def _product(self, node: Node) -> Value:
         *bias, a, b = node.args
@@ -197,47 +197,47 @@ class Replay:
             d, (start, end) = found.rows.of, found.rows.columns
             rows = weight
             if d is not None:
-                rows = self.build.call(aten.mul.Tensor, weight, self.build.call(aten.unsqueeze.default, d, 1))
+                rows = self.edit.times(weight, self.edit.call(aten.unsqueeze.default, d, 1))
             if (start, end) != (0, self.count):
-                rows = self.build.call(aten.constant_pad_nd.default, rows, [0, 0, start, self.count - end])
+                rows = self.edit.call(aten.constant_pad_nd.default, rows, [0, 0, start, self.count - end])
         else:
             written = self.written(x)
-            rows = self.build.call(product, *((written, weight) if on_left else (weight, written)))
+            rows = self.edit.call(product, *((written, weight) if on_left else (weight, written)))
         constant = found.constant
         if constant is not None:
-            constant = self.build.call(product, *((constant, weight) if on_left else (weight, constant)))
+            constant = self.edit.call(product, *((constant, weight) if on_left else (weight, constant)))
         if bias:
             (c,) = bias
             assert isinstance(c, Node)
             if c in self.values:
-                rows = self.build.call(aten.add.Tensor, rows, self.written(c))
+                rows = self.edit.add(rows, self.written(c))
                 added = self.values[c].constant
             else:
                 added = self._weight(c)
             if added is not None:
                 start = constant if constant is not None else self._zeros(node)
-                constant = self.build.call(aten.add.Tensor, start, added)
+                constant = self.edit.add(start, added)
         return Value(rows, constant)
 
     def _call(self, node: Node, operands: dict[Node, Node], count: int) -> Node:
         """The node's op on other operands, with sizes for so many rows."""
         sizes = self._sizes(self.rows.of[node].dims, count)
         if node.target in RESHAPES:
-            return self.build.reshape(operands[tensor_arg(node, 0)], sizes)
+            return self.edit.reshape(operands[tensor_arg(node, 0)], sizes)
         if node.target is aten.expand.default:
-            return self.build.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
+            return self.edit.call(aten.expand.default, operands[tensor_arg(node, 0)], sizes)
         if node.target is aten.copy.default or node.target in COPIES | CASTS:
             return operands[tensor_arg(node, 1 if node.target is aten.copy.default else 0)]
         part = part_of(node)
         if part is not None:
-            return self.build.call(part[0], operands[part[1]], *part[2])
+            return self.edit.call(part[0], operands[part[1]], *part[2])
         if node.target is aten.cat.default:
             return self._joined(node, operands, count)
         args = [self._argument(a, operands) for a in node.args]
         if node.target in PLACINGS and is_zero(node.args[0]):
             args[0] = self._filled(node, sizes)
         kwargs = {k: v for k, v in node.kwargs.items() if k != "dtype"}
-        return self.build.call(node.target, *args, **kwargs)
+        return self.edit.call(node.target, *args, **kwargs)
 
     def _joined(self, node: Node, operands: dict[Node, Node], count: int) -> Node:
         """A cat, with as many rows of zeros where a part is constant."""
@@ -247,10 +247,10 @@ class Replay:
         for part in parts:  # type: ignore[union-attr]
             dims[i] = (int(shape(part)[i]),)  # type: ignore[call-overload, arg-type, index]
             found.append(operands.get(part) or self._filled(node, self._sizes(tuple(dims), count)))  # type: ignore[arg-type]
-        return self.build.call(aten.cat.default, found, i)
+        return self.edit.call(aten.cat.default, found, i)
 
     def _filled(self, node: Node, sizes: list[int]) -> Node:
-        return self.build.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
+        return self.edit.call(aten.full.default, sizes, 0, dtype=self._wide(node), device=value(node).device)
 
     def _argument(self, arg: Any, operands: dict[Node, Node]) -> Any:
         if isinstance(arg, (list, tuple)):
@@ -270,7 +270,7 @@ class Replay:
 
     def _weight(self, node: Node) -> Node:
         dtype = value(node).dtype
-        return self.build.cast(node, self._wide(node)) if dtype.is_floating_point or dtype.is_complex else node
+        return self.edit.cast(node, self._wide(node)) if dtype.is_floating_point or dtype.is_complex else node
 
     def written(self, node: Node) -> Node:
         """A value's rows in its own layout."""
@@ -282,13 +282,13 @@ class Replay:
             return rows
         n = self.count
         device = value(self.source).device
-        iota = self.build.call(
+        iota = self.edit.call(
             prims.iota.default, n, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
         )
-        column = self.build.call(aten.unsqueeze.default, iota, 1)
-        eye = self.build.cast(self.build.call(aten.eq.Tensor, column, iota), self.dtype)
+        column = self.edit.call(aten.unsqueeze.default, iota, 1)
+        eye = self.edit.cast(self.edit.call(aten.eq.Tensor, column, iota), self.dtype)
         if rows.columns != (0, n):
-            eye = self.build.call(aten.slice.Tensor, eye, 1, *rows.columns)
+            eye = self.edit.call(aten.slice.Tensor, eye, 1, *rows.columns)
         if rows.of is not None:
-            eye = self.build.call(aten.mul.Tensor, eye, rows.of)
-        return self.build.reshape(eye, self._sizes(dims, n))
+            eye = self.edit.times(eye, rows.of)
+        return self.edit.reshape(eye, self._sizes(dims, n))

@@ -13,16 +13,13 @@ alone: a product of unscaled gradients may fall out of its range.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     LAYOUTS,
@@ -36,29 +33,26 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
 
 PASSED = RESHAPES | TRANSPOSES  # between the scaled tensor and a product
 
 
-def scale_results(
-    graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], hint: Callable[[Size], int], machine: Machine
-) -> list[Node]:
-    """Rewrites every such product of backward in place; returns the nodes added."""
+def scale_results(joint: Joint, settings: Settings) -> None:
+    """Rewrites every such product of backward."""
 
     def seconds(node: Node) -> float:
-        return machine.one_pass(2 * math.prod(map(hint, shape(node))) * value(node).dtype.itemsize)
+        numbers = math.prod(map(joint.sizes.hint, shape(node)))
+        return settings.machine.one_pass(2 * numbers * value(node).dtype.itemsize)
 
-    build = Builder(graph, fake_mode)
-    for scaled in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+    flow = joint.flow
+    for scaled in joint.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
         u, number = scaled.args
         if scaled in flow.forward or not is_tensor(u) or not is_number(number) or not _is_plain(scaled, u):
             continue
         products = _products(scaled)
         if products and _exists_besides(u, scaled) and sum(map(seconds, products)) < seconds(scaled):
             for product in products:
-                _unscale(build, product, scaled, number)
-    return build.added
+                _unscale(joint.edit, product, scaled, number)
 
 
 def _is_plain(scaled: Node, u: Node) -> bool:
@@ -99,16 +93,13 @@ def _exists_besides(u: Node, scaled: Node) -> bool:
     return False
 
 
-def _unscale(build: Builder, product: Node, scaled: Node, number: float) -> None:
-    build.like = product
-    with build.graph.inserting_before(product):
-        operands = [_without(build, operand, scaled) for operand in product.args]  # type: ignore[arg-type]
-        new = build.call(aten.mul.Tensor, build.call(aten.mm.default, *operands), number)
-    product.replace_all_uses_with(new)
-    erase_unused(build.graph, product)
+def _unscale(edit: Editor, product: Node, scaled: Node, number: float) -> None:
+    with edit.at(product):
+        operands = [_without(edit, operand, scaled) for operand in product.args]  # type: ignore[arg-type]
+        edit.replace(product, edit.times(edit.call(aten.mm.default, *operands), number))
 
 
-def _without(build: Builder, operand: Node, scaled: Node) -> Node:
+def _without(edit: Editor, operand: Node, scaled: Node) -> Node:
     """An operand as it was laid out, of what was scaled."""
     way: list[Node] = []
     node = operand
@@ -119,5 +110,5 @@ def _without(build: Builder, operand: Node, scaled: Node) -> Node:
         node = node.args[0]  # type: ignore[assignment]
     node = scaled.args[0]  # type: ignore[assignment]
     for step in reversed(way):
-        node = build.call(step.target, node, *step.args[1:])
+        node = edit.call(step.target, node, *step.args[1:])
     return node

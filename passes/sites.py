@@ -1,14 +1,16 @@
-"""Which sums are a product and its adapters, and what a site and a refusal are.
+"""Which sums are a product and its adapters.
 
 A *group* is what one sum offers: a product `u·W`, its base, and further terms that share `u` (at the left, or at the
 right as in `W @ x`). A *site* is what a user calls an adapter: the groups of one base weight with the same adapter
-factors, in forward and in the input gradient. What looks like an adapter and has no weight form is a `Refusal`.
+factors, in forward and in the input gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,59 +21,12 @@ from peft_fx.kernels.merge import DTYPES as MERGED
 from peft_fx.kernels.merge import WIDEST
 from peft_fx.passes import adapters, price
 from peft_fx.passes.algebra import MANTISSA, Matrix, Scale, Size, Term, shares_left, without_left
-from peft_fx.passes.flow import Flow, Roles, shared_path
+from peft_fx.passes.findings import Refusal
+from peft_fx.passes.flow import Flow, shared_path
 from peft_fx.passes.nodes import coarsest, is_rounded, value
-from peft_fx.passes.transfer import Occurrence, Product, Reader, addends
+from peft_fx.passes.transfer import Occurrence, Product, Reader, addends, products_in, through
 
-WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
 SHARED = "what the layer gives without the adapter is read as well: x·W' would be another product beside x·W"
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """An adapter without a weight form.
-
-    `code` is stable: dropout, different_input, nonlinear, input_dependent, mutation, dtype, quantized, subclass,
-    shape, shared, unknown_op, logits_returned. `detail` says what was met.
-    """
-
-    name: str
-    code: str
-    detail: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Site:
-    """An adapter with a weight form, and the forms that were chosen for it.
-
-    `tokens`, `in_features`, `out_features`, `rank` are sizes (for a dynamic number of tokens, its hint; no tokens for a
-    weight that the model merges itself). `forward`
-    and `input_grad` are "weight", "activation" or "none", `adapter_grad` is "low_rank", "dense" or "none". `flops`
-    and `bytes` (moved) are {"before", "after"}, of all of the site's products in one step; `reason` is the price's.
-    `algebra` has what is computed in plain notation, [as written, now], under "forward" and "input_grad", and under
-    "where" what the scales are.
-    """
-
-    name: str
-    method: str
-    tokens: int
-    in_features: int
-    out_features: int
-    rank: int
-    dtype: str
-    forward: str
-    input_grad: str
-    adapter_grad: str
-    reason: str
-    flops: dict[str, int] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
-    algebra: dict[str, list[str]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -208,10 +163,8 @@ class Analysis:
     """What is in a graph: its groups, the sums they are in, and refusals of groups that the algebra alone would
     allow. Pure."""
 
-    def __init__(self, graph: Graph, roles: Roles, strict: bool = False):
-        self.strict = strict
-        self.reader, self.flow = Reader(graph), Flow(graph, roles)
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
+    def __init__(self, graph: Graph, flow: Flow, reader: Reader, position: Mapping[Node, int], strict: bool = False):
+        self.strict, self.reader, self.flow, self.position = strict, reader, flow, position
         self.groups: list[Group] = []
         self.refusals: list[Refusal] = []
         self.sums: list[Sum] = []
@@ -226,6 +179,27 @@ class Analysis:
             found.reverse()  # in graph order
         weights = {f.name for g in self.groups if not g.backward for f in (g.weight, *g.adapter_factors)}
         self.groups = [g for g in self.groups if not g.backward or self._multiplies_weights(g, weights)]
+
+    def sources(self, node: Node) -> list[Node]:
+        """The first equals of the values that a product multiplies weights by."""
+        operands = (n for p in products_in(node) for n in (p.left, p.right))
+        return [self.reader.number[through(n)] for n in operands if not self.flow.is_weight(n)]
+
+    @functools.cached_property
+    def group_of(self) -> Mapping[Node, Group]:
+        """The first group with a base product."""
+        return {g.product_node: g for g in reversed(self.groups)}
+
+    @functools.cached_property
+    def weights_of(self) -> Mapping[Node, list[Node]]:
+        """By the first equal of a value, the weights that forward multiplies it by."""
+        found: dict[Node, list[Node]] = defaultdict(list)
+        for node in (n for n in self.position if n in self.flow.forward):
+            weights = [w for p in products_in(node) for w in (p.left, p.right)]
+            weights = [w for w in weights if self.flow.is_weight(w) and self.flow.parameters(w)]
+            for u in dict.fromkeys(self.sources(node)) if weights else ():
+                found[u] += weights
+        return found
 
     def _multiplies_weights(self, group: Group, weights: set[Any]) -> bool:
         """In backward a sum of parameter gradients has the same form, `xᵀ·dy + xᵀ·dy`, with x in the place of W."""

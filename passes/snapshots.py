@@ -16,21 +16,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.passes.editor import SAVE, Editor
+from peft_fx.passes.findings import Settings
 from peft_fx.passes.flow import is_tangent, leading_to, reachable, returned
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import aten, value
-from peft_fx.passes.rewrite import SAVE, Builder
 
 
-def snapshots(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Has every reader of an input that forward writes read a copy of it, where backward has a use for its old value;
-    returns the nodes added."""
-    build, inputs, sides = Builder(graph, fake_mode), graph.find_nodes(op="placeholder"), _Sides(graph)
+def changed_inputs(joint: Joint, settings: Settings) -> None:
+    """Has every reader of an input that forward writes read a copy of it, where backward has a use for its old
+    value."""
+    snapshots(joint.edit)
+
+
+def snapshots(edit: Editor) -> None:
+    """The same for whoever has a graph alone."""
+    graph = edit.graph
+    inputs, sides = graph.find_nodes(op="placeholder"), _Sides(graph)
     for p in sides.written:
         readers = list(_readers(p))
         if sides.serving.isdisjoint((p, *readers)):
@@ -38,13 +44,12 @@ def snapshots(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node
         if len(readers) == 1 and readers[0].target is aten.clone.default:
             (copy,) = readers  # AOTAutograd's own, of an input with a gradient
         else:
-            with graph.inserting_after(inputs[-1]):
-                copy = build.call(aten.clone.default, p)
+            with edit.at(inputs[-1], after=True, like=None):
+                copy = edit.call(aten.clone.default, p)
             for reader in readers:
-                reader.replace_input_with(p, copy)
-            _give_back(graph, p, copy)
-        copy.meta["recompute"] = SAVE
-    return build.added
+                edit.reread(reader, p, copy)
+            _give_back(edit, p, copy)
+        edit.keep(copy)
 
 
 def stale_reads(graph: Graph) -> list[Node]:
@@ -108,11 +113,11 @@ def _readers(p: Node) -> Iterator[Node]:
             yield user
 
 
-def _give_back(graph: Graph, p: Node, copy: Node) -> None:
+def _give_back(edit: Editor, p: Node, copy: Node) -> None:
     """The copy where an input itself is returned as a gradient."""
-    results, gradients = returned(graph)
+    results, gradients = returned(edit.graph)
     returns = [*results, *(copy if g is p else g for g in reversed(gradients.values()))]
-    graph.output_node().args = (returns,)
+    edit.give(edit.graph.output_node(), returns)
 
 
 def _is_snapshot(node: Node) -> bool:

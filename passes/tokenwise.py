@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.algebra import MANTISSA
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import Settings
 from peft_fx.passes.flow import Flow
+from peft_fx.passes.joint import Joint
+from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import (
     CASTS,
@@ -36,28 +39,22 @@ from peft_fx.passes.nodes import (
     shape,
     tensor_arg,
     value,
-    value_numbers,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.rowwise import SIZED, Rows, Treatment, Unfit, treatments
 
 LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
 MOST = 8  # chunks
 
 
-def by_chunks(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any], machine: Machine) -> list[Node]:
-    """Does so in place, wherever a copy is large enough; returns the nodes added. With a dynamic number of tokens,
-    copies are made whole."""
-    added: list[Node] = []
-    for group in _groups(graph, flow, machine):
+def by_chunks(joint: Joint, settings: Settings) -> None:
+    """Does so wherever a copy is large enough. With a dynamic number of tokens, copies are made whole."""
+    for group in _groups(joint, settings.machine):
         try:
             region = _Region.of(group)
         except Unfit:
             continue
-        added += _rewritten(graph, fake_mode, region)
+        _rewrite(joint.edit, region)
         for i, node in enumerate(region.following):
             group.position[node] = group.position[region.place] + (i + 1) / (len(region.following) + 1)
-    return [n for n in added if not n._erased]
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,15 @@ class _Group:
     chunks: int
 
 
-def _groups(graph: Graph, flow: Flow, machine: Machine) -> Iterator[_Group]:
+def _groups(joint: Joint, machine: Machine) -> Iterator[_Group]:
     """Neighbours in backward that share a copy, with what of forward they read that is made of copies too."""
+    graph, flow, number = joint.graph, joint.flow, joint.numbers
     least = machine.bandwidth * LEAST * machine.launch
     products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
     found = {r.node: r for n in products if (r := _reading(n, flow)) is not None}
     if all(r.bytes < 2 * least for r in found.values()):
         return
-    number, position = value_numbers(graph), {n: float(i) for i, n in enumerate(graph.nodes)}
+    position = {n: float(i) for i, n in enumerate(graph.nodes)}
     copies = {r: {(number[_source(way[0])], value(way[0]).dtype) for way in r.ways} for r in found.values()}
     groups: list[set[_Reading]] = []
     for reading in (r for n, r in found.items() if n in flow.backward):
@@ -164,7 +162,7 @@ class _Region:
     """What is done by chunks: nodes in the graph's order with what they make of tokens, those among them that are read
     outside; the node that the chunks are put behind, and what follows from these before it."""
 
-    nodes: dict[Node, Treatment]
+    nodes: dict[Node, RowEffect]
     outputs: list[Node]
     place: Node
     following: list[Node]
@@ -201,7 +199,7 @@ class _Region:
         return cls(treated, outputs, place, late, tokens, group.chunks)
 
 
-def _others(group: _Group, inside: dict[Node, Treatment]) -> Iterator[Node]:
+def _others(group: _Group, inside: dict[Node, RowEffect]) -> Iterator[Node]:
     """The layers' own products that read the same gradients. Behind them a gradient is in memory, and a chunk's copy is
     made of that: before, Inductor makes every chunk's in the kernel that makes the gradient, and keeps them all."""
     for source in {_source(way[0]) for r in group.members for way in r.ways if r.node in group.backward}:
@@ -226,61 +224,58 @@ def _hull(start: set[Node], position: dict[Node, float]) -> set[Node]:
     return _reached(start, lambda n: (i for i in n.all_input_nodes if i in after))
 
 
-def _rewritten(graph: Graph, fake_mode: AbstractContextManager[Any], region: _Region) -> list[Node]:
-    """Puts the chunks in the place of a region's nodes; the nodes added."""
-    build = Builder(graph, fake_mode)
-    _read_sources(graph, region)
+def _rewrite(edit: Editor, region: _Region) -> None:
+    """Puts the chunks in the place of a region's nodes."""
+    _read_sources(edit, region)
     each = math.ceil(region.tokens / region.chunks)
     results: dict[Node, list[Node]] = {n: [] for n in region.outputs}
-    with graph.inserting_after(region.place):
-        end = graph.call_function(aten.alias.default, (region.place,))  # what follows comes behind this place
+    with edit.at(region.place, after=True):
+        end = edit.call(aten.alias.default, region.place)  # what follows comes behind this place
     for node in reversed(region.following):
-        end.append(node)
-    with graph.inserting_before(end):
-        flat = _flat(build, region)
+        edit.move(node, after=end)
+    with edit.at(end):
+        flat = _flat(edit, region)
         for start in range(0, region.tokens, each):
-            _chunk(build, region, flat, (start, min(start + each, region.tokens)), results)
+            _chunk(edit, region, flat, (start, min(start + each, region.tokens)), results)
         for node, parts in results.items():
-            build.like, rows = node, region.nodes[node].rows
-            whole = parts[-1]
-            if rows is not None:
-                whole = build.reshape(build.call(aten.cat.default, parts, rows.start), shape(node))
-            node.replace_all_uses_with(
-                build.laid_out(whole, value(node).stride()), delete_user_cb=lambda u: u not in region.nodes
-            )
-    graph.erase_node(end)
+            whole, rows = parts[-1], region.nodes[node].rows
+            with edit.provenance(node):
+                if rows is not None:
+                    whole = edit.reshape(edit.call(aten.cat.default, parts, rows.start), shape(node))
+                whole = edit.laid_out(whole, value(node).stride())
+            edit.reroute(node, whole, only=lambda u: u not in region.nodes)
+    edit.erase(end)
     inputs = {n for node in region.nodes for n in node.all_input_nodes if n not in region.nodes}
     for node in (*reversed(region.nodes), *inputs):
         if not node._erased:
-            erase_unused(graph, node)  # what else reads a copy has it whole
-    return build.added
+            edit.drop(node)  # what else reads a copy has it whole
 
 
-def _read_sources(graph: Graph, region: _Region) -> None:
+def _read_sources(edit: Editor, region: _Region) -> None:
     """A copy that is rounded back is what it is a copy of."""
     for copy in [n for n in region.nodes if n.target in CASTS]:
         source = tensor_arg(copy, 0)
         for back in [u for u in copy.users if u.target in CASTS and value(u).dtype == value(source).dtype]:
-            back.replace_all_uses_with(source)
-            graph.erase_node(back)
+            edit.reroute(back, source)
+            edit.erase(back)
 
 
-def _flat(build: Builder, region: _Region) -> dict[tuple[Node, Rows], Node]:
+def _flat(edit: Editor, region: _Region) -> dict[tuple[Node, RowDims], Node]:
     """What the region reads of tokens, these in one dimension."""
-    found: dict[tuple[Node, Rows], Node] = {}
+    found: dict[tuple[Node, RowDims], Node] = {}
     for node, how in region.nodes.items():
-        build.like = node
         for i, rows in how.operands.items():
             n = tensor_arg(node, i)
             if n not in region.nodes and (n, rows) not in found:
-                found[n, rows] = build.reshape(n, rows.sizes(shape(n), [region.tokens]))
+                with edit.provenance(node):
+                    found[n, rows] = edit.reshape(n, rows.sizes(shape(n), [region.tokens]))
     return found
 
 
 def _chunk(
-    build: Builder,
+    edit: Editor,
     region: _Region,
-    flat: dict[tuple[Node, Rows], Node],
+    flat: dict[tuple[Node, RowDims], Node],
     bounds: tuple[int, int],
     results: dict[Node, list[Node]],
 ) -> None:
@@ -288,8 +283,8 @@ def _chunk(
     these tokens."""
     start, stop = bounds
     made: dict[Any, Node] = {}
-    for node, how in region.nodes.items():
-        build.like = node
+
+    def done(node: Node, how: RowEffect) -> Node:
         args: list[Any] = list(node.args)
         for i, arg in enumerate(args):
             if isinstance(arg, Node) and arg in region.nodes:
@@ -297,20 +292,23 @@ def _chunk(
             elif i in how.operands:
                 key = arg, how.operands[i]
                 if key not in made:
-                    part = build.call(aten.slice.Tensor, flat[key], key[1].start, start, stop)
-                    made[key] = build.reshape(part, key[1].part(shape(arg), stop - start))
+                    part = edit.call(aten.slice.Tensor, flat[key], key[1].start, start, stop)
+                    made[key] = edit.reshape(part, key[1].part(shape(arg), stop - start))
                 args[i] = made[key]
         target = aten.reshape.default if node.target is aten.view.default else node.target
         if node.target in SIZED:
             assert how.rows is not None
             args[1] = how.rows.part(shape(node), stop - start)
-        if how.rows is None and results[node] and target is aten.mm.default:
-            new = build.call(aten.addmm.default, results[node][-1], *args)
-        else:
-            new = build.call(target, *args, **node.kwargs)
-            if how.rows is None and results[node]:
-                new = build.add(results[node][-1], new)
-        made[node] = new
-        if node in results:
-            rows = how.rows
-            results[node].append(new if rows is None else build.reshape(new, rows.sizes(shape(new), [stop - start])))
+        if how.rows is not None or not results[node]:
+            return edit.call(target, *args, **node.kwargs)
+        if target is aten.mm.default:
+            return edit.call(aten.addmm.default, results[node][-1], *args)
+        return edit.add(results[node][-1], edit.call(target, *args, **node.kwargs))
+
+    for node, how in region.nodes.items():
+        with edit.provenance(node):
+            new = made[node] = done(node, how)
+            if node in results:
+                rows = how.rows
+                whole = new if rows is None else edit.reshape(new, rows.sizes(shape(new), [stop - start]))
+                results[node].append(whole)

@@ -9,12 +9,12 @@ done twice.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Size, Term
 from peft_fx.passes.nodes import (
@@ -31,7 +31,6 @@ from peft_fx.passes.nodes import (
     shape,
     tensor_arg,
     value,
-    value_numbers,
 )
 
 
@@ -250,6 +249,13 @@ def addends(node: Node) -> list[Addend] | None:
     return rule(node) if rule and isinstance(value(node), torch.Tensor) else None
 
 
+def through(node: Node) -> Node:
+    """Where a value comes from before it was laid out, cast or scaled by a number."""
+    while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
+        node = parts[0].operand
+    return node
+
+
 # --------------------------------------------------------------------------------------------------------------- reader
 
 
@@ -286,11 +292,11 @@ Read = Callable[[Node, Layout], "tuple[Occurrence, ...]"]
 
 
 class Reader:
-    """Reads the linear forms of one graph. Pure: it never changes the graph, and keeps what it learns in a table of
-    its own."""
+    """Reads the linear forms of one graph, of which it is given every node's first equal. Pure: it never changes the
+    graph, and keeps what it learns in a table of its own."""
 
-    def __init__(self, graph: Graph):
-        self.number = value_numbers(graph)
+    def __init__(self, number: Mapping[Node, Node]):
+        self.number = number
         self._memo: dict[tuple[Node, Layout, bool], tuple[Occurrence, ...]] = {}
 
     def read(self, root: Node) -> tuple[Occurrence, ...]:

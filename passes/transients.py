@@ -46,6 +46,7 @@ from peft_fx.passes.nodes import (
     shape,
     tensor_arg,
     value,
+    value_numbers,
 )
 from peft_fx.passes.price import reads_in_place
 from peft_fx.passes.rewrite import Builder, erase_unused
@@ -64,7 +65,7 @@ def read_in_place(
 ) -> list[Node]:
     """Rewrites every such product in place, those that read the same tensor in one product, where the machine does not
     multiply copies much sooner; by `kernels` of our own, where there are. Returns the nodes added."""
-    copying = functools.partial(_copying, reader := Reader(graph), flow, hint, machine, kernels)
+    copying = functools.partial(_copying, reader := Reader(value_numbers(graph)), flow, hint, machine, kernels)
     build = Builder(graph, fake_mode)
     operands = _operands(graph, reader)
     groups: dict[Any, list[_Copying]] = defaultdict(list)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from peft_fx.passes.editor import fake
 from peft_fx.passes.nodes import expr, is_mutable, is_random, value
-from peft_fx.passes.rewrite import fake
 from peft_fx.passes.snapshots import stale_reads
 
 
@@ -39,7 +39,7 @@ class Contract:
         )
 
 
-def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: AbstractContextManager[Any]) -> None:
+def verify(graph: Graph, before: Contract, fake_mode: AbstractContextManager[Any]) -> None:
     """Raises VerificationError unless the graph is well-formed, keeps its contract, and says the truth about its new
     nodes and about those that read something else than before."""
     try:
@@ -52,10 +52,10 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
         if was != now:
             raise VerificationError(f"{what} changed from {was} to {now}")
     no_stale_reads(graph)
-    new = set(added)
     answers: dict[Any, Any] = {}
     for node, read in after.reads.items():
-        if node not in new and _is_same(read, before.reads.get(node)):
+        new = node not in before.reads
+        if not new and _is_same(read, before.reads[node]):
             continue
         if any(isinstance(a, Node) and a.op == "get_attr" for a in node.args):
             continue  # a call of another graph, whose nodes say the truth for themselves
@@ -65,7 +65,7 @@ def verify(graph: Graph, before: Contract, added: list[Node], fake_mode: Abstrac
                 again = node.target(*map(fake, node.args), **{k: fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
             answers[asked] = _described(again)
         made, said = answers[asked], _described(value(node))
-        if node not in new:  # its strides may follow those of what it reads
+        if not new:  # its strides may follow those of what it reads
             made, said = [d[:1] + d[2:] if isinstance(d, tuple) else d for d in (made, said)]
         if made != said:
             raise VerificationError(f"{node.format_node()} is {made}, and says {said}")
@@ -78,8 +78,8 @@ def no_stale_reads(graph: Graph) -> None:
         raise VerificationError(f"forward writes over what backward reads: {', '.join(stale)}")
 
 
-def _is_same(read: tuple[Any, Any], before: tuple[Any, Any] | None) -> bool:
-    return before is not None and all(a is b for a, b in zip(read, before, strict=True))
+def _is_same(read: tuple[Any, Any], before: tuple[Any, Any]) -> bool:
+    return all(a is b for a, b in zip(read, before, strict=True))
 
 
 def _outputs(graph: Graph) -> list[Any]:

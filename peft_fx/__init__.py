@@ -14,10 +14,10 @@ from peft_fx.estimates import Estimate as Estimate
 from peft_fx.estimating import estimate as estimate
 from peft_fx.explaining import explain as explain
 from peft_fx.outputs import loss_only as loss_only
-from peft_fx.passes.chunked_loss import ChunkedLoss as ChunkedLoss
-from peft_fx.passes.lossy import KeptInput as KeptInput
-from peft_fx.passes.sites import Refusal as Refusal
-from peft_fx.passes.sites import Site as Site
+from peft_fx.passes.findings import ChunkedLoss as ChunkedLoss
+from peft_fx.passes.findings import KeptInput as KeptInput
+from peft_fx.passes.findings import Refusal as Refusal
+from peft_fx.passes.findings import Site as Site
 from peft_fx.preparing import Cure as Cure
 from peft_fx.preparing import cures as cures
 from peft_fx.preparing import prepare as prepare

@@ -30,8 +30,10 @@ from peft_fx import budgeting, compat
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
-from peft_fx.passes.chunked_loss import is_body
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import Outcome, Settings
 from peft_fx.passes.flow import Role, is_tangent
+from peft_fx.passes.loss.body import is_body
 from peft_fx.passes.nodes import prims
 from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads
@@ -62,7 +64,7 @@ class Record:
     roles: dict[int, Role]
     options: Options
     grad: bool
-    outcomes: list[pipeline.Outcome] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     failure: str = ""
     lowered: bool = True
     compiled: Callable[[], Any] = lambda: None
@@ -103,7 +105,7 @@ class Record:
         return self.device or found
 
     @functools.cached_property
-    def settings(self) -> pipeline.Settings:
+    def settings(self) -> Settings:
         """What the options come to on the device of the graph."""
         return self.options.settings(self.place)
 
@@ -265,7 +267,7 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             raise PassError(f"{type(error).__name__}: {error}") from error
         self.untagged = {node for node in graph.nodes if "recompute" not in node.meta}
 
-    def apply(self, graph: Graph) -> list[pipeline.Outcome]:
+    def apply(self, graph: Graph) -> list[Outcome]:
         """Runs the passes; what they found, once for each call of a graph that another calls."""
         record, fake_mode = self.record, compat.V.fake_mode
         roles, calls = self.roles_in(graph)
@@ -348,7 +350,7 @@ class Finish(compat.CustomGraphPass):  # type: ignore[misc]
         for other in self.others:
             other(graph)
         try:
-            snapshots(graph, compat.V.fake_mode)
+            snapshots(Editor(graph, compat.V.fake_mode))
             no_stale_reads(graph)
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error

@@ -27,7 +27,7 @@ from peft_fx.components import by_component, partitioned
 from peft_fx.gradients import gradient_errors
 from peft_fx.listing import Lines, listings
 from peft_fx.options import Options, parse
-from peft_fx.passes.pipeline import Outcome
+from peft_fx.passes.findings import Outcome
 from peft_fx.preparing import curable
 from peft_fx.regional import renamed
 from peft_fx.reports import Report

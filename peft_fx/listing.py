@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.compiling import readable
+from peft_fx.passes.findings import layer_of
 from peft_fx.passes.flow import Roles, is_tangent, reachable
 from peft_fx.passes.nodes import expr
 from peft_fx.passes.rewrite import REBUILD
@@ -31,7 +32,7 @@ def listings(graph: Graph, roles: Roles, sites: Iterable[str]) -> dict[str, Line
     known = {"", *(p[:end] for p in set(paths.values()) for end in _ends(p))}
     modules: dict[str, list[str]] = defaultdict(list)
     for site in sites:
-        name = site.partition("#")[0]
+        name = layer_of(site)
         while name not in known:
             name = name.rpartition(".")[0]
         modules[name].append(site)
@@ -43,7 +44,7 @@ def listings(graph: Graph, roles: Roles, sites: Iterable[str]) -> dict[str, Line
         if inside[path]:
             text = line(node, names)
             for site in inside[path]:
-                own = text.replace(f"{site.partition('#')[0]}.", "")  # parameters by their names inside the module
+                own = text.replace(f"{layer_of(site)}.", "")  # parameters by their names inside the module
                 found[site]["backward" if node in backward else "forward"].append(own)
     return found
 

@@ -17,9 +17,7 @@ from tabulate import tabulate
 from peft_fx.budgeting import readable
 from peft_fx.listing import Lines
 from peft_fx.passes.budget import Held
-from peft_fx.passes.chunked_loss import LOSS, ChunkedLoss
-from peft_fx.passes.lossy import EXACT, REBUILT, KeptInput
-from peft_fx.passes.sites import Refusal, Site
+from peft_fx.passes.findings import EXACT, REBUILT, ChunkedLoss, KeptInput, Refusal, Site
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="report">null</script>'
@@ -148,7 +146,7 @@ class Report:
 
     def _summary(self) -> str:
         # an adapter has a row for each graph that it is in, of training and of evaluation
-        refused = {r.name for r in self.refusals if not r.name.startswith(LOSS)}
+        refused = {r.name for r in self.refusals if not r.is_about_a_loss}
         rewritten = {s.name for s in self.sites if "weight" in (s.forward, s.input_grad)}
         text = f"{len(rewritten)} of {len(refused | {s.name for s in self.sites})} adapters in weight form"
         if refused:

@@ -21,9 +21,9 @@ from peft_fx import compat, machines
 from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, Record
 from peft_fx.options import Options
-from peft_fx.passes import pipeline
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.nodes import COPIES, argument, aten, shape, tensor_arg, value
-from peft_fx.passes.rewrite import Builder
 from peft_fx.tracing import CPU
 
 GPU = torch.device("cuda", 0)
@@ -105,7 +105,7 @@ class RetargetedPass(AdapterPass):
         super().__init__(record)
         self.retarget = retarget
 
-    def apply(self, graph: Graph) -> list[pipeline.Outcome]:
+    def apply(self, graph: Graph) -> list[Outcome]:
         with self.retarget.there(graph):
             return super().apply(graph)
 
@@ -156,19 +156,17 @@ LOGSUMEXP = 1  # its place among the results of each
 def _exchanged(graph: Graph, fake_mode: compat.FakeTensorMode) -> None:
     """Attention's kernels as a GPU has them: the flash kernel in half precision without a mask, else the one that is
     efficient in memory. Where there is none, as in float64, the CPU's stays."""
-    build = Builder(graph, fake_mode)
+    edit = Editor(graph, fake_mode)
     for node in graph.find_nodes(op="call_function", target=CPU_FLASH):
         if _takes_flash(node) or _takes_efficient(node):
-            build.like = node
-            with graph.inserting_before(node):
-                _replace(build, node, _attention(build, node))
+            with edit.at(node):
+                _replace(edit, node, _attention(edit, node))
     for node in graph.find_nodes(op="call_function", target=CPU_FLASH_BACKWARD):
         forward = _maker(argument(node, "logsumexp"))
         if forward.target in (FLASH, EFFICIENT):
-            random = _random_state(build, forward)
-            build.like = node
-            with graph.inserting_before(node):
-                _replace(build, node, _attention_backward(build, node, forward, random))
+            random = _random_state(edit, forward)
+            with edit.at(node):
+                _replace(edit, node, _attention_backward(edit, node, forward, random))
 
 
 def _takes_flash(node: Node) -> bool:
@@ -182,57 +180,56 @@ def _takes_efficient(node: Node) -> bool:
     return bool(q.dtype != torch.float64 and q.shape[1] == k.shape[1])
 
 
-def _attention(build: Builder, node: Node) -> Node:
+def _attention(edit: Editor, node: Node) -> Node:
     """The forward kernel; the CPU's two results are the first two of its own."""
     q, k, v, mask = (argument(node, name) for name in ("query", "key", "value", "attn_mask"))
     dropout, causal, scale = (argument(node, name) for name in ("dropout_p", "is_causal", "scale"))
     if _takes_flash(node):
-        return build.call(FLASH, q, k, v, dropout, causal, scale=scale)
+        return edit.call(FLASH, q, k, v, dropout, causal, scale=scale)
     in_backward = any(item.args[1] == LOGSUMEXP and item.users for item in node.users)
-    bias = None if mask is None else _for_each_row(build, mask, q, k)
-    return build.call(EFFICIENT, q, k, v, bias, in_backward, dropout, causal, scale=scale)
+    bias = None if mask is None else _for_each_row(edit, mask, q, k)
+    return edit.call(EFFICIENT, q, k, v, bias, in_backward, dropout, causal, scale=scale)
 
 
-def _for_each_row(build: Builder, mask: Node, q: Node, k: Node) -> Node:
+def _for_each_row(edit: Editor, mask: Node, q: Node, k: Node) -> Node:
     """A mask [batch, heads, T, others]: without memory of its own where it was smaller."""
     wanted = (*shape(q)[:3], shape(k)[2])
     if shape(mask) == wanted:
         return mask
-    return build.call(aten.expand.default, mask, [*build.sizes_of(q)[:3], build.sizes_of(k)[2]])
+    return edit.call(aten.expand.default, mask, [*edit.sizes_of(q)[:3], edit.sizes_of(k)[2]])
 
 
-def _random_state(build: Builder, forward: Node) -> list[Node]:
+def _random_state(edit: Editor, forward: Node) -> list[Node]:
     """Seed and offset of a forward kernel's dropout, which its backward asks for with dropout or without."""
     first = 6 if forward.target is FLASH else 2
-    build.like = forward
-    with build.graph.inserting_after(forward):
-        return [build.call(operator.getitem, forward, first + i) for i in range(2)]
+    with edit.at(forward, after=True):
+        return [edit.item(forward, first + i) for i in range(2)]
 
 
-def _attention_backward(build: Builder, node: Node, forward: Node, random: list[Node]) -> Node:
+def _attention_backward(edit: Editor, node: Node, forward: Node, random: list[Node]) -> Node:
     """The backward of such a forward kernel; the first results are the gradients of q, k and v, as of the CPU's."""
     names = ("grad_out", "query", "key", "value", "out", "logsumexp")
     dy, q, k, v, out, lse = (argument(node, name) for name in names)
     dropout, causal, scale = (argument(node, name) for name in ("dropout_p", "is_causal", "scale"))
     if forward.target is FLASH:
-        lengths = [build.sizes_of(n)[2] for n in (q, k)]
+        lengths = [edit.sizes_of(n)[2] for n in (q, k)]
         no_sequences = (None, None)  # of several in one row
         args = (dy, q, k, v, out, lse, *no_sequences, *lengths, dropout, causal, *random)
-        return build.call(FLASH_BACKWARD, *args, scale=scale)
+        return edit.call(FLASH_BACKWARD, *args, scale=scale)
     wanted = [True, True, True, False]  # no gradient of the mask
     args = (dy, q, k, v, argument(forward, "attn_bias"), out, lse, *random, dropout, wanted, causal)
-    return build.call(EFFICIENT_BACKWARD, *args, scale=scale)
+    return edit.call(EFFICIENT_BACKWARD, *args, scale=scale)
 
 
-def _replace(build: Builder, old: Node, new: Node) -> None:
+def _replace(edit: Editor, old: Node, new: Node) -> None:
     """Each result of one kernel in the place of the other's, in the layout that its readers know."""
     for item in list(old.users):
-        result = build.call(operator.getitem, new, item.args[1])
+        result = edit.call(operator.getitem, new, item.args[1])
         if shape(result) == shape(item) and value(item).ndim == 4:  # no logsumexp
-            result = build.laid_out(result, value(item).stride())
-        item.replace_all_uses_with(result)
-        build.graph.erase_node(item)
-    build.graph.erase_node(old)
+            result = edit.laid_out(result, value(item).stride())
+        edit.reroute(item, result)
+        edit.erase(item)
+    edit.erase(old)
 
 
 def _maker(item: Node) -> Node:

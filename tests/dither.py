@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from peft_fx.passes import rounding
-from peft_fx.passes.rewrite import Builder
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.rewrite import rounding
 
 HALVES = {torch.bfloat16: 16, torch.float16: 13}  # and the bits of fp32 that they lack
 
@@ -20,7 +20,7 @@ def rounded(wide: Tensor, dtype: torch.dtype, how: str = "dithered", transposed:
     graph = Graph()
     node, mode = graph.placeholder("wide"), FakeTensorMode()
     node.meta["val"] = mode.from_tensor(wide)
-    graph.output(rounding.rounded(Builder(graph, mode), node, dtype, how, transposed))
+    graph.output(rounding.rounded(Editor(graph, mode), node, dtype, how, transposed))
     return GraphModule(torch.nn.Module(), graph)(wide)
 
 

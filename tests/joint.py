@@ -17,7 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat, compiling
 from peft_fx.options import parse
+from peft_fx.passes import joint as analysed
 from peft_fx.passes import pipeline
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.flow import Role
 from peft_fx.retargeting import Retarget
 from peft_fx.tracing import CPU, copy_graph
@@ -35,7 +37,7 @@ class Joint:
     outputs: int = 0  # those of forward, where that is known
     _modules: dict[Graph, GraphModule] = field(default_factory=dict, repr=False)
 
-    def rewritten(self, device: torch.device = CPU, **options: Any) -> tuple[Graph, pipeline.Outcome]:
+    def rewritten(self, device: torch.device = CPU, **options: Any) -> tuple[Graph, Outcome]:
         """A copy of the graph with the passes applied, under `options` without their prefix, on a device."""
         graph = GraphModule(self.module, copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
@@ -45,6 +47,12 @@ class Joint:
         with retarget.there(graph):
             outcome = pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
         return graph, outcome
+
+    def opened(self) -> analysed.Joint:
+        """A copy of the graph as the passes are given it."""
+        graph = GraphModule(self.module, copy_graph(self.graph)).graph
+        sizes = analysed.Sizes.of(compat.hint_for(self.fake_mode))
+        return analysed.Joint(graph, compiling.roles_in(graph, self.roles), self.fake_mode, sizes)
 
     def run_on_given(self, graph: Graph, tangent: float = 1.0) -> list[torch.Tensor | None]:
         """The same on the tensors that the module was called with, and a tangent."""

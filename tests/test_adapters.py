@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_fx.passes.pipeline import Outcome
+from peft_fx.passes.findings import Outcome
 from tests import joint
 from tests.oracle import assert_bit_equal, integers, run, weight_form
 from tests.plain_models import MODELS

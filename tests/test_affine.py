@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 import peft_fx
 from peft_fx import compiling, machines
 from peft_fx.passes import pipeline
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.flow import Flow, Roles
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import PRODUCTS
@@ -43,7 +44,7 @@ def forward_products(monkeypatch) -> list[int]:
     found: list[int] = []
     real = pipeline.run
 
-    def spy(graph: Graph, roles: Roles, *args) -> pipeline.Outcome:
+    def spy(graph: Graph, roles: Roles, *args) -> Outcome:
         outcome = real(graph, roles, *args)
         found.append(sum(n.target in PRODUCTS for n in forward_ops(graph, roles)))
         return outcome

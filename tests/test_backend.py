@@ -26,9 +26,13 @@ from torch.fx import Graph, GraphModule, Node
 import peft_fx
 from peft_fx import compat, compiling, machines
 from peft_fx.options import CHOICES, parse
-from peft_fx.passes import machine, pipeline, price, rewrite
+from peft_fx.passes import joint as joints
+from peft_fx.passes import keep, machine, pipeline, price, training
+from peft_fx.passes.analyse import find
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.flow import Role
 from peft_fx.passes.nodes import CAST, aten, is_random, value
+from peft_fx.passes.rewrite import merge_sums
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
 from tests.spellings import Case, K, Stack, lora, scale_right, x
@@ -148,7 +152,7 @@ def seen_by_inductor(monkeypatch: pytest.MonkeyPatch, names: list[str], **argume
     seen: dict[str, Any] = {}
     lower, passes = compat.compile_fx, pipeline.run
 
-    def look(*args: Any) -> pipeline.Outcome:
+    def look(*args: Any) -> Outcome:
         seen.update({name: attrgetter(name)(compat.inductor_config) for name in names})
         return passes(*args)
 
@@ -268,13 +272,13 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 
 FAULTS = {
     "contract": (pipeline.Contract, "of"),
-    "analysis": (pipeline, "Analysis"),
-    "refusals": (pipeline, "refusals"),
+    "analysis": (joints, "Analysis"),
+    "refusals": (find, "refusals"),
     "price": (price, "decide"),
-    "rewrite": (rewrite.Rewriter, "rewrite"),
-    "merge": (rewrite.Rewriter, "_merge"),
-    "transients": (pipeline, "read_in_place"),
-    "keep": (pipeline.Keep, "mark"),
+    "rewrite": (merge_sums.Rewriter, "rewrite"),
+    "merge": (merge_sums.Rewriter, "_merge"),
+    "transients": (training, "read_in_place"),
+    "keep": (keep.Keep, "mark"),
     "verify": (pipeline, "verify"),
 }
 
@@ -404,9 +408,9 @@ def test_a_broken_graph_is_not_used(name: str, monkeypatch) -> None:
     change, what = BREAKS[name]
     verify = pipeline.verify
 
-    def verify_broken(graph: Graph, before: Any, added: list[Node], fake_mode: Any) -> None:
-        change(graph, added)
-        verify(graph, before, added, fake_mode)
+    def verify_broken(graph: Graph, before: Any, fake_mode: Any) -> None:
+        change(graph, [n for n in graph.nodes if n.op == "call_function" and n not in before.reads])
+        verify(graph, before, fake_mode)
 
     monkeypatch.setattr(pipeline, "verify", verify_broken)
     assert_falls_back(WithNoise, f"VerificationError: {what}")

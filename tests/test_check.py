@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fx
 from peft_fx import checking
-from peft_fx.passes import rewrite
+from peft_fx.passes.rewrite import merge_sums
 from tests.oracle import EAGER, WEIGHT
 from tests.spellings import BF16, Lora, linear, peft_casts
 
@@ -70,12 +70,12 @@ def test_a_model_that_is_fine(dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def wrong() -> Iterator[None]:
     """A rule broken: W' is too large by a hundredth."""
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Any, inner: Any, terms: Any, dtype: Any) -> Any:
         return self.build.call(torch.ops.aten.mul.Tensor, real(self, weight, inner, terms, dtype), 1.01)
 
-    with patch.object(rewrite.Rewriter, "_merge", merge):
+    with patch.object(merge_sums.Rewriter, "_merge", merge):
         yield
 
 
@@ -89,7 +89,7 @@ def test_a_wrong_rewrite_is_told() -> None:
 
 def test_a_failure_is_told() -> None:
     with (
-        patch.object(rewrite.Rewriter, "_merge", side_effect=RuntimeError("injected")),
+        patch.object(merge_sums.Rewriter, "_merge", side_effect=RuntimeError("injected")),
         pytest.warns(RuntimeWarning, match="untouched"),
     ):
         found = peft_fx.check(Lora(linear), x(), options=WEIGHT)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import chunked_loss
+from peft_fx.passes.loss import chunking
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import aten
 from tests import joint, losses, peft_models
@@ -35,8 +35,8 @@ CASES = [(name, head) for name in LOSSES for head in HEADS if name in SEVERAL or
 @pytest.fixture(autouse=True)
 def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small losses are worth it, and are done in three chunks."""
-    monkeypatch.setattr(chunked_loss, "LEAST", -(1 << 40))
-    monkeypatch.setattr(chunked_loss, "chunks", lambda *sizes: 3)
+    monkeypatch.setattr(chunking, "LEAST", -(1 << 40))
+    monkeypatch.setattr(chunking, "chunks", lambda *sizes: 3)
     return
 
 
@@ -144,7 +144,7 @@ def test_any_sizes(data: st.DataObject) -> None:
     x = torch.randn(rows, K, dtype=torch.float64, requires_grad=True)
     case = joint.capture(Drawn(), x, torch.tensor(labels))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_loss, "chunks", lambda *sizes: count)
+        patch.setattr(chunking, "chunks", lambda *sizes: count)
         graph, outcome = case.rewritten()
     assert outcome.losses
     different = case.run_on_given(case.graph), case.run_on_given(graph)
@@ -318,14 +318,14 @@ def test_the_report_has_a_row() -> None:
 
 # --------------------------------------------------------------------------------------------------- how many chunks
 
-CHUNKS, LEAST = chunked_loss.chunks, chunked_loss.LEAST  # as they are, without the fixture
+CHUNKS, LEAST = chunking.chunks, chunking.LEAST  # as they are, without the fixture
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_few_rows_are_no_refusal(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is nothing to gain, there is nothing to cure; also where more rows may come."""
-    monkeypatch.setattr(chunked_loss, "chunks", CHUNKS)
-    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    monkeypatch.setattr(chunking, "chunks", CHUNKS)
+    monkeypatch.setattr(chunking, "LEAST", LEAST)
     f = torch.compile(Other(NOT_DONE["returned"][0]), backend=peft_fx.backend, options=EAGER, dynamic=dynamic)
     f(*losses.inputs(dtype=torch.float32))[0].backward()
     assert not peft_fx.explain(f).refusals
@@ -339,32 +339,32 @@ def test_chunks_by_bytes_and_by_price(
     machine: str, rows: int, k: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk's logits, fp32 copy and gradient fit the budget, or twice as many chunks would cost a sixteenth more."""
-    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    monkeypatch.setattr(chunking, "LEAST", LEAST)
     of = MACHINES[machine]
     n = CHUNKS(rows, k, vocabulary, BF16, 8 * vocabulary, of)
     assert n >= 4
     assert rows % n == 0
     fits = rows // n * vocabulary * 8 <= max(LEAST, rows * vocabulary * 2 // 16)
-    price = [chunked_loss._price(of, m, rows, k, vocabulary, BF16) for m in (1, n, 2 * n)]
-    assert price[1] <= chunked_loss.DEARER * price[0]
-    assert fits or price[2] > chunked_loss.DEARER * price[0]
+    price = [chunking._price(of, m, rows, k, vocabulary, BF16) for m in (1, n, 2 * n)]
+    assert price[1] <= chunking.DEARER * price[0]
+    assert fits or price[2] > chunking.DEARER * price[0]
 
 
 def test_a_gigabyte_is_worth_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """The more seconds it is worth the more chunks there are, up to what the bytes ask for; and then none of them costs
     more than the bytes that it saves."""
-    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    monkeypatch.setattr(chunking, "LEAST", LEAST)
     T, K, V, of = 2048, 512, 128256, MACHINES["h100"]
     worth = [0, 1e-3, 2e-3, math.inf]
     counts = [CHUNKS(T, K, V, BF16, 8 * V, of, w) for w in worth]
     assert counts == sorted(set(counts))
     assert counts[-1] == 64
     for w, n in list(zip(worth, counts, strict=True))[:-1]:
-        whole, looped = (chunked_loss._price(of, m, T, K, V, BF16) for m in (1, n))
-        assert looped - chunked_loss.DEARER * whole <= w * (1 - 1 / n) * T * V * 8e-9
+        whole, looped = (chunking._price(of, m, T, K, V, BF16) for m in (1, n))
+        assert looped - chunking.DEARER * whole <= w * (1 - 1 / n) * T * V * 8e-9
 
 
 def test_small_logits_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """They fit the budget as they are."""
-    monkeypatch.setattr(chunked_loss, "LEAST", LEAST)
+    monkeypatch.setattr(chunking, "LEAST", LEAST)
     assert CHUNKS(512, 64, 1000, torch.float32, 8000, MACHINES["cpu"]) == 1

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from peft_fx import compiling
-from peft_fx.passes import factors
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.findings import Settings
 from peft_fx.passes.nodes import PRODUCTS, aten
-from peft_fx.tracing import copy_graph
+from peft_fx.passes.normalise import common_vector, vector_sums
 from tests import joint
 from tests.spellings import K, N, frozen, trained
 
@@ -100,10 +98,11 @@ def captured(spell: Spell, after: Callable[[Tensor], Tensor] = lambda y: y) -> j
 
 def only_factored(case: joint.Joint) -> tuple[Graph, list[Node]]:
     """A copy of the graph after this pass alone, and the nodes that it added."""
-    graph = copy_graph(case.graph)
-    added = factors.factored(graph, Flow(graph, compiling.roles_in(graph, case.roles)), case.fake_mode)
-    graph.lint()
-    return graph, [n for n in added if not n._erased]
+    opened = case.opened()
+    before = set(opened.graph.nodes)
+    common_vector.common_vector(opened, Settings())
+    opened.graph.lint()
+    return opened.graph, [n for n in opened.graph.nodes if n not in before]
 
 
 @pytest.mark.parametrize("spell", TAKEN_OUT)
@@ -151,48 +150,50 @@ def _sides(product: Node) -> set[int]:
 
 
 def _number_lost() -> Any:
-    real = factors.Factoring.coefficient
+    real = common_vector.Factoring.coefficient
 
     def coefficient(self: Any, by: Any, x: Any) -> Any:
         found = real(self, by, x)
         return found and (replace(found, number=0.0) if found.slope else found)
 
-    return patch.object(factors.Factoring, "coefficient", coefficient)
+    return patch.object(common_vector.Factoring, "coefficient", coefficient)
 
 
 def _slope_lost() -> Any:
-    real = factors.Coefficient.__mul__
+    real = vector_sums.Coefficient.__mul__
 
     def times(self: Any, other: Any) -> Any:
         found = real(self, other)
         return found and (replace(found, slope=1.0) if found.slope else found)
 
-    return patch.object(factors.Coefficient, "__mul__", times)
+    return patch.object(vector_sums.Coefficient, "__mul__", times)
 
 
 def _sign_lost() -> Any:
     def added(self: Any, node: Node) -> Any:
         return self.operand(node.args[0]) + self.operand(node.args[1])
 
-    return patch.object(factors.Factoring, "_sum", added)
+    return patch.object(common_vector.Factoring, "_sum", added)
 
 
 def _constant_lost() -> Any:
-    real = factors.Factoring._write
-    return patch.object(factors.Factoring, "_write", lambda self, node, v, parts, _: real(self, node, v, parts, {}))
+    real = common_vector.Factoring._write
+    return patch.object(
+        common_vector.Factoring, "_write", lambda self, node, v, parts, _: real(self, node, v, parts, {})
+    )
 
 
 def _contraction_of_one_side() -> Any:
-    real = factors.Factoring._contract
+    real = common_vector.Factoring._contract
 
     def contract(self: Any, node: Node) -> None:
-        a, b = (factors._unshaped(n) for n in node.args[:2])
+        a, b = (common_vector._unshaped(n) for n in node.args[:2])
         if self._contraction(a) and self._contraction(b):
             self._replace(node, a)
         else:
             real(self, node)
 
-    return patch.object(factors.Factoring, "_contract", contract)
+    return patch.object(common_vector.Factoring, "_contract", contract)
 
 
 @pytest.mark.parametrize("mutant", [_number_lost, _slope_lost, _sign_lost, _constant_lost, _contraction_of_one_side])

@@ -24,9 +24,10 @@ from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_in, narrow_out
 from peft_fx.options import parse
-from peft_fx.passes import price, rewrite
+from peft_fx.passes import price
 from peft_fx.passes.machine import MACHINES, table_entry
 from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.rewrite import merge_sums
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR
@@ -347,7 +348,7 @@ def test_a_failure_leaves_the_graph_as_it_was(triton: None, monkeypatch: pytest.
 
     traced = joint.trace(Siblings(1), x())
     before = ops(traced.graph)
-    monkeypatch.setattr(rewrite, "merge", fail)
+    monkeypatch.setattr(merge_sums, "merge", fail)
     with pytest.raises(RuntimeError, match="injected"):
         traced.rewritten(GPU, form="weight")
     assert ops(traced.graph) == before

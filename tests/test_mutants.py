@@ -18,20 +18,18 @@ from torch.fx import Node
 from peft_fx.passes import (
     affine,
     algebra,
-    chunked_loss,
+    editor,
     moments,
-    parts,
-    refusals,
-    regions,
     replay,
-    rewrite,
-    rounding,
-    rowwise,
     sites,
     transfer,
 )
 from peft_fx.passes.algebra import ONE, Matrix, Scale, Term
+from peft_fx.passes.analyse import refusals, regions
+from peft_fx.passes.loss import chunking, loop, row_rules
 from peft_fx.passes.nodes import aten, is_rounded, numel, shape
+from peft_fx.passes.normalise import fused_layers
+from peft_fx.passes.rewrite import merge_maps, merge_sums, rounding
 from tests import affine_spellings, dither, joint, losses, spellings
 from tests.spellings import Case
 
@@ -130,96 +128,96 @@ def permute_taken_for_a_reshape() -> Any:
 
 @mutant
 def factors_in_the_wrong_order() -> Any:
-    real = rewrite.Rewriter._multiply
-    return patch.object(rewrite.Rewriter, "_multiply", lambda self, fs: self.build.flip(real(self, fs)))
+    real = merge_sums.Rewriter._multiply
+    return patch.object(merge_sums.Rewriter, "_multiply", lambda self, fs: self.edit.flip(real(self, fs)))
 
 
 @mutant
 def weight_left_out() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, Scale(0.0), terms, dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def scale_on_the_weight_too() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, terms[0][0], terms, dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def one_adapter_of_two_forgotten() -> Any:
-    real = rewrite.Rewriter._merge
+    real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Matrix, inner: Scale, terms: Any, dtype: Any) -> Any:
         return real(self, weight, inner, terms[:1], dtype)
 
-    return patch.object(rewrite.Rewriter, "_merge", merge)
+    return patch.object(merge_sums.Rewriter, "_merge", merge)
 
 
 @mutant
 def plain_weight_in_the_input_gradient() -> Any:
-    real = rewrite.Rewriter._merged_operand
+    real = merge_sums.Rewriter._merged_operand
 
     def operand(self: Any, group: sites.Group) -> Any:
         return group.operand if group.backward else real(self, group)
 
-    return patch.object(rewrite.Rewriter, "_merged_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
 
 
 @mutant
 def merged_weight_untransposed() -> Any:
-    real = rewrite.Rewriter._as_operand
+    real = merge_sums.Rewriter._as_operand
 
     def operand(self: Any, merged: Any, weight: Matrix, node: Any) -> Any:
         return real(self, merged, replace(weight, flipped=False), node)
 
-    return patch.object(rewrite.Rewriter, "_as_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_as_operand", operand)
 
 
 @mutant
 def one_merged_weight_for_all() -> Any:
-    real = rewrite.Rewriter._merged_operand
+    real = merge_sums.Rewriter._merged_operand
 
     def operand(self: Any, group: sites.Group) -> Any:
         return self.__dict__.setdefault("first", real(self, group))
 
-    return patch.object(rewrite.Rewriter, "_merged_operand", operand)
+    return patch.object(merge_sums.Rewriter, "_merged_operand", operand)
 
 
 @mutant
 def bias_lost() -> Any:
-    real = rewrite.Rewriter._base
+    real = merge_sums.Rewriter._base
 
     def base(self: Any, node: Any, merged: Any, left: bool, bias_gone: bool, copies: Any) -> Any:
-        return real(self, node, merged, left, node.target in rewrite.PLAIN, copies)
+        return real(self, node, merged, left, node.target in merge_sums.PLAIN, copies)
 
-    return patch.object(rewrite.Rewriter, "_base", base)
+    return patch.object(merge_sums.Rewriter, "_base", base)
 
 
 @mutant
 def other_addend_lost() -> Any:
-    real = rewrite.Rewriter._without
+    real = merge_sums.Rewriter._without
 
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
-        return self.build.call(aten.mul.Tensor, real(self, node, i, copies), 0)
+        return self.edit.call(aten.mul.Tensor, real(self, node, i, copies), 0)
 
-    return patch.object(rewrite.Rewriter, "_without", without)
+    return patch.object(merge_sums.Rewriter, "_without", without)
 
 
 @mutant
 def adapter_kept_beside_the_merged_weight() -> Any:
     def without(self: Any, node: Any, i: int, copies: Any) -> Any:
-        return self.build.call(node.target, *(copies.get(a, a) for a in node.args), **node.kwargs)
+        return self.edit.call(node.target, *(copies.get(a, a) for a in node.args), **node.kwargs)
 
-    return patch.object(rewrite.Rewriter, "_without", without)
+    return patch.object(merge_sums.Rewriter, "_without", without)
 
 
 @mutant
@@ -350,7 +348,7 @@ def constant_of_a_product_left_unmultiplied() -> Any:
         (before,) = (self.values[n].constant for n in self.rows.operands(node)[-1:])
         if before is None or numel(shape(before)) != numel(shape(found.constant)):
             return found
-        return replace(found, constant=self.build.call(aten.reshape.default, before, shape(found.constant)))
+        return replace(found, constant=self.edit.call(aten.reshape.default, before, shape(found.constant)))
 
     return _product(change)
 
@@ -368,7 +366,7 @@ def diagonal_on_the_wrong_side() -> Any:
         rows = found.rows
         if rows.target is not aten.mul.Tensor or len(set(shape(rows))) > 1:  # type: ignore
             return found
-        return replace(found, rows=self.build.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
+        return replace(found, rows=self.edit.call(rows.target, rows.args[0], rows.args[1].args[0]))  # type: ignore
 
     return _product(change)
 
@@ -382,7 +380,7 @@ def vector_before_the_product_ignored() -> Any:
 @affine_mutant
 def difference_taken_for_a_sum() -> Any:
     sub, add = aten.sub.Tensor, aten.add.Tensor
-    return _again(sub, lambda self, node, operands, count: self.build.call(add, *(operands[n] for n in node.args)))
+    return _again(sub, lambda self, node, operands, count: self.edit.call(add, *(operands[n] for n in node.args)))
 
 
 @affine_mutant
@@ -410,7 +408,7 @@ def negation_of_features_ignored() -> Any:
 def order_of_dimensions_ignored() -> Any:
     def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         sizes = self._sizes(self.rows.of[node].dims, count)
-        return self.build.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
+        return self.edit.call(aten.reshape.default, operands[node.args[0]], sizes)  # type: ignore[index]
 
     return _again(aten.permute.default, change)
 
@@ -424,7 +422,7 @@ def order_of_features_ignored() -> Any:
 def joined_in_the_wrong_order() -> Any:
     def change(self: replay.Replay, node: Node, operands: dict[Node, Node], count: int) -> Any:
         parts = [operands[n] for n in reversed(node.args[0])]  # type: ignore[union-attr, arg-type, index]
-        return self.build.call(node.target, parts, *node.args[1:])
+        return self.edit.call(node.target, parts, *node.args[1:])
 
     return _again(aten.cat.default, change)
 
@@ -456,24 +454,24 @@ def frozen_vectors_taken_for_adapters() -> Any:
 
 @affine_mutant
 def addend_kept_beside_the_merged_product() -> Any:
-    return patch.object(regions, "_drop", lambda build, end: None)
+    return patch.object(merge_maps, "_drop", lambda build, end: None)
 
 
 @affine_mutant
 def strides_not_kept() -> Any:
-    return patch.object(rewrite.Builder, "laid_out", lambda build, node, strides: node)
+    return patch.object(editor.Editor, "laid_out", lambda build, node, strides: node)
 
 
 @affine_mutant
 def columns_of_parts_mixed_up() -> Any:
     """Each part of a whole result is taken from where another one is."""
-    real = parts._columns
+    real = fused_layers._columns
 
     def columns(node: Node) -> Any:
         found = real(node)
         return dict(zip(found, [*found.values()][::-1], strict=True))
 
-    return patch.object(parts, "_columns", columns)
+    return patch.object(fused_layers, "_columns", columns)
 
 
 @affine_mutant
@@ -693,14 +691,14 @@ def a_bit_left_to_the_cast() -> Any:
 
 @dither_mutant
 def every_number_taken_for_normal() -> Any:
-    real = rewrite.Builder.call
+    real = editor.Editor.call
 
     def call(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         if target is aten.where.self and args[1].target is aten.view.dtype:
             return args[1]
         return real(self, target, *args, **kwargs)
 
-    return patch.object(rewrite.Builder, "call", call)
+    return patch.object(editor.Editor, "call", call)
 
 
 @dither_mutant
@@ -775,7 +773,7 @@ def moment_mutant(make: Mutation) -> Mutation:
 @moment_mutant
 def moment_of_the_other_side() -> Any:
     real = moments._Gradient._over_tokens
-    return patch.object(moments._Gradient, "_over_tokens", lambda self, u, dy: self.build.flip(real(self, u, dy)))
+    return patch.object(moments._Gradient, "_over_tokens", lambda self, u, dy: self.edit.flip(real(self, u, dy)))
 
 
 @moment_mutant
@@ -783,8 +781,8 @@ def way_from_the_moment_not_gone() -> Any:
     def on(self: Any, rows: Node, count: int) -> Node:
         left = self.found.node.args[0] is self.found.other
         sizes = shape(self.found.other)
-        return self.build.call(
-            aten.slice.Tensor, self.build.flip(rows) if left else rows, 0 if left else 1, 0, sizes[0 if left else 1]
+        return self.edit.call(
+            aten.slice.Tensor, self.edit.flip(rows) if left else rows, 0 if left else 1, 0, sizes[0 if left else 1]
         )
 
     return patch.object(moments._Gradient, "_on", on)
@@ -828,8 +826,8 @@ def loss_holds() -> bool:
     """Loss and gradients those of the whole graph, at a tangent that is not 1, in three chunks of unequal sizes."""
     case = loss_captured()
     with (
-        patch.object(chunked_loss, "LEAST", -(1 << 40)),
-        patch.object(chunked_loss, "chunks", lambda *sizes: 5),
+        patch.object(chunking, "LEAST", -(1 << 40)),
+        patch.object(chunking, "chunks", lambda *sizes: 5),
     ):
         try:
             graph, outcome = case.rewritten()
@@ -856,60 +854,60 @@ def loss_mutant(make: Mutation) -> Mutation:
 
 def _treated(op: Any, change: Callable[[Node, Any], Any]) -> Any:
     """The rule of one op, with its answer changed."""
-    real = rowwise.RULES[op]
-    return patch.dict(rowwise.RULES, {op: lambda node, row: change(node, real(node, row))})
+    real = row_rules.ROWS[op]
+    return patch.dict(row_rules.ROWS, {op: lambda node, row: change(node, real(node, row))})
 
 
 @loss_mutant
 def tangent_forgotten() -> Any:
     return patch.object(
-        chunked_loss._Rewriter, "_scaled", lambda self, node, result: self.build.cast(result, node.meta["val"].dtype)
+        loop.Rewriter, "_scaled", lambda self, node, result: self.edit.cast(result, node.meta["val"].dtype)
     )
 
 
 @loss_mutant
 def tangent_on_the_loss_too() -> Any:
-    real = chunked_loss._Rewriter._scaled
+    real = loop.Rewriter._scaled
 
     def scaled(self: Any, node: Node, result: Node) -> Node:
         with patch.object(self.flow, "backward", {*self.flow.backward, node}):
             return real(self, node, result)
 
-    return patch.object(chunked_loss._Rewriter, "_scaled", scaled)
+    return patch.object(loop.Rewriter, "_scaled", scaled)
 
 
 @loss_mutant
 def last_chunk_for_all_sums() -> Any:
-    real = chunked_loss._Rewriter._call
+    real = loop.Rewriter._call
 
     def call(self: Any, body: Node, operands: list[Node]) -> list[Node]:
         zeros = [n if n.target is not operator.getitem else self._zeros(n) for n in operands]
         return real(self, body, zeros)
 
-    return patch.object(chunked_loss._Rewriter, "_call", call)
+    return patch.object(loop.Rewriter, "_call", call)
 
 
 @loss_mutant
 def chunks_in_reverse() -> Any:
-    real = chunked_loss._Rewriter._whole
-    return patch.object(chunked_loss._Rewriter, "_whole", lambda self, node, parts: real(self, node, parts[::-1]))
+    real = loop.Rewriter._whole
+    return patch.object(loop.Rewriter, "_whole", lambda self, node, parts: real(self, node, parts[::-1]))
 
 
 @loss_mutant
 def first_rows_for_all() -> Any:
-    real = chunked_loss._Rewriter._bounds
+    real = loop.Rewriter._bounds
 
     def bounds(self: Any, i: int, count: Any) -> Any:
         *_, size = real(self, i, count)
         return 0, size, size
 
-    return patch.object(chunked_loss._Rewriter, "_bounds", bounds)
+    return patch.object(loop.Rewriter, "_bounds", bounds)
 
 
 @loss_mutant
 def a_sum_over_rows_taken_for_rows() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+        return replace(found, rows=row_rules.RowDims(0, 1)) if found.rows is None else found
 
     return _treated(aten.mm.default, change)
 
@@ -917,7 +915,7 @@ def a_sum_over_rows_taken_for_rows() -> Any:
 @loss_mutant
 def a_weight_taken_for_rows() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, operands={i: rowwise.Rows(0, 1) for i in range(len(node.args))})
+        return replace(found, operands={i: row_rules.RowDims(0, 1) for i in range(len(node.args))})
 
     return _treated(aten.addmm.default, change)
 
@@ -925,7 +923,7 @@ def a_weight_taken_for_rows() -> Any:
 @loss_mutant
 def a_bias_summed_along_the_vocabulary() -> Any:
     def change(node: Node, found: Any) -> Any:
-        return replace(found, rows=rowwise.Rows(0, 1)) if found.rows is None else found
+        return replace(found, rows=row_rules.RowDims(0, 1)) if found.rows is None else found
 
     return _treated(aten.sum.dim_IntList, change)
 

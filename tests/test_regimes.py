@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import peft_fx
 from peft_fx import compiling
-from peft_fx.passes import price, regimes
-from peft_fx.passes.regimes import MOST, Regimes, crossovers
+from peft_fx.passes import price
+from peft_fx.passes.decide import regimes
+from peft_fx.passes.decide.regimes import MOST, Regimes, crossovers
 from tests.spellings import frozen, trained
 
 LENGTHS = (60, 100, 512, 2000, 4096, 8000)

@@ -18,6 +18,7 @@ from peft_fx import compat, compiling
 from peft_fx.compat import pytree
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.nodes import aten, prims, value
 from peft_fx.passes.policies import Float8
 from peft_fx.passes.rewrite import REBUILD
@@ -39,7 +40,7 @@ def ops(graph: Graph) -> Counter[Any]:
 # ------------------------------------------------------------------------------------------------------- the same sites
 
 
-def told(outcome: pipeline.Outcome) -> list[tuple[Any, ...]]:
+def told(outcome: Outcome) -> list[tuple[Any, ...]]:
     """What was found, without prices."""
     sites = [(s.name, s.tokens, s.in_features, s.out_features, s.rank, s.forward, s.input_grad) for s in outcome.sites]
     return sites + [(r.name, r.code, r.detail) for r in outcome.refusals]
@@ -62,7 +63,7 @@ def test_a_gpus_graph_has_the_sites_and_refusals_of_a_cpus(case: Case, monkeypat
     places: set[torch.device] = set()
     real = pipeline.run
 
-    def run(graph: Graph, *args: Any) -> pipeline.Outcome:
+    def run(graph: Graph, *args: Any) -> Outcome:
         outcome = real(graph, *args)
         values = pytree.tree_leaves([value(n) for n in graph.nodes])
         places.update(v.device for v in values if isinstance(v, Tensor))

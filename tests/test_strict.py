@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from peft_fx.passes import pipeline
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.nodes import PRODUCTS, aten, shape, value
 from tests import joint
 from tests.affine_spellings import Layer
@@ -81,7 +81,7 @@ def dtypes(found: Counter[tuple[object, ...]]) -> set[object]:
     return {part for product in found for part in product if isinstance(part, torch.dtype)}
 
 
-def rewritten(case: joint.Joint, numerics: str) -> tuple[Counter[tuple[object, ...]], pipeline.Outcome]:
+def rewritten(case: joint.Joint, numerics: str) -> tuple[Counter[tuple[object, ...]], Outcome]:
     graph, outcome = case.rewritten(form="weight", numerics=numerics)
     return products(graph), outcome
 

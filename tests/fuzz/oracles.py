@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx.passes import tokenwise
+from peft_fx.passes.findings import Outcome
 from peft_fx.passes.nodes import is_random
-from peft_fx.passes.pipeline import Outcome
 from tests import joint
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from peft_fx.passes.affine import is_scaled_by_a_root
 from peft_fx.passes.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
 from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, addends, products_in
+from peft_fx.passes.transfer import Product, products_in
 
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
 READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
@@ -31,13 +31,6 @@ def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Nod
 def values_read(analysis: Analysis, node: Node) -> list[Node]:
     """What a node reads besides weights."""
     return [n for n in node.all_input_nodes if not analysis.flow.is_weight(n)]
-
-
-def through(node: Node) -> Node:
-    """Where a value comes from before it was laid out, cast or scaled by a number."""
-    while len(parts := addends(node) or []) == 1 and isinstance(parts[0].operand, Node):
-        node = parts[0].operand
-    return node
 
 
 def weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
@@ -88,17 +81,3 @@ def trained_in(analysis: Analysis, nodes: Iterable[Node]) -> list[Node]:
     flow = analysis.flow
     weights = {n for node in nodes for n in node.all_input_nodes if flow.is_weight(n)}
     return sorted({p for w in weights for p in flow.parameters(w) if flow.roles[p].trainable}, key=str)
-
-
-def sources(analysis: Analysis, node: Node) -> list[int]:
-    """The numbers of the values that a product multiplies weights by."""
-    operands = (n for p in products_in(node) for n in (p.left, p.right))
-    return [analysis.reader.number[through(n)] for n in operands if not analysis.flow.is_weight(n)]
-
-
-def layers_of(analysis: Analysis, u: int) -> list[Node]:
-    """The weights that forward multiplies a value by."""
-    flow = analysis.flow
-    readers = (n for n in analysis.position if n in flow.forward and u in sources(analysis, n))
-    found = [w for n in readers for p in products_in(n) for w in (p.left, p.right)]
-    return [w for w in found if flow.is_weight(w) and flow.parameters(w)]

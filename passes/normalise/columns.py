@@ -1,83 +1,40 @@
-"""What is known without computing it: products with an identity matrix, sums over rows of which one number is not 0,
-values put together from their own parts.
-
-An adapter that needs its own weight may apply itself to `torch.eye(K)`, as DoRA's norm of W + sAB does:
-`(I·A)·B` costs K·K·r, and hides that A·B is the product which W' needs as well.
-"""
+"""Values put together from their own columns are these values."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.affine import SPLITS, columns, is_constant, put_at
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
-    CASTS,
     COPIES,
     LAYOUTS,
     RESHAPES,
     aten,
     expr,
-    is_number,
     is_tensor,
     numel,
-    prims,
     shape,
     tensor_arg,
     value,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
 
 
-def without_identities(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces `I·M` and `M·I` by M, in place; returns the nodes added."""
-    build = Builder(graph, fake_mode)
-    for node in list(graph.find_nodes(op="call_function", target=aten.mm.default)):
-        a, b = tensor_arg(node, 0), tensor_arg(node, 1)
-        other = b if is_identity(a) else a if is_identity(b) else None
-        if other is not None:
-            build.like = node
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(build.cast(other, value(node).dtype))
-            erase_unused(graph, node)
-    return build.added
-
-
-def without_one_hot_sums(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces `Σ_v c·[v = label]·g`, a number g for each row, by `c·g`, in place; returns the nodes added.
-
-    The gradient of a log-softmax sums up that of its result, which has one number in each row of the vocabulary.
-    """
-    build = Builder(graph, fake_mode)
-    for node in list(graph.find_nodes(op="call_function", target=aten.sum.dim_IntList)):
-        product = tensor_arg(node, 0)
-        if product.target is not aten.mul.Tensor or not all(map(is_tensor, product.args)):
-            continue
-        for one_hot, g in (product.args, product.args[::-1]):
-            c = _of_one_hot(one_hot, node.args[1])
-            if c is not None and shape(g) == shape(node) and value(g).dtype == value(node).dtype:
-                build.like = node
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(build.call(aten.mul.Tensor, g, c))
-                erase_unused(graph, node)
-                break
-    return build.added
-
-
-def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Replaces what is put together from all columns of one value by that value, in place; returns the nodes added.
+def columns_together(joint: Joint, settings: Settings) -> None:
+    """Replaces what is put together from all columns of one value by that value.
 
     Backward of `y[:, :n] += d` takes dy apart, into one value with zeros there and one with zeros elsewhere, and adds
     them up again.
     """
+    graph, edit = joint.graph, joint.edit
     if not graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
-        return []
-    build = Builder(graph, fake_mode)
+        return
     pieces: dict[Node, Pieces] = {}
     first: dict[tuple[Pieces, Any], Node] = {}
     for node in list(graph.nodes):
@@ -91,15 +48,12 @@ def without_detours(graph: Graph, fake_mode: AbstractContextManager[Any]) -> lis
         same = next((first[key] for key in alike if first[key] is not node), node)
         sizes = [n if isinstance(n, int) else -1 for n in shape(node)]
         if same is not node and node.target in PUT_TOGETHER and (shape(same) == shape(node) or sizes.count(-1) < 2):
-            build.like = node
-            with graph.inserting_before(node):
-                same = same if shape(same) == shape(node) else build.reshape(same, sizes)
+            with edit.at(node):
+                same = same if shape(same) == shape(node) else edit.reshape(same, sizes)
                 if _is_returned(node) or not _is_contiguous(same):
-                    same = build.laid_out(same, value(node).stride())
-            node.replace_all_uses_with(same)
+                    same = edit.laid_out(same, value(node).stride())
+            edit.replace(node, same)
             pieces.setdefault(same, pieces[node])
-            erase_unused(graph, node)
-    return build.added
 
 
 def _is_returned(node: Node) -> bool:
@@ -187,41 +141,3 @@ def _added(a: Pieces, b: Pieces) -> Pieces | None:
             return None
         found.append(x if y.origin is None else y)
     return _merged(found)
-
-
-def _of_one_hot(node: Node, dims: Any) -> float | None:
-    """The number that each row along the only one of `dims` has once, beside zeros; None of any other value."""
-    if node.target is not aten.scatter.value or node.kwargs:
-        return None
-    zeros, dim, index, number = node.args
-    if zeros.target is not aten.full.default or zeros.args[1] != 0 or list(dims) != [dim]:
-        return None
-    ndim = value(node).ndim
-    sizes = [n for i, n in enumerate(shape(index)) if i != dim % ndim]
-    others = [n for i, n in enumerate(shape(node)) if i != dim % ndim]
-    return number if shape(index)[dim] == 1 and sizes == others and is_number(number) else None
-
-
-def is_identity(node: Node) -> bool:
-    """Whether a matrix is `torch.eye(n)`, as AOTAutograd writes it: `iota[:, None] == iota`."""
-    while node.target in CASTS | COPIES and is_tensor(node.args[0]):
-        node = node.args[0]
-    if node.target is not aten.eq.Tensor or len(set(shape(node))) != 1:
-        return False
-    counted = [_counts_along(operand) for operand in node.args]
-    return sorted(filter(None, counted)) == [-2, -1]
-
-
-def _counts_along(operand: Any) -> int | None:
-    """The dimension of a matrix that numbers from 0 upwards are broadcast along, counted from the last."""
-    layouts: list[Node] = []
-    while is_tensor(operand) and operand.target is not prims.iota.default:
-        if operand.target is not aten.unsqueeze.default:
-            return None
-        layouts.append(operand)
-        operand = operand.args[0]
-    if not is_tensor(operand) or (operand.kwargs["start"], operand.kwargs["step"]) != (0, 1):
-        return None
-    sizes = shape(layouts[0] if layouts else operand)
-    along = [i for i in range(-len(sizes), 0) if sizes[i] != 1]
-    return along[0] if len(along) == 1 else None

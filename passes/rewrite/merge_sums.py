@@ -1,4 +1,4 @@
-"""The only place that changes a graph: `u·W + s·(u·A)·B` becomes `u·W'` with `W' = cast(W + s·A·B)`.
+"""Sums in weight form: `u·W + s·(u·A)·B` becomes `u·W'` with `W' = cast(W + s·A·B)`.
 
 W' stands where W stood: the base product keeps its spelling, its bias, its views and casts, and the adapter's addends
 leave the sum. W' is built in fp32, for an fp32 W in fp64, in W's own orientation, cast once, shared by forward and
@@ -10,129 +10,55 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
-from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.fx import Node
 
 from peft_fx.kernels.merge import DTYPES as MERGED
 from peft_fx.kernels.merge import merge
 from peft_fx.passes import price
 from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
-from peft_fx.passes.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
-from peft_fx.passes.rounding import rounded
+from peft_fx.passes.decide.candidates import parameters_of
+from peft_fx.passes.decide.choosing import decided, joined, numbered
+from peft_fx.passes.editor import REBUILD as REBUILD
+from peft_fx.passes.editor import SAVE as SAVE
+from peft_fx.passes.editor import Editor
+from peft_fx.passes.editor import erase_unused as erase_unused
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
+from peft_fx.passes.merged import merged_already
+from peft_fx.passes.nodes import aten, shape, value
+from peft_fx.passes.rewrite.rounding import rounded
 from peft_fx.passes.sites import Group
 from peft_fx.passes.transfer import Product, addends
-
-REBUILD, SAVE = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE
-COPIED = (
-    "stack_trace",
-    "nn_module_stack",
-    "fwd_nn_module_stack",
-    "partitioner_tag",
-    "autograd_backward",
-    "seq_nr",
-    "custom",
-    "original_aten",
-    "recompute",
-    "ac_graph_id",
-)
-
 
 PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 WEIGHT_ARGUMENT = {aten.convolution.default: 1, aten.embedding.default: 0}
 Path = tuple[tuple[Node, int], ...]
 
 
-class Builder:
-    """Adds nodes to a graph, each with its own fresh fake value, and the provenance of the node that it stands in
-    for."""
-
-    def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
-        self.graph, self.fake_mode = graph, fake_mode
-        self.like: Node | None = None
-        self.rebuild = False
-        self.added: list[Node] = []
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = self.graph.call_function(target, args, kwargs)
-        with self.fake_mode:
-            node.meta["val"] = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
-        if self.like is not None:
-            node.meta.update({k: self.like.meta[k] for k in COPIED if k in self.like.meta})
-        if self.rebuild:
-            node.meta["recompute"] = REBUILD
-            node.meta.pop("ac_graph_id", None)
-        self.added.append(node)
-        return node
-
-    def cast(self, node: Node, dtype: torch.dtype) -> Node:
-        return node if value(node).dtype == dtype else self.call(CAST, node, dtype)
-
-    def add(self, a: Node, b: Node) -> Node:
-        return self.call(aten.add.Tensor, a, b)
-
-    def reshape(self, node: Node, sizes: Iterable[Any]) -> Node:
-        """A value with other sizes, straight from what was reshaped before: equal values are then seen to be equal."""
-        sizes = list(sizes)
-        while node.target in RESHAPES and is_tensor(node.args[0]):
-            node = node.args[0]
-        known = shape(node)
-        same = len(sizes) == len(known) and all(a == -1 or a == n for a, n in zip(sizes, known, strict=True))
-        return node if same else self.call(aten.reshape.default, node, sizes)
-
-    def like_2d(self, f: Matrix, operand: Node, dtype: torch.dtype) -> Node:
-        """A matrix of any origin, in `dtype`, in the place of a two-dimensional operand that holds the same numbers."""
-        assert isinstance(f.name, Node)
-        node = self.cast(f.name, dtype)
-        if len(shape(node)) != 2 or shape(node)[-1] != f.cols:
-            rows, cols = self.sizes_of(operand)
-            node = self.reshape(node, [cols, rows] if f.flipped else [rows, cols])
-        return self.flip(node) if f.flipped else node
-
-    def sizes_of(self, node: Node) -> list[Any]:
-        """A node's sizes as arguments: numbers, or size nodes for those that are dynamic."""
-        return [
-            n if isinstance(n, int) else self.call(aten.sym_size.int, node, i) for i, n in enumerate(value(node).shape)
-        ]
-
-    def laid_out(self, node: Node, strides: tuple[Any, ...]) -> Node:
-        """A value with these strides: a product with x from its right, say, leaves the transpose of a matrix."""
-        own = value(node).stride()
-        matters = [(m, n) for size, m, n in zip(shape(node), own, strides, strict=True) if size != 1]
-        if not all(isinstance(n, int) for n in (*strides, *own)) or all(m == n for m, n in matters):
-            return node
-        order = sorted(range(len(strides)), key=lambda i: -strides[i])
-        node = self.call(aten.permute.default, node, order) if order != sorted(order) else node
-        node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-        inverse = [order.index(i) for i in range(len(order))]
-        return self.call(aten.permute.default, node, inverse) if order != sorted(order) else node
-
-    def flip(self, node: Node) -> Node:
-        """The last two dimensions exchanged."""
-        rank = value(node).ndim
-        return self.call(aten.permute.default, node, [*range(rank - 2), rank - 1, rank - 2])
-
-
-def fake(arg: Any) -> Any:
-    """An argument with fake values in the place of nodes."""
-    if isinstance(arg, Node):
-        return value(arg)
-    return [fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
+def merge_sums(joint: Joint, settings: Settings) -> None:
+    """Puts W' in the place of W where a sum is to be in weight form, then has settled what was rewritten for now."""
+    notes, position = joint.notes, joint.position
+    chosen = decided(joint, notes.sums, notes.regimes)
+    joint.found.sites = numbered(joined(joint.found.sites))
+    # of the same parameters, a region is the site
+    notes.adapter_of = parameters_of(notes.groups, joint.flow) | notes.adapter_of
+    joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
+    rewriter = Rewriter(joint.edit, settings.rounding, settings.kernels)
+    rewriter.rewrite(sorted(chosen, key=lambda g: position[g.root]))
+    for tentative in reversed(notes.tentative):
+        tentative.settle()
 
 
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(
-        self, graph: Graph, fake_mode: AbstractContextManager[Any], rounding: str = "nearest", kernels: bool = True
-    ):
-        self.graph, self.rounding, self.kernels = graph, rounding, kernels
-        self.build = Builder(graph, fake_mode)
+    def __init__(self, edit: Editor, rounding: str = "nearest", kernels: bool = True):
+        self.edit, self.rounding, self.kernels = edit, rounding, kernels
         self._merged: dict[Any, Node] = {}
 
     def rewrite(self, groups: Iterable[Group]) -> None:
@@ -141,25 +67,22 @@ class Rewriter:
             by_root[group.root].append(group)
         for root, members in by_root.items():
             self._rewrite_sum(root, members)
-        for node in self.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        for node in self.edit.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
             wanted = {u.args[1] for u in node.users}
             mask = [asked and i in wanted for i, asked in enumerate(node.args[-1])]  # type: ignore[arg-type]
             if mask != node.args[-1]:  # an adapter's input gradient that is part of the base's by now
-                node.args = (*node.args[:-1], mask)
-                with self.build.fake_mode:
-                    node.meta["val"] = node.target(*map(fake, node.args), **node.kwargs)  # type: ignore[operator]
+                self.edit.give(node, *node.args[:-1], mask)
 
     def _rewrite_sum(self, root: Node, groups: list[Group]) -> None:
         edits: dict[Path, tuple[Node, bool] | None] = {}
-        with self.graph.inserting_before(root):
+        with self.edit.at(root):
             for group in groups:
                 edits |= {occ.path: None for occ in group.others}
                 edits[group.base.path] = self._merged_operand(group), group.at_left
             new = self._sum(root, (), edits)
             assert new is not None, "the base product keeps every sum alive"
-            new = self.build.laid_out(new, value(root).stride())
-        root.replace_all_uses_with(new)
-        erase_unused(self.graph, root)
+            new = self.edit.laid_out(new, value(root).stride())
+        self.edit.replace(root, new)
 
     # ------------------------------------------------------------------------------------------------------- sums
 
@@ -185,13 +108,13 @@ class Rewriter:
                     copies[part.operand] = copy
         if len(gone) == len(parts):
             return None
-        self.build.like = node
-        if product is not None:
-            return self._base(node, *product, bias_gone=bool(gone), copies=copies)
-        if gone:
-            return self._without(node, gone[0], copies)
-        args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
-        return self.build.call(node.target, *args, **node.kwargs)
+        with self.edit.provenance(node):
+            if product is not None:
+                return self._base(node, *product, bias_gone=bool(gone), copies=copies)
+            if gone:
+                return self._without(node, gone[0], copies)
+            args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
+            return self.edit.call(node.target, *args, **node.kwargs)
 
     def _base(self, node: Node, merged: Node, left: bool, bias_gone: bool, copies: dict[Node, Node]) -> Node:
         """The base product with W' for W; its alpha stays, and its bias where that was no adapter's product."""
@@ -200,37 +123,37 @@ class Rewriter:
         args = [copies.get(a, a) if isinstance(a, Node) else a for a in node.args]
         args[WEIGHT_ARGUMENT.get(node.target, -2 if left else -1)] = merged
         if not bias_gone:
-            return self.build.call(node.target, *args, **node.kwargs)
+            return self.edit.call(node.target, *args, **node.kwargs)
         scale = next(part.scale for part in addends(node) or [] if isinstance(part.operand, Product))
-        return self._scaled(self.build.call(PLAIN[node.target], *args[-2:]), scale)
+        return self._scaled(self.edit.call(PLAIN[node.target], *args[-2:]), scale)
 
     def _input_gradient(self, node: Node, merged: Node) -> Node:
         """A convolution's backward with another kernel, for the input's gradient alone."""
         source = node.args[0]
         assert isinstance(source, Node)
         dy, x, _, _, *rest, _ = source.args
-        results = self.build.call(source.target, dy, x, merged, None, *rest, [True, False, False])
-        return self.build.call(operator.getitem, results, 0)
+        results = self.edit.call(source.target, dy, x, merged, None, *rest, [True, False, False])
+        return self.edit.item(results, 0)
 
     def _without(self, node: Node, i: int, copies: dict[Node, Node]) -> Node:
         """A sum of two that lost addend `i`: the other, in the sum's dtype and shape."""
         (kept,) = (p for j, p in enumerate(addends(node) or []) if j != i)
         if kept.operand is None:
             like = {"dtype": value(node).dtype, "device": value(node).device}
-            return self.build.call(aten.full.default, self._sized(node), node.args[1 - i], **like)
+            return self.edit.call(aten.full.default, self._sized(node), node.args[1 - i], **like)
         assert isinstance(kept.operand, Node)
         rest = copies.get(kept.operand, kept.operand)
-        rest = self.build.cast(rest, value(node).dtype)
+        rest = self.edit.cast(rest, value(node).dtype)
         rest = self._scaled(rest, kept.scale)
         if shape(rest) != shape(node):
-            rest = self.build.call(aten.expand.default, rest, self._sized(node))
+            rest = self.edit.call(aten.expand.default, rest, self._sized(node))
         return rest
 
     def _scaled(self, node: Node, scale: Scale) -> Node:
         for name in scale.names:
             assert isinstance(name, Node)
-            node = self.build.call(aten.mul.Tensor, node, self.build.cast(name, value(node).dtype))
-        return node if scale.number == 1 else self.build.call(aten.mul.Tensor, node, scale.number)
+            node = self.edit.times(node, self.edit.cast(name, value(node).dtype))
+        return node if scale.number == 1 else self.edit.times(node, scale.number)
 
     def _sized(self, node: Node) -> list[Any]:
         """A node's sizes as arguments: numbers, or the graph's own size nodes."""
@@ -243,7 +166,7 @@ class Rewriter:
             j = next(
                 j for j, m in enumerate(value(source).shape) if not isinstance(m, int) and m.node.expr == n.node.expr
             )
-            sizes.append(self.build.call(aten.sym_size.int, source, j))
+            sizes.append(self.edit.call(aten.sym_size.int, source, j))
         return sizes
 
     # ----------------------------------------------------------------------------------------------------- merging
@@ -256,23 +179,20 @@ class Rewriter:
         terms = [(s, replace(t, factors=tuple(map(_unfolded, t.factors)))) for s, t in terms]
         summands = frozenset(Counter((s.key(), t.factors) for s, t in terms).items())  # one may be there twice
         key = (weight.T if weight.flipped else weight, group.inner.key(), summands, dtype)
-        self.build.like, self.build.rebuild = group.base.path[-1][0], True
-        if key not in self._merged:
-            transposed = weight.flipped ^ group.right ^ group.backward
-            self._merged[key] = self._in_one_kernel(group, terms) or rounded(
-                self.build,
-                self._merge(weight, group.inner, terms, price.merge_dtype(dtype)),
-                dtype,
-                self.rounding,
-                transposed,
-            )
-        if group.product.window is not None:
-            result = self.build.reshape(self._merged[key], list(shape(group.operand)))
-        else:
+        with self.edit.provenance(group.product_node, rebuilt=True):
+            if key not in self._merged:
+                transposed = weight.flipped ^ group.right ^ group.backward
+                self._merged[key] = self._in_one_kernel(group, terms) or rounded(
+                    self.edit,
+                    self._merge(weight, group.inner, terms, price.merge_dtype(dtype)),
+                    dtype,
+                    self.rounding,
+                    transposed,
+                )
+            if group.product.window is not None:
+                return self.edit.reshape(self._merged[key], list(shape(group.operand)))
             read = weight.T if group.base.flipped else weight
-            result = self._as_operand(self._merged[key], read, group.operand)
-        self.build.rebuild = False
-        return result
+            return self._as_operand(self._merged[key], read, group.operand)
 
     def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
         """W + Σ s·Π factors, in the weight's own orientation."""
@@ -280,7 +200,7 @@ class Rewriter:
         total = self._scaled(self._matrix(plain, dtype), inner)
         for scale, term in terms:
             delta = self._scaled(self._multiply([self._matrix(f, dtype) for f in term.factors]), scale)
-            total = self.build.call(aten.add.Tensor, total, delta)
+            total = self.edit.add(total, delta)
         return total
 
     def _in_one_kernel(self, group: Group, terms: list[tuple[Scale, Term]]) -> Node | None:
@@ -296,7 +216,7 @@ class Rewriter:
             left.append(first)
             right.append(self._scaled(self._multiply(others), replace(scale, number=1.0)))
             scales.append(float(scale.number))
-        return self.build.call(merge, [node], left, right, scales, [len(terms)])
+        return self.edit.call(merge, [node], left, right, scales, [len(terms)])
 
     def _narrow(self, term: Term) -> list[Node]:
         """A term's factors up to its narrowest place as one, and those behind it; a single one in its own dtype."""
@@ -313,9 +233,9 @@ class Rewriter:
         sizes = [f.rows, f.cols] if f.batch == 1 else [f.batch, f.rows, f.cols]
         node = f.name
         if list(shape(node)) != sizes:
-            node = self.build.reshape(node, _static(sizes))
-        node = self.build.cast(node, dtype)
-        return self.build.flip(node) if f.flipped else node
+            node = self.edit.reshape(node, _static(sizes))
+        node = self.edit.cast(node, dtype)
+        return self.edit.flip(node) if f.flipped else node
 
     def _multiply(self, factors: list[Node]) -> Node:
         for i in cheapest_order([shape(f)[-2:] for f in factors]):  # type: ignore[misc]
@@ -325,22 +245,20 @@ class Rewriter:
 
     def _product(self, a: Node, b: Node) -> Node:
         if value(a).ndim == value(b).ndim == 2:
-            return self.build.call(aten.mm.default, a, b)
+            return self.edit.call(aten.mm.default, a, b)
         batch = next(shape(n)[0] for n in (a, b) if value(n).ndim == 3)
-        a, b = (
-            n if value(n).ndim == 3 else self.build.call(aten.expand.default, n, [batch, *shape(n)]) for n in (a, b)
-        )
-        return self.build.call(aten.bmm.default, a, b)
+        a, b = (n if value(n).ndim == 3 else self.edit.call(aten.expand.default, n, [batch, *shape(n)]) for n in (a, b))
+        return self.edit.call(aten.bmm.default, a, b)
 
     def _as_operand(self, merged: Node, weight: Matrix, operand: Node) -> Node:
-        node = self.build.flip(merged) if weight.flipped else merged
+        node = self.edit.flip(merged) if weight.flipped else merged
         if shape(node) == shape(operand):
             return node
         if value(operand).ndim == 3 and value(node).ndim == 2:
-            batched = self.build.call(aten.unsqueeze.default, node, 0)
+            batched = self.edit.call(aten.unsqueeze.default, node, 0)
             first = shape(operand)[0]
-            return batched if first == 1 else self.build.call(aten.expand.default, batched, [first, *shape(node)])
-        return self.build.reshape(node, _static(shape(operand)))
+            return batched if first == 1 else self.edit.call(aten.expand.default, batched, [first, *shape(node)])
+        return self.edit.reshape(node, _static(shape(operand)))
 
 
 def _unfolded(f: Matrix) -> Matrix:
@@ -360,15 +278,3 @@ def _has_size(node: Node, size: Any) -> bool:
     return isinstance(val, torch.Tensor) and any(
         not isinstance(m, int) and m.node.expr == size.node.expr for m in val.shape
     )
-
-
-def erase_unused(graph: Graph, node: Node) -> None:
-    """Removes a node that has lost its users, and what only it used."""
-    todo = [node]
-    while todo:
-        n = todo.pop()
-        if n.users or n.op != "call_function" or n._erased:
-            continue
-        inputs = n.all_input_nodes
-        graph.erase_node(n)
-        todo += inputs

@@ -10,13 +10,14 @@ from torch.fx import Node
 from peft_fx.passes.adapters import stands_beside
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix, Term
+from peft_fx.passes.analyse.refusals.obstacles import Step, difference, obstacles_on
+from peft_fx.passes.analyse.refusals.some_rows import TAKING
+from peft_fx.passes.analyse.refusals.ways import NEAR, READS, narrow_operand, reached, trained_in
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.flow import shared_path
 from peft_fx.passes.nodes import aten, is_random, is_tensor, value
-from peft_fx.passes.refusals.obstacles import Step, difference, obstacles_on
-from peft_fx.passes.refusals.some_rows import TAKING
-from peft_fx.passes.refusals.ways import NEAR, READS, narrow_operand, reached, through, trained_in
-from peft_fx.passes.sites import Analysis, Refusal, Sum
-from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends
+from peft_fx.passes.sites import Analysis, Sum
+from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends, through
 
 LOOKUPS = {aten.embedding.default, aten.gather.default, *TAKING}  # their whole numbers are places
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from peft_fx.passes.algebra import Scale
-from peft_fx.passes.regions import Region
+from peft_fx.passes.analyse.candidates import Region
 from peft_fx.passes.sites import Group
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")

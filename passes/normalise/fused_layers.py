@@ -13,17 +13,17 @@ import heapq
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.affine import SPLITS, Columns, Rows, columns, is_zero, put_at
-from peft_fx.passes.flow import Flow, Roles, is_tangent, reachable
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.flow import is_tangent, reachable
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
-from peft_fx.passes.rewrite import Builder, erase_unused
 
 Pair = tuple[Node, Node]  # what the graph read before, and what it reads in its place
 
@@ -42,10 +42,9 @@ class Adapted:
 class Wholes:
     """The sums of whole results, which the graph uses in the place of those of their parts until `settle`."""
 
-    def __init__(self, graph: Graph, roles: Roles, fake_mode: AbstractContextManager[Any]):
-        self.graph, self.roles = graph, roles
-        self.build = Builder(graph, fake_mode)
-        self._position = {node: float(i) for i, node in enumerate(graph.nodes)}
+    def __init__(self, joint: Joint):
+        self.joint, self.graph, self.edit = joint, joint.graph, joint.edit
+        self._position = {node: float(i) for i, node in enumerate(joint.graph.nodes)}
         self._totals: list[tuple[Node, list[Pair]]] = []
         self._gradients: list[tuple[Pair, list[Pair]]] = []
         self._seen: set[Node] = set()
@@ -56,17 +55,12 @@ class Wholes:
                 self.settle()
                 break
 
-    @property
-    def joined(self) -> bool:
-        return bool(self._totals)
-
     def _found(self) -> Iterator[Adapted]:
         """The values of which a part and an adapter are a sum; of several sums in a row the first."""
         wholes = [n for n in self.graph.nodes if any(_is_summed(p) for ps in _columns(n).values() for p in ps)]
         if not wholes:
             return
-        flow = Flow(self.graph, self.roles)
-        rows = Rows(self.graph.nodes, flow)
+        flow, rows = self.joint.flow, self.joint.maps
         for whole in (n for n in wholes if n in flow.forward):
             parts = {c: [p for p in ps if p in flow.forward] for c, ps in _columns(whole).items()}
             parts = {c: parts[c] for c in sorted(parts) if parts[c]}
@@ -82,8 +76,7 @@ class Wholes:
     def _join(self, adapted: Adapted) -> None:
         whole, dim = adapted.whole, value(adapted.whole).ndim - 1
         last = max((q for q, _ in adapted.sums.values()), key=self._position.__getitem__)
-        with self.graph.inserting_before(last):
-            self.build.like = last
+        with self.edit.at(last):
             sizes = self._sizes(whole, adapted.source)
             delta = self._side_by_side({c: d for c, (_, d) in adapted.sums.items()}, sizes, last)
             total = self._call(last, aten.add.Tensor, whole, delta)
@@ -93,7 +86,7 @@ class Wholes:
                 before = [adapted.sums[columns][0]] if columns in adapted.sums else parts
                 pairs += [(node, self._cast(last, now, node)) for node in before]
         for node, now in pairs:
-            node.replace_all_uses_with(now)
+            self.edit.reroute(node, now)
         self._totals.append((total, pairs))
         self._join_gradients(list(adapted.parts), shape(whole))
 
@@ -107,24 +100,24 @@ class Wholes:
             before = _ancestors(node)
             self._seen |= {node, *(n for n in before if shape(n) == sizes and _put_together(n))}
             pairs: list[Pair] = []
-            with self.graph.inserting_before(node):
-                self.build.like, whole = node, node
+            whole = node
+            with self.edit.at(node):
                 if node.target is not aten.cat.default:
                     whole = self._side_by_side(given, self._sizes(node, next(iter(given.values()))), node)
-                    node.replace_all_uses_with(whole)
-            with self.graph.inserting_after(node):
+                    self.edit.reroute(node, whole)
+            with self.edit.at(node, after=True):
                 for (start, end), part in given.items():
                     readers = [u for u in part.users if u not in self._seen | before and u is not whole]
                     if readers:
                         now = self._call(node, aten.slice.Tensor, whole, value(node).ndim - 1, start, end)
                         for user in readers:
-                            user.replace_input_with(part, now)
+                            self.edit.reread(user, part, now)
                         pairs.append((part, now))
             self._gradients.append(((node, whole), pairs))
 
     def _sizes(self, node: Node, source: Node) -> list[Any]:
         """A node's sizes, the dynamic ones read from another."""
-        known = dict(zip(shape(source), self.build.sizes_of(source), strict=True))
+        known = dict(zip(shape(source), self.edit.sizes_of(source), strict=True))
         return [known.get(n, n) for n in shape(node)]
 
     def _side_by_side(self, given: dict[Columns, Node], sizes: list[Any], anchor: Node) -> Node:
@@ -144,12 +137,12 @@ class Wholes:
         return self._call(anchor, aten.cat.default, pieces, len(lead))
 
     def _call(self, anchor: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = self.build.call(target, *args, **kwargs)
+        node = self.edit.call(target, *args, **kwargs)
         self._position[node] = self._position[anchor]
         return node
 
     def _cast(self, anchor: Node, node: Node, like: Node) -> Node:
-        found = self.build.cast(node, value(like).dtype)
+        found = self.edit.cast(node, value(like).dtype)
         self._position[found] = self._position[anchor]
         return found
 
@@ -175,40 +168,43 @@ class Wholes:
         if len(order) != len(nodes) or drawn != [n for n in nodes if is_random(n)]:
             return False
         for before, after in itertools.pairwise(order):
-            before.append(after)
+            self.edit.move(after, after=before)
         return True
 
-    def settle(self) -> list[Node]:
-        """Parts by themselves again where no adapter has joined the weight; returns the nodes added that stay."""
+    def settle(self) -> None:
+        """Parts by themselves again where no adapter has joined the weight."""
         for (node, whole), pairs in reversed(self._gradients):
             back = [(part, now) for part, now in pairs if not part._erased]  # else W' gives the whole gradient
             for part, now in [*back, (node, whole)] if len(back) == len(pairs) else back:
                 if now is not part:
-                    now.replace_all_uses_with(part)
-                    erase_unused(self.graph, now)
+                    self.edit.replace(now, part)
         for total, pairs in reversed(self._totals):
             rewritten = total._erased
             for node, now in pairs:
                 if now.users and rewritten:
                     self._lay_out(node, now)
                 elif now.users:
-                    now.replace_all_uses_with(node)
-                erase_unused(self.graph, node if rewritten else now)
+                    self.edit.reroute(now, node)
+                self.edit.drop(node if rewritten else now)
         self._totals, self._gradients = [], []
-        return [n for n in self.build.added if not n._erased]
 
     def _lay_out(self, node: Node, now: Node) -> None:
         """A part in memory as the sum was that stood in its place."""
-        self.build.like = node
         users = list(now.users)
         strides, own = ([expr(n) for n in value(part).stride()] for part in (node, now))
-        with self.graph.inserting_after(now):
+        with self.edit.at(now, after=True, like=node):
             if all(isinstance(n, int) for n in (*strides, *own)) or strides == own:
-                same = self.build.laid_out(now, value(node).stride())
+                same = self.edit.laid_out(now, value(node).stride())
             else:
-                same = self.build.call(aten.clone.default, now, memory_format=torch.contiguous_format)
+                same = self.edit.call(aten.clone.default, now, memory_format=torch.contiguous_format)
         for user in users if same is not now else ():
-            user.replace_input_with(now, same)
+            self.edit.reread(user, now, same)
+
+
+def fused_layers(joint: Joint, settings: Settings) -> None:
+    """Has the graph read the parts of a layer's result as parts of its sum with their adapters, until no adapter has
+    made use of that."""
+    joint.notes.tentative.append(Wholes(joint))
 
 
 def _columns(node: Node) -> dict[Columns, list[Node]]:

@@ -8,9 +8,10 @@ from torch.fx import Node
 
 from peft_fx.passes.affine import Rows, is_scaled_by_a_root
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.refusals.ways import is_beside, reached
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.nodes import aten, tensor_arg
-from peft_fx.passes.refusals.ways import is_beside, reached
-from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.sites import Analysis
 from peft_fx.passes.transfer import addends, products_in
 
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold

@@ -3,7 +3,7 @@
 A row is all that belongs to one token. An op is *independent by rows* where each row of its result is computed from the
 same row of its operands, and from operands that have no rows; a *sum over rows* adds one number, or matrix, of every
 row. Done to a part of the rows, an op of the first kind gives that part of its result, and one of the second kind
-an addend of it. `RULES` has one short rule for each op; an op without a rule, or a rule that does not hold, raises
+an addend of it. `ROWS` has one short rule for each op; an op without a rule, or a rule that does not hold, raises
 `Unfit`, which names the op: never a guess.
 """
 
@@ -29,7 +29,7 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowDims:
     """Dimensions `start` to `stop` of a tensor count its rows, together."""
 
     start: int
@@ -45,42 +45,42 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Treatment:
+class RowEffect:
     """What an op makes of rows. `rows` is None for a sum over rows; `operands` are the rows of each operand that has
     any, by position: those of the others are none."""
 
-    rows: Rows | None
-    operands: Mapping[int, Rows] = field(default_factory=dict)
+    rows: RowDims | None
+    operands: Mapping[int, RowDims] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Row:
+class RowContext:
     """What a rule is told: the number of rows, and the rows of those values that are known to have any."""
 
     count: Size
-    known: Mapping[Node, Rows]
+    known: Mapping[Node, RowDims]
 
-    def of(self, arg: Any) -> Rows | None:
+    def of(self, arg: Any) -> RowDims | None:
         return self.known.get(arg) if isinstance(arg, Node) else None
 
-    def by_size(self, sizes: Sequence[Size]) -> Rows | None:
+    def by_size(self, sizes: Sequence[Size]) -> RowDims | None:
         """The first dimensions that count all rows, none of size 1 at either end."""
         for start in range(len(sizes)):
             if sizes[start] == 1:
                 continue
             for stop in range(start + 1, len(sizes) + 1):
                 if numel(sizes[start:stop]) == self.count:
-                    return Rows(start, stop)
+                    return RowDims(start, stop)
         return None
 
 
-Rule = Callable[[Node, Row], Treatment]
-RULES: dict[Any, Rule] = {}
+Rule = Callable[[Node, RowContext], RowEffect]
+ROWS: dict[Any, Rule] = {}
 
 
-def treatment(node: Node, row: Row) -> Treatment:
+def treatment(node: Node, row: RowContext) -> RowEffect:
     """By the rule of the node's op; `Unfit` where there is none."""
-    rule = None if is_random(node) else RULES.get(node.target)
+    rule = None if is_random(node) else ROWS.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = _pointwise
     if rule is None:
@@ -88,12 +88,12 @@ def treatment(node: Node, row: Row) -> Treatment:
     return rule(node, row)
 
 
-def treatments(nodes: Iterable[Node], count: Size) -> dict[Node, Treatment]:
+def treatments(nodes: Iterable[Node], count: Size) -> dict[Node, RowEffect]:
     """What nodes make of `count` rows, in order. `Unfit` where one reads a sum over rows of another, or rows that its
     rule knows nothing of."""
-    known: dict[Node, Rows] = {}
-    treated: dict[Node, Treatment] = {}
-    row, inside = Row(count, known), dict.fromkeys(nodes)
+    known: dict[Node, RowDims] = {}
+    treated: dict[Node, RowEffect] = {}
+    row, inside = RowContext(count, known), dict.fromkeys(nodes)
     for node in inside:
         treated[node] = how = treatment(node, row)
         if how.rows is not None:
@@ -110,7 +110,7 @@ def treatments(nodes: Iterable[Node], count: Size) -> dict[Node, Treatment]:
 
 def _rule(*targets: Any) -> Callable[[Rule], Rule]:
     def add(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, rule))
+        ROWS.update(dict.fromkeys(targets, rule))
         return rule
 
     return add
@@ -129,20 +129,20 @@ def tensors(node: Node) -> list[tuple[int, Node]]:
 
 
 @_rule(*COPIES, CAST)
-def _pointwise(node: Node, row: Row) -> Treatment:
+def _pointwise(node: Node, row: RowContext) -> RowEffect:
     """Operands are aligned at their last dimensions, and broadcast."""
     rank = len(shape(node))
-    found = {Rows(r.start - len(shape(a)), r.stop - len(shape(a))) for _, a in tensors(node) if (r := row.of(a))}
+    found = {RowDims(r.start - len(shape(a)), r.stop - len(shape(a))) for _, a in tensors(node) if (r := row.of(a))}
     if len(found) > 1 or any(isinstance(a, (list, tuple)) for a in node.args):
         raise _misshapen(node)
-    rows = next((Rows(r.start + rank, r.stop + rank) for r in found), None) or row.by_size(shape(node))
+    rows = next((RowDims(r.start + rank, r.stop + rank) for r in found), None) or row.by_size(shape(node))
     if rows is None:
         raise _misshapen(node)
     operands = {i: there for i, a in tensors(node) if (there := _aligned(a, rows, rank))}
-    return _whole(node, row, Treatment(rows, operands))
+    return _whole(node, row, RowEffect(rows, operands))
 
 
-def _whole(node: Node, row: Row, found: Treatment) -> Treatment:
+def _whole(node: Node, row: RowContext, found: RowEffect) -> RowEffect:
     """The same, where the result and every operand that has rows has all of them."""
     having = [(node, found.rows)] + [(node.args[i], there) for i, there in found.operands.items()]
     if any(r and numel(shape(n)[r.start : r.stop]) != row.count for n, r in having):  # type: ignore[arg-type]
@@ -150,16 +150,16 @@ def _whole(node: Node, row: Row, found: Treatment) -> Treatment:
     return found
 
 
-def _aligned(operand: Node, rows: Rows, rank: int) -> Rows | None:
+def _aligned(operand: Node, rows: RowDims, rank: int) -> RowDims | None:
     """The rows of an operand that is broadcast to `rank` dimensions, None where it has none."""
     sizes = shape(operand)
     missing = rank - len(sizes)
     start, stop = max(0, rows.start - missing), max(0, rows.stop - missing)
-    return Rows(start, stop) if any(n != 1 for n in sizes[start:stop]) else None
+    return RowDims(start, stop) if any(n != 1 for n in sizes[start:stop]) else None
 
 
 @_rule(*RESHAPES)
-def _reshape(node: Node, row: Row) -> Treatment:
+def _reshape(node: Node, row: RowContext) -> RowEffect:
     """What comes before the rows and what comes after them stays apart."""
     source = node.args[0]
     assert isinstance(source, Node)
@@ -170,25 +170,25 @@ def _reshape(node: Node, row: Row) -> Treatment:
         if rows and new[start] != 1 and numel(new[:start]) == before:
             for stop in range(start + 1, len(new) + 1):
                 if numel(new[start:stop]) == row.count:
-                    return Treatment(Rows(start, stop), {0: rows})
+                    return RowEffect(RowDims(start, stop), {0: rows})
     raise _misshapen(node)
 
 
 @_rule(aten.expand.default)
-def _expand(node: Node, row: Row) -> Treatment:
+def _expand(node: Node, row: RowContext) -> RowEffect:
     source = node.args[0]
     assert isinstance(source, Node)
     rank, known = len(shape(node)), row.of(source)
     added = rank - len(shape(source))
-    rows = Rows(known.start + added, known.stop + added) if known else row.by_size(shape(node))
+    rows = RowDims(known.start + added, known.stop + added) if known else row.by_size(shape(node))
     if rows is None:
         raise _misshapen(node)
     there = _aligned(source, rows, rank)
-    return _whole(node, row, Treatment(rows, {0: there} if there else {}))
+    return _whole(node, row, RowEffect(rows, {0: there} if there else {}))
 
 
 @_rule(aten.permute.default)
-def _permute(node: Node, row: Row) -> Treatment:
+def _permute(node: Node, row: RowContext) -> RowEffect:
     source, order = node.args[0], node.args[1]
     assert isinstance(source, Node)
     assert isinstance(order, (list, tuple))
@@ -200,11 +200,11 @@ def _permute(node: Node, row: Row) -> Treatment:
     width = rows.stop - rows.start
     if order[start : start + width] != list(range(rows.start, rows.stop)):
         raise _meeting(node)
-    return Treatment(Rows(start, start + width), {0: rows})
+    return RowEffect(RowDims(start, start + width), {0: rows})
 
 
 @_rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(node: Node, row: Row) -> Treatment:
+def _squeeze(node: Node, row: RowContext) -> RowEffect:
     """Dimensions of size 1 come and go beside the rows."""
     source = node.args[0]
     assert isinstance(source, Node)
@@ -215,7 +215,7 @@ def _squeeze(node: Node, row: Row) -> Treatment:
     for start in range(len(new)):
         stop = start + len(kept)
         if numel(new[:start]) == before and new[start:stop] == kept and numel(new[stop:]) == numel(old[rows.stop :]):
-            return Treatment(Rows(start, stop), {0: rows})
+            return RowEffect(RowDims(start, stop), {0: rows})
     raise _meeting(node)
 
 
@@ -227,7 +227,7 @@ def _dims(node: Node, i: int) -> list[int]:
     return [int(d) % rank for d in found]
 
 
-def _over(rows: Rows, dims: Iterable[int]) -> bool:
+def _over(rows: RowDims, dims: Iterable[int]) -> bool:
     return any(rows.start <= d < rows.stop for d in dims)
 
 
@@ -245,7 +245,7 @@ def _over(rows: Rows, dims: Iterable[int]) -> bool:
     aten.logsumexp.default,
     aten.var.correction,
 )
-def _reduction(node: Node, row: Row) -> Treatment:
+def _reduction(node: Node, row: RowContext) -> RowEffect:
     """Of some dimensions; sums may be over all rows."""
     source = node.args[0]
     assert isinstance(source, Node)
@@ -254,10 +254,10 @@ def _reduction(node: Node, row: Row) -> Treatment:
         raise _misshapen(node)
     if _over(rows, dims):
         if "aten::sum" in node.target.name() and all(d in dims for d in range(rows.start, rows.stop)):  # type: ignore[union-attr]
-            return Treatment(None, {0: rows})
+            return RowEffect(None, {0: rows})
         raise _meeting(node)
     gone = sum(d < rows.start for d in set(dims)) if len(shape(node)) < len(shape(source)) else 0
-    return Treatment(Rows(rows.start - gone, rows.stop - gone), {0: rows})
+    return RowEffect(RowDims(rows.start - gone, rows.stop - gone), {0: rows})
 
 
 @_rule(
@@ -271,7 +271,7 @@ def _reduction(node: Node, row: Row) -> Treatment:
     aten.constant_pad_nd.default,
     aten.flip.default,
 )
-def _along(node: Node, row: Row) -> Treatment:
+def _along(node: Node, row: RowContext) -> RowEffect:
     """Along a dimension that counts no rows. All tensors have the same dimensions."""
     found = {r for _, a in tensors(node) if (r := row.of(a))}
     rows = next(iter(found), None) or row.by_size(shape(node))
@@ -288,31 +288,31 @@ def _along(node: Node, row: Row) -> Treatment:
         dims = [int(dim) % len(shape(node))]  # type: ignore[call-overload]
     if _over(rows, dims):
         raise _meeting(node)
-    return _whole(node, row, Treatment(rows, {i: rows for i, _ in tensors(node)}))
+    return _whole(node, row, RowEffect(rows, {i: rows for i, _ in tensors(node)}))
 
 
 @_rule(aten.mm.default, aten.bmm.default, aten.addmm.default)
-def _product(node: Node, row: Row) -> Treatment:
-    """Rows of the left factor are rows of the product, and columns of the right one its columns; rows that are
+def _product(node: Node, row: RowContext) -> RowEffect:
+    """RowDims of the left factor are rows of the product, and columns of the right one its columns; rows that are
     multiplied together are summed."""
     *bias, (i, left), (j, right) = tensors(node)
     n = len(shape(left))
     a, b = row.of(left), row.of(right)
     if a is None and b is None and shape(left)[-2] == row.count:
-        a = Rows(n - 2, n - 1)
-    outer, inner = Rows(n - 2, n - 1), Rows(n - 1, n)
+        a = RowDims(n - 2, n - 1)
+    outer, inner = RowDims(n - 2, n - 1), RowDims(n - 1, n)
     if a == inner or b == outer:  # one of them is known, the other must be as long
         if bias or numel(shape(left)[-1:]) != row.count or (a or inner) != inner or (b or outer) != outer:
             raise _misshapen(node)
-        return Treatment(None, {i: inner, j: outer})
+        return RowEffect(None, {i: inner, j: outer})
     if a == outer and b is None:
-        return Treatment(outer, {i: outer} | _of_bias(bias, outer, n))
+        return RowEffect(outer, {i: outer} | _of_bias(bias, outer, n))
     if b == inner and a is None:
-        return Treatment(inner, {j: inner} | _of_bias(bias, inner, n))
+        return RowEffect(inner, {j: inner} | _of_bias(bias, inner, n))
     raise _meeting(node)
 
 
-def _of_bias(bias: list[tuple[int, Node]], rows: Rows, rank: int) -> dict[int, Rows]:
+def _of_bias(bias: list[tuple[int, Node]], rows: RowDims, rank: int) -> dict[int, RowDims]:
     return {i: there for i, a in bias if (there := _aligned(a, rows, rank))}
 
 

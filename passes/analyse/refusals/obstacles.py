@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from peft_fx.passes.analyse.refusals.some_rows import DROPPED, SOME_ROWS, is_of_rows
+from peft_fx.passes.analyse.refusals.ways import NEAR
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
-from peft_fx.passes.refusals.some_rows import DROPPED, SOME_ROWS, is_of_rows
-from peft_fx.passes.refusals.ways import NEAR
 from peft_fx.passes.sites import Analysis
 from peft_fx.passes.transfer import addends, products_in
 

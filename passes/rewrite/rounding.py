@@ -19,69 +19,69 @@ from torch.fx import Node
 from peft_fx.passes.nodes import aten, prims, value
 
 if TYPE_CHECKING:
-    from peft_fx.passes.rewrite import Builder
+    from peft_fx.passes.editor import Editor
 
 ROUNDINGS = ("nearest", "dithered")
 LACKS = {torch.bfloat16: 16, torch.float16: 13}  # bits of an fp32 mantissa
 ROUNDS = (0x7A69, 0x5A3D, 0x6F4B, 0x7E55)
 
 
-def rounded(build: Builder, node: Node, dtype: torch.dtype, rounding: str, transposed: bool = False) -> Node:
+def rounded(edit: Editor, node: Node, dtype: torch.dtype, rounding: str, transposed: bool = False) -> Node:
     """W' in the base's dtype; `transposed` where the node is [.., N, K], as W multiplies dy.
 
     In fp16 what is finite stays finite: no sum of W and a delta becomes infinite where the activation form has two
     finite numbers. Dithered are bf16 and fp16, of fp16 the normal numbers; fp32 is rounded to nearest always.
     """
     if dtype == torch.float16:
-        node = _saturated(build, node, dtype)
+        node = _saturated(edit, node, dtype)
     if rounding == "dithered" and dtype in LACKS and value(node).dtype == torch.float32:
-        node = _dithered(build, node, dtype, transposed)
-    return build.cast(node, dtype)
+        node = _dithered(edit, node, dtype, transposed)
+    return edit.cast(node, dtype)
 
 
-def _saturated(build: Builder, node: Node, dtype: torch.dtype) -> Node:
+def _saturated(edit: Editor, node: Node, dtype: torch.dtype) -> Node:
     """Finite numbers beyond the dtype's range at its ends."""
     most = torch.finfo(dtype).max
-    infinite = build.call(aten.eq.Scalar, build.call(aten.abs.default, node), math.inf)
-    clamped = build.call(aten.clamp_max.default, build.call(aten.clamp_min.default, node, -most), most)
-    return build.call(aten.where.self, infinite, node, clamped)
+    infinite = edit.call(aten.eq.Scalar, edit.call(aten.abs.default, node), math.inf)
+    clamped = edit.call(aten.clamp_max.default, edit.call(aten.clamp_min.default, node, -most), most)
+    return edit.call(aten.where.self, infinite, node, clamped)
 
 
-def _dithered(build: Builder, node: Node, dtype: torch.dtype, transposed: bool) -> Node:
+def _dithered(edit: Editor, node: Node, dtype: torch.dtype, transposed: bool) -> Node:
     """fp32 numbers that the dtype holds. Those that it holds already stay; so do zeros, infinities and NaN, and what is
     subnormal or beyond the largest in it: the cast rounds these to nearest."""
-    bits = build.call(aten.view.dtype, node, torch.int32)
+    bits = edit.call(aten.view.dtype, node, torch.int32)
     low = (1 << LACKS[dtype]) - 1
-    noise = build.call(aten.bitwise_and.Scalar, hash_of(build, _index(build, node, transposed)), low)
-    bits = build.call(aten.bitwise_and.Scalar, build.call(aten.add.Tensor, bits, noise), ~low)
-    size, limits = build.call(aten.abs.default, node), torch.finfo(dtype)
-    above, below = build.call(aten.ge.Scalar, size, limits.tiny), build.call(aten.le.Scalar, size, limits.max)
-    normal = build.call(aten.bitwise_and.Tensor, above, below)
-    return build.call(aten.where.self, normal, build.call(aten.view.dtype, bits, torch.float32), node)
+    noise = edit.call(aten.bitwise_and.Scalar, hash_of(edit, _index(edit, node, transposed)), low)
+    bits = edit.call(aten.bitwise_and.Scalar, edit.add(bits, noise), ~low)
+    size, limits = edit.call(aten.abs.default, node), torch.finfo(dtype)
+    above, below = edit.call(aten.ge.Scalar, size, limits.tiny), edit.call(aten.le.Scalar, size, limits.max)
+    normal = edit.call(aten.bitwise_and.Tensor, above, below)
+    return edit.call(aten.where.self, normal, edit.call(aten.view.dtype, bits, torch.float32), node)
 
 
-def _index(build: Builder, node: Node, transposed: bool) -> Node:
+def _index(edit: Editor, node: Node, transposed: bool) -> Node:
     """Each element's position in W as it multiplies x, `[.., K, N]`, whatever its strides."""
     *batch, rows, cols = (int(n) for n in value(node).shape)
     sizes = [*batch, cols, rows] if transposed else [*batch, rows, cols]
     count = math.prod(sizes)
     dtype = torch.int32 if count < 2**31 else torch.int64
-    index = build.call(
+    index = edit.call(
         prims.iota.default, count, start=0, step=1, dtype=dtype, device=value(node).device, requires_grad=False
     )
-    index = build.reshape(index, sizes)
-    return build.flip(index) if transposed else index
+    index = edit.reshape(index, sizes)
+    return edit.flip(index) if transposed else index
 
 
-def hash_of(build: Builder, index: Node) -> Node:
+def hash_of(edit: Editor, index: Node) -> Node:
     """16 bits of each index: four rounds of a Feistel network over its halves, of products that no int32 overflows.
 
     Two rounds leave patterns. After four, the spectrum and the differences of neighbours are those of random numbers,
     at all widths tried.
     """
-    a, b = build.call(aten.__rshift__.Scalar, index, 16), build.call(aten.bitwise_and.Scalar, index, 0xFFFF)
+    a, b = edit.call(aten.__rshift__.Scalar, index, 16), edit.call(aten.bitwise_and.Scalar, index, 0xFFFF)
     for factor in ROUNDS:
-        product = build.call(aten.__rshift__.Scalar, build.call(aten.mul.Tensor, b, factor), 8)
-        mixed = build.call(aten.bitwise_xor.Tensor, a, product)
-        a, b = b, build.call(aten.bitwise_and.Scalar, mixed, 0xFFFF)
-    return build.cast(b, torch.int32)
+        product = edit.call(aten.__rshift__.Scalar, edit.times(b, factor), 8)
+        mixed = edit.call(aten.bitwise_xor.Tensor, a, product)
+        a, b = b, edit.call(aten.bitwise_and.Scalar, mixed, 0xFFFF)
+    return edit.cast(b, torch.int32)

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Set
 from torch.fx import Node
 
 from peft_fx.passes.affine import Rows
-from peft_fx.passes.refusals.convolutions import of_convolutions
-from peft_fx.passes.refusals.incomplete import of_changing_factors, without_base, without_end
-from peft_fx.passes.refusals.results import of_results
-from peft_fx.passes.refusals.some_rows import of_replaced_rows, of_scaled_rows, of_some_rows
-from peft_fx.passes.refusals.sums import of_sums
-from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.analyse.refusals.convolutions import of_convolutions
+from peft_fx.passes.analyse.refusals.incomplete import of_changing_factors, without_base, without_end
+from peft_fx.passes.analyse.refusals.results import of_results
+from peft_fx.passes.analyse.refusals.some_rows import of_replaced_rows, of_scaled_rows, of_some_rows
+from peft_fx.passes.analyse.refusals.sums import of_sums
+from peft_fx.passes.findings import Refusal
+from peft_fx.passes.sites import Analysis
 
 Finder = Callable[[Analysis, Rows, Set[Node]], Iterator[Refusal]]
 FINDERS: tuple[Finder, ...] = (  # where two tell of one adapter, the earlier one's reason stands

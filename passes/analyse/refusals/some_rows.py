@@ -11,6 +11,16 @@ from torch.fx import Node
 from peft_fx.passes.adapters import are_low_rank, stands_beside
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.refusals.ways import (
+    READS,
+    is_beside,
+    is_matrix,
+    narrow_operand,
+    reached,
+    values_read,
+    weighted,
+)
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.nodes import (
     CASTS,
     LAYOUTS,
@@ -24,18 +34,8 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.refusals.ways import (
-    READS,
-    is_beside,
-    is_matrix,
-    narrow_operand,
-    reached,
-    through,
-    values_read,
-    weighted,
-)
-from peft_fx.passes.sites import Analysis, Refusal
-from peft_fx.passes.transfer import Product
+from peft_fx.passes.sites import Analysis
+from peft_fx.passes.transfer import Product, through
 
 REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
 TAKING = {  # some rows of a value
@@ -66,7 +66,7 @@ REPLACED = "rows of the weight are replaced by trained ones, before any product:
 def of_some_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A·B` of two narrow matrices that are put among a layer's rows, of which u are some: a sub-batch's, or
     some tokens'."""
-    flow = analysis.flow
+    flow, layers = analysis.flow, _Layers(analysis)
     for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
         for last, B in weighted(analysis, node):
             inner = last.right if last.left is B else last.left
@@ -76,7 +76,7 @@ def of_some_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[
                     continue
                 linear = (first, A) in weighted(analysis, through(inner))
                 read = list(_rows_read(analysis, first, A))
-                weight = _weight_of_rows(analysis, node, read, parameters, linear)
+                weight = layers.weight_of_rows(node, read, parameters, linear)
                 if weight is not None:
                     found = ("shape", SOME_ROWS) if linear else ("nonlinear", BETWEEN)
                     found = ("dropout", DROPPED) if any(map(is_random, read)) else found
@@ -116,31 +116,51 @@ def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[N
     return reached(product.right if product.left is weight else product.left, read)
 
 
-def _weight_of_rows(
-    analysis: Analysis, product: Node, read: list[Node], parameters: list[Node], linear: bool
-) -> Matrix | None:
-    """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
-    flow, number = analysis.flow, analysis.reader.number
-    same_rows = {number[n] for n in read}
+class _Layers:
+    """The layers near a value, looked for once for each."""
 
-    def passed(n: Node) -> bool:
-        return n.target in READS | SUMS or is_of_rows(n)
+    def __init__(self, analysis: Analysis):
+        self.analysis = analysis
+        self._near: dict[Node, list[tuple[Matrix, set[Node], set[Node]]]] = {}
 
-    def put(n: Node) -> Iterable[Node]:
-        return (u for u in n.users if u in flow.forward and passed(u))
+    def weight_of_rows(self, product: Node, read: list[Node], parameters: list[Node], linear: bool) -> Matrix | None:
+        """The weight of the layer among whose rows a product is put, if that reads the rows that the product reads."""
+        flow, number = self.analysis.flow, self.analysis.reader.number
+        same_rows = {number[n] for n in read}
 
-    def beside(n: Node) -> Iterable[Node]:
-        return values_read(analysis, n) if passed(n) else ()
+        def put(n: Node) -> Iterable[Node]:
+            return (u for u in n.users if u in flow.forward and _is_passed(u))
 
-    for end in reached(product, put):
-        for node in reached(end, beside):
-            for base, W in weighted(analysis, node):
-                weight = Matrix(W, shape(W)[-1], rows=shape(W)[-2])
-                apart = set(flow.parameters(W)).isdisjoint(parameters)
-                same = apart and any(number[n] in same_rows for n in _rows_read(analysis, base, W))
+        for end in reached(product, put):
+            for weight, own, rows in self._beside(end):
+                same = own.isdisjoint(parameters) and not rows.isdisjoint(same_rows)
                 if same and stands_beside(flow, weight, parameters, same, linear):
                     return weight
-    return None
+        return None
+
+    def _beside(self, end: Node) -> list[tuple[Matrix, set[Node], set[Node]]]:
+        """The weights of products that a value is made of: each with its parameters and the rows that it is read
+        with."""
+        analysis = self.analysis
+
+        def beside(n: Node) -> Iterable[Node]:
+            return values_read(analysis, n) if _is_passed(n) else ()
+
+        if end not in self._near:
+            found = [pair for node in reached(end, beside) for pair in weighted(analysis, node)]
+            self._near[end] = [
+                (
+                    Matrix(W, shape(W)[-1], rows=shape(W)[-2]),
+                    set(analysis.flow.parameters(W)),
+                    {analysis.reader.number[n] for n in _rows_read(analysis, base, W)},
+                )
+                for base, W in found
+            ]
+        return self._near[end]
+
+
+def _is_passed(node: Node) -> bool:
+    return node.target in READS | SUMS or is_of_rows(node)
 
 
 def of_scaled_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from peft_fx.passes.algebra import MANTISSA, coarser, finer
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -37,95 +37,35 @@ from peft_fx.passes.nodes import (
     numel,
     shape,
     value,
-    value_numbers,
 )
-from peft_fx.passes.rewrite import Builder, erase_unused
-
-MOST = 16  # addends of a sum that is looked into
-
-
-@dataclass(frozen=True)
-class Coefficient:
-    """`number + slope·vector`, what an addend is multiplied by."""
-
-    number: float = 1.0
-    slope: float = 0.0
-    vector: Node | None = None
-
-    def __mul__(self, other: Coefficient) -> Coefficient | None:
-        """None where it is of the second degree."""
-        if self.slope and other.slope:
-            return None
-        slope = self.number * other.slope + self.slope * other.number
-        return Coefficient(self.number * other.number, slope, self.vector or other.vector)
-
-    def __add__(self, other: Coefficient) -> Coefficient | None:
-        """None where the vectors differ."""
-        if self.vector and other.vector and self.vector is not other.vector:
-            return None
-        return Coefficient(self.number + other.number, self.slope + other.slope, self.vector or other.vector)
-
-
-@dataclass(frozen=True)
-class Form:
-    """A value as a sum of others, each with its coefficient, in the order in which they were met."""
-
-    addends: tuple[tuple[Node, Coefficient], ...]
-
-    def __mul__(self, by: Coefficient) -> Form | None:
-        found = [(node, c * by) for node, c in self.addends]
-        return None if any(c is None for _, c in found) else Form(tuple(found))  # type: ignore[arg-type]
-
-    def __add__(self, other: Form) -> Form | None:
-        both = self.addends + other.addends
-        return Form(both) if len(both) <= MOST else None
-
-    def collected(self) -> dict[Node, Coefficient] | None:
-        """Each addend once; those that cancel are gone."""
-        found: dict[Node, Coefficient] = {}
-        for node, c in self.addends:
-            total = found[node] + c if node in found else c
-            if total is None:
-                return None
-            found[node] = total
-        return {node: c for node, c in found.items() if c.number or c.slope}
-
-
-@dataclass(frozen=True)
-class Common:
-    """`vector · Σ number·part + Σ coefficient·constant`: a sum with one vector taken out; a constant is the same for
-    each token."""
-
-    vector: Node
-    parts: dict[Node, float]
-    constants: dict[Node, Coefficient]
+from peft_fx.passes.normalise.vector_sums import Coefficient, CommonVector, VectorSum
 
 
 @dataclass
 class Factoring:
     """One graph's forms, and what has been written of them."""
 
-    graph: Graph
-    flow: Flow
-    build: Builder
-    number: dict[Node, Node]
-    forms: dict[Node, Form] = field(default_factory=dict)
+    joint: Joint
+    forms: dict[Node, VectorSum] = field(default_factory=dict)
     replaced: dict[Node, Node] = field(default_factory=dict)
     sums: dict[Any, Node] = field(default_factory=dict)
     scaled: dict[Any, Node] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.edit, self.number, self.flow = self.joint.edit, self.joint.numbers, self.joint.flow
+
     # ------------------------------------------------------------------------------------------------------- reading
 
-    def form(self, node: Node) -> Form:
+    def form(self, node: Node) -> VectorSum:
         """A value's form; its own name where it is anything but a sum or a scaled value."""
         if node not in self.forms:
             self.forms[node] = self._read(node) or self._name(node)
         return self.forms[node]
 
-    def _name(self, node: Node) -> Form:
-        return Form(((self.number.get(node, node), Coefficient()),))
+    def _name(self, node: Node) -> VectorSum:
+        return VectorSum(((self.number.get(node, node), Coefficient()),))
 
-    def operand(self, node: Node) -> Form:
+    def operand(self, node: Node) -> VectorSum:
         """A value as another reads it: a sum that others read too is a name for them, but for what is the same for
         each token, as a bias."""
         found = self.form(node)
@@ -133,7 +73,7 @@ class Factoring:
         several = sum(not self.flow.is_weight(n) for n, _ in found.addends) > 1
         return self._name(node) if shared and several else found
 
-    def _read(self, node: Node) -> Form | None:
+    def _read(self, node: Node) -> VectorSum | None:
         if node.target in CASTS | COPIES and is_tensor(node.args[0]):
             return self._cast(node, node.args[0])
         if node.target is aten.neg.default:
@@ -150,7 +90,7 @@ class Factoring:
                     return self.operand(x) * coefficient
         return None
 
-    def _cast(self, node: Node, source: Node) -> Form | None:
+    def _cast(self, node: Node, source: Node) -> VectorSum | None:
         """A value that is rounded is another; a sum that is rounded is summed up before."""
         if not {value(n).dtype for n in (node, source)} <= MANTISSA.keys():
             return None
@@ -159,7 +99,7 @@ class Factoring:
         rounds = any(coarser(value(n).dtype, value(node).dtype) != value(n).dtype for n in names)
         return None if rounds else form
 
-    def _sum(self, node: Node) -> Form | None:
+    def _sum(self, node: Node) -> VectorSum | None:
         a, b = node.args
         alpha = node.kwargs.get("alpha", 1)
         if not (is_tensor(a) and is_tensor(b) and is_number(alpha)):
@@ -184,9 +124,8 @@ class Factoring:
 
     # ------------------------------------------------------------------------------------------------------- writing
 
-    def factor(self) -> list[Node]:
-        """Rewrites in place; returns the nodes added."""
-        nodes = [n for n in self.graph.nodes if n.op == "call_function" and is_tensor(n)]
+    def factor(self) -> None:
+        nodes = [n for n in self.joint.graph.nodes if n.op == "call_function" and is_tensor(n)]
         roots = self._roots(nodes)
         vectors = {common.vector for common in roots.values()}
         for node in nodes:
@@ -198,11 +137,10 @@ class Factoring:
                 self._scale(node, vectors)
             elif vectors and node.target is aten.add.Tensor:
                 self._contract(node)
-        return self.build.added
 
-    def _roots(self, nodes: list[Node]) -> dict[Node, Common]:
+    def _roots(self, nodes: list[Node]) -> dict[Node, CommonVector]:
         """The largest sums in which a value is met twice and one vector can be taken out."""
-        found: dict[Node, Common] = {}
+        found: dict[Node, CommonVector] = {}
         covered: set[Node] = set()
         for node in reversed(nodes):
             if node.target not in SUMS or node in covered:
@@ -236,7 +174,7 @@ class Factoring:
             todo += [n for n in inner if n.target in SUMS | SCALINGS | CASTS | COPIES]
         return found
 
-    def _common(self, form: Form) -> Common | None:
+    def _common(self, form: VectorSum) -> CommonVector | None:
         collected = form.collected()
         if collected is None:
             return None
@@ -247,19 +185,18 @@ class Factoring:
             return None
         (vector,) = vectors
         assert vector is not None
-        return Common(vector, {n: c.slope for n, c in rest.items()}, constants)
+        return CommonVector(vector, {n: c.slope for n, c in rest.items()}, constants)
 
-    def _write(self, node: Node, common: Common) -> None:
-        self.build.like = node
-        with self.graph.inserting_before(node):
+    def _write(self, node: Node, common: CommonVector) -> None:
+        with self.edit.at(node):
             new = self._times(common.parts, common.vector, node)
             for constant, c in common.constants.items():
                 factors = []
                 if c.number:
                     factors.append(self._by(constant, c.number))
                 if c.slope:
-                    factors.append(self._by(self.build.call(aten.mul.Tensor, constant, common.vector), c.slope))
-                new = functools.reduce(lambda a, b: self.build.call(aten.add.Tensor, a, b), factors, new)
+                    factors.append(self._by(self.edit.times(constant, common.vector), c.slope))
+                new = functools.reduce(self.edit.add, factors, new)
             self._replace(node, new)
 
     def _scale(self, node: Node, vectors: set[Node]) -> None:
@@ -269,8 +206,7 @@ class Factoring:
             ((x, c),) = addends
             if c.vector in vectors and not c.number and c.slope != 1 and x is not node:
                 assert c.vector is not None
-                self.build.like = node
-                with self.graph.inserting_before(node):
+                with self.edit.at(node):
                     self._replace(node, self._times({x: c.slope}, c.vector, node))
 
     def _contract(self, node: Node) -> None:
@@ -289,19 +225,15 @@ class Factoring:
             total = self.sums.get(_key({self._now(n): c.number for n, c in collected.items() if n not in constants}))
             if total is None:
                 continue
-            self.build.like = node
-            with self.graph.inserting_before(node):
-                read = functools.reduce(
-                    lambda a, b: self.build.call(aten.add.Tensor, a, b),
-                    [self._by(n, number) for n, number in constants.items()],
-                    total,
-                )
-                product = self.build.call(aten.mul.Tensor, self.build.cast(self._now(dy), value(read).dtype), read)
-                summed = self.build.call(aten.sum.dim_IntList, product, *a.args[1:])
-                self._replace(node, self.build.reshape(summed, shape(node)))
+            with self.edit.at(node):
+                added = [self._by(n, number) for n, number in constants.items()]
+                read = functools.reduce(self.edit.add, added, total)
+                product = self.edit.times(self.edit.cast(self._now(dy), value(read).dtype), read)
+                summed = self.edit.call(aten.sum.dim_IntList, product, *a.args[1:])
+                self._replace(node, self.edit.reshape(summed, shape(node)))
             return
 
-    def _contraction(self, node: Any) -> list[tuple[Node, Form]] | None:
+    def _contraction(self, node: Any) -> list[tuple[Node, VectorSum]] | None:
         """The two ways to read a sum over tokens of a product: the one factor, and the form of the other."""
         if not is_tensor(node) or node.target is not aten.sum.dim_IntList or node.kwargs or len(node.users) != 1:
             return None
@@ -325,21 +257,20 @@ class Factoring:
         key = _key(parts)
         if (key, vector) not in self.scaled:
             if key not in self.sums:
-                terms = [self._by(self.build.cast(n, dtype), number) for n, number in parts.items()]
-                self.sums[key] = functools.reduce(lambda a, b: self.build.call(aten.add.Tensor, a, b), terms)
-            self.scaled[key, vector] = self.build.call(aten.mul.Tensor, self.sums[key], vector)
+                terms = [self._by(self.edit.cast(n, dtype), number) for n, number in parts.items()]
+                self.sums[key] = functools.reduce(self.edit.add, terms)
+            self.scaled[key, vector] = self.edit.times(self.sums[key], vector)
         return self._by(self.scaled[key, vector], outside)
 
     def _by(self, node: Node, number: float) -> Node:
-        return node if number == 1 else self.build.call(aten.mul.Tensor, node, number)
+        return node if number == 1 else self.edit.times(node, number)
 
     def _now(self, node: Node) -> Node:
         return self.replaced.get(node, node)
 
     def _replace(self, node: Node, new: Node) -> None:
-        self.replaced[node] = self.build.cast(new, value(node).dtype)
-        node.replace_all_uses_with(self.replaced[node])
-        erase_unused(self.graph, node)
+        self.replaced[node] = self.edit.cast(new, value(node).dtype)
+        self.edit.replace(node, self.replaced[node])
 
 
 def _unshaped(arg: Any) -> Any:
@@ -353,6 +284,8 @@ def _key(parts: dict[Node, float]) -> Any:
     return frozenset(parts.items())
 
 
-def factored(graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]) -> list[Node]:
-    """Takes common vectors out of sums, in place; returns the nodes added."""
-    return Factoring(graph, flow, Builder(graph, fake_mode), value_numbers(graph)).factor()
+def common_vector(joint: Joint, settings: Settings) -> None:
+    """Takes common vectors out of sums."""
+    before = joint.edit.changes
+    Factoring(joint).factor()
+    joint.found.factored = joint.edit.changes != before

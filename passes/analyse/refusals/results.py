@@ -10,8 +10,9 @@ from torch.fx import Node
 from peft_fx.passes.adapters import are_small
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.nodes import SUMS, is_tensor, numel, shape
-from peft_fx.passes.sites import SHARED, Analysis, Refusal
+from peft_fx.passes.sites import SHARED, Analysis
 
 PART = "the adapter is added to part of what the layer gives, and all of it is read, or is laid out in another order"
 

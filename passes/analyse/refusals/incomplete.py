@@ -10,11 +10,12 @@ from torch.fx import Node
 from peft_fx.passes.adapters import are_low_rank, are_small
 from peft_fx.passes.affine import Rows
 from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.refusals.ways import is_matrix, narrow_operand, reached
+from peft_fx.passes.findings import Refusal
 from peft_fx.passes.flow import common_path, shared_path
 from peft_fx.passes.nodes import numel, shape
-from peft_fx.passes.refusals.ways import is_matrix, layers_of, narrow_operand, reached, sources, through
-from peft_fx.passes.sites import Analysis, Refusal
-from peft_fx.passes.transfer import products_in
+from peft_fx.passes.sites import Analysis
+from peft_fx.passes.transfer import products_in, through
 
 
 def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
@@ -31,7 +32,7 @@ def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[
             pairs = [(flow.roles[p].name, flow.roles[q].name) for p in flow.parameters(A) for q in flow.parameters(B)]
             module = max((common_path(a, b) for a, b in pairs if a != b), key=len, default="")
             own = {p for p, role in flow.roles.items() if role.name.startswith(module)}
-            bases = (W for u in sources(analysis, inner) for W in layers_of(analysis, u) if W is not A)
+            bases = (W for u in analysis.sources(inner) for W in analysis.weights_of.get(u, ()) if W is not A)
             if any(shape(W)[-1] == shape(B)[-1] and not own.isdisjoint(flow.parameters(W)) for W in bases):
                 continue  # a layer, trained as well, of which this is no adapter
             if all(flow.roles[p].trainable for p in own) and placed.isdisjoint(flow.parameters(A)):
@@ -51,7 +52,7 @@ def without_end(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[R
         if A is None or not placed.isdisjoint(flow.parameters(A)):
             continue
         name = flow.roles[flow.parameters(A)[0]].name
-        layers = {W for u in sources(analysis, inner) for W in layers_of(analysis, u) if not flow.is_trained(W)}
+        layers = {W for u in analysis.sources(inner) for W in analysis.weights_of.get(u, ()) if not flow.is_trained(W)}
         frozen = [W for W in layers if are_small(flow.parameters(A), shape(W))]
         near = {W: shared_path(flow.roles[flow.parameters(W)[0]].name, name) for W in frozen}
         W = max(near, key=lambda W: (near[W], str(W)), default=None)

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from peft_fx.passes import price
 from peft_fx.passes.adapters import are_small
 from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Matrix, Size, coarser
-from peft_fx.passes.flow import Flow
+from peft_fx.passes.algebra import MANTISSA, Size, coarser
+from peft_fx.passes.analyse.candidates import Region
+from peft_fx.passes.findings import Refusal
+from peft_fx.passes.joint import Joint
 from peft_fx.passes.nodes import (
     CASTS,
     COPIES,
@@ -31,7 +30,6 @@ from peft_fx.passes.nodes import (
     SUMS,
     TRANSPOSES,
     aten,
-    expr,
     factors_of,
     is_read_twice,
     is_rounded,
@@ -40,84 +38,12 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.replay import Replay
-from peft_fx.passes.rewrite import Builder, erase_unused
-from peft_fx.passes.rounding import rounded
-from peft_fx.passes.sites import Analysis, Refusal
+from peft_fx.passes.sites import Analysis
 
 
-@dataclass(frozen=True)
-class Region:
-    """What one source contributes to one sum: `ends` are its addends there, or the one value that it ends in.
-
-    Of the `nodes` between, those in `diagonal` hold the source's own features, scaled.
-    """
-
-    ends: tuple[Node, ...]
-    row: Row
-    nodes: frozenset[Node]
-    diagonal: frozenset[Node]
-    base: Node
-    backward: bool
-
-    @property
-    def source(self) -> Node:
-        return self.row.source
-
-    @property
-    def weight_node(self) -> Node:
-        """The base product's operand."""
-        return next(n for n in factors_of(self.base) if n not in self.nodes and n is not self.source)
-
-    @property
-    def adapter_nodes(self) -> list[Any]:
-        return list(self.row.trained)
-
-    @property
-    def product_node(self) -> Node:
-        return self.base
-
-    @property
-    def tokens(self) -> Size:
-        return numel([a.size for dim in fresh(self.source).dims for a in dim if isinstance(a, Token)])
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """K and N."""
-        return int(shape(self.source)[-1]), self.row.width
-
-    @property
-    def key(self) -> Any:
-        """Equal for the regions of one adapter, forward and input gradient."""
-        return self.row.frozen
-
-    @property
-    def method(self) -> str:
-        return "affine"
-
-    def site_name(self, flow: Flow) -> str:
-        return flow.site_name(Matrix(self.weight_node, 0), [Matrix(t, 0) for t in self.row.trained])
-
-    def sizes(self, hint: Callable[[Size], int]) -> price.Shape:
-        """The region's sizes, its products other than the base, and what of them is done for W'."""
-        dtypes = [value(n).dtype for n in self.row.products]
-        adapter = max((d for d in dtypes if d in MANTISSA), key=MANTISSA.__getitem__)
-        K, N = self.features
-        steps = tuple(self._step(n) for n in sorted(self.row.products))
-        return price.Shape(hint(self.tokens), K, N, (), value(self.base).dtype, adapter, steps=steps)
-
-    def _step(self, node: Node) -> price.Step:
-        a, b = factors_of(node)
-        weight = next(n for n in (a, b) if n not in self.nodes and n is not self.source)
-        *batch, k, n = shape(weight)
-        if weight is a:
-            k, n = n, k
-        x = b if weight is a else a
-        return price.Step(int(numel(batch)), int(k), int(n), x in self.diagonal, node is self.base)
-
-
-def regions(graph: Graph, rows: Rows, analysis: Analysis) -> tuple[list[Region], list[Refusal]]:
+def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
     """The regions that no group of terms accounts for, the largest ones, in graph order; and those refused."""
+    graph, rows, analysis = joint.graph, joint.maps, joint.sums
     every: list[Region] = []
     covered: set[Node] = set()
     for node in reversed(graph.nodes):
@@ -311,7 +237,7 @@ def _weight_sizes(product: Node, rows: Rows) -> list[int]:
 
 def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
     """Whether a group of terms accounts for every use of a trained parameter in a region."""
-    group = next((g for g in analysis.groups if g.base.path[-1][0] is region.base), None)
+    group = analysis.group_of.get(region.base)
     uses = sum(bool(rows.brought(n)[0]) for n in region.nodes)
     return group is not None and uses <= sum(analysis.flow.is_trained(f.name) for f in group.adapter_factors)
 
@@ -341,62 +267,3 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
 def _precision(region: Region, rows: Rows) -> torch.dtype:
     x = next(n for n in factors_of(region.base) if n in rows.of)
     return rows.of[x].precision
-
-
-# -------------------------------------------------------------------------------------------------------------- rewrite
-
-
-def rewrite(
-    graph: Graph, rows: Rows, chosen: Iterable[Region], fake_mode: AbstractContextManager[Any], rounding: str
-) -> list[Node]:
-    """Makes each region one product `u·W' + b'`; returns the nodes added."""
-    build = Builder(graph, fake_mode)
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
-        last = max(region.ends, key=position.__getitem__)
-        with graph.inserting_before(last):
-            new = _product(build, rows, region, last, rounding)
-        for end in region.ends:
-            if end is not last:
-                _drop(build, end)
-        last.replace_all_uses_with(new)
-        erase_unused(graph, last)
-    return build.added
-
-
-def _product(build: Builder, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
-    build.like, build.rebuild = region.base, True
-    K, N = region.features
-    dtype = value(region.base).dtype
-    wide = price.merge_dtype(dtype)
-    replay = Replay(build, rows.from_source(region.ends, region.source), region.source, K, wide)
-    parts = [replay.matrix(end) for end in region.ends]
-    merged = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), [m for m, _ in parts])
-    constants = [c for _, c in parts if c is not None]
-    merged = rounded(build, merged, dtype, rounding, transposed=region.backward)
-    bias = None
-    if constants:
-        total = functools.reduce(lambda a, b: build.call(aten.add.Tensor, a, b), constants)
-        bias = build.reshape(build.cast(total, dtype), [N])
-    build.rebuild = False
-    u = build.reshape(build.cast(region.source, dtype), [-1, K])
-    y = build.call(aten.mm.default, u, merged) if bias is None else build.call(aten.addmm.default, bias, u, merged)
-    y = build.reshape(y, _sizes(build, last, region.source))
-    return build.laid_out(build.cast(y, value(last).dtype), value(last).stride())
-
-
-def _sizes(build: Builder, node: Node, source: Node) -> list[Any]:
-    """A node's sizes as arguments, the dynamic ones read from the source."""
-    known = dict(zip(shape(source), build.sizes_of(source), strict=True))
-    return [n if isinstance(n, int) else known.get(expr(n), -1) for n in value(node).shape]
-
-
-def _drop(build: Builder, end: Node) -> None:
-    """Takes an addend out of its sum."""
-    (total,) = (u for u in end.users if u.target is aten.add.Tensor and end in u.args[:2])
-    other = next(a for a in total.args[:2] if a is not end)
-    assert isinstance(other, Node)
-    with build.graph.inserting_before(total):
-        build.like = total
-        total.replace_all_uses_with(build.cast(other, value(total).dtype))
-    erase_unused(build.graph, total)

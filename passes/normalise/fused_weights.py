@@ -7,15 +7,13 @@ same layer dequantises the same numbers, so the graph says how. The fused op sta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.nodes import aten, shape, value, value_numbers
-from peft_fx.passes.rewrite import REBUILD, Builder, erase_unused
+from peft_fx.passes.findings import Settings
+from peft_fx.passes.joint import Joint
+from peft_fx.passes.nodes import aten, shape, value
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,16 @@ def _name(node: Node) -> str:
 class Unfused:
     """The fused products of a graph beside their plain forms, which the graph uses until `settle`."""
 
-    def __init__(self, graph: Graph, flow: Flow, fake_mode: AbstractContextManager[Any]):
-        self.graph, self.flow = graph, flow
-        self.build = Builder(graph, fake_mode)
+    def __init__(self, joint: Joint):
+        self.joint, self.edit = joint, joint.edit
         self.pairs = [(node, self._plain(node, weight)) for node, weight in list(self._found())]
 
     def _found(self) -> Iterator[tuple[Node, Node]]:
         """Fused products, each with a node that dequantises its weight."""
-        fused = [n for n in self.graph.nodes if _name(n) in FUSED]
-        weights = [n for n in self.graph.nodes if fused and self.flow.is_weight(n)]
-        number = value_numbers(self.graph) if fused else {}
+        nodes = self.joint.graph.nodes
+        fused = [n for n in nodes if _name(n) in FUSED]
+        weights = [n for n in nodes if fused and self.joint.flow.is_weight(n)]
+        number = self.joint.numbers if fused else {}
         for node in fused:
             kind = FUSED[_name(node)]
             same = (
@@ -63,16 +61,15 @@ class Unfused:
         kind = FUSED[_name(node)]
         x, bias = node.args[kind.x], node.args[kind.bias] if len(node.args) > kind.bias else None
         assert isinstance(x, Node)
-        self.build.like = node
-        with self.graph.inserting_before(node):
+        with self.edit.at(node):
             W = self._copy(weight, {})
-            flat = self.build.reshape(x, [-1, shape(x)[-1]])
-            product = self.build.call(aten.mm.default, flat, self.build.flip(W))
+            flat = self.edit.reshape(x, [-1, shape(x)[-1]])
+            product = self.edit.call(aten.mm.default, flat, self.edit.flip(W))
             if isinstance(bias, Node):
-                product = self.build.call(aten.add.Tensor, product, self.build.cast(bias, value(product).dtype))
-            sizes = [*self.build.sizes_of(x)[:-1], shape(node)[-1]]
-            plain = self.build.cast(self.build.reshape(product, sizes), value(node).dtype)
-        node.replace_all_uses_with(plain)
+                product = self.edit.add(product, self.edit.cast(bias, value(product).dtype))
+            sizes = [*self.edit.sizes_of(x)[:-1], shape(node)[-1]]
+            plain = self.edit.cast(self.edit.reshape(product, sizes), value(node).dtype)
+        self.edit.reroute(node, plain)
         return plain
 
     def _copy(self, node: Node, copies: dict[Node, Node]) -> Node:
@@ -81,16 +78,19 @@ class Unfused:
             return node
         if node not in copies:
             inputs = {n: self._copy(n, copies) for n in node.all_input_nodes}
-            copies[node] = self.graph.node_copy(node, lambda n: inputs[n])
-            copies[node].meta["recompute"] = REBUILD
+            copies[node] = self.edit.copy(node, lambda n: inputs[n])
+            self.edit.rebuilt(copies[node])
         return copies[node]
 
-    def settle(self) -> list[Node]:
-        """Fused again where no adapter has joined the weight; returns the nodes that were added and stay."""
+    def settle(self) -> None:
+        """Fused again where no adapter has joined the weight."""
         for fused, plain in self.pairs:
             if plain.users:
-                plain.replace_all_uses_with(fused)
-                erase_unused(self.graph, plain)
+                self.edit.replace(plain, fused)
             else:
-                erase_unused(self.graph, fused)
-        return [n for n in self.build.added if not n._erased]
+                self.edit.drop(fused)
+
+
+def fused_weights(joint: Joint, settings: Settings) -> None:
+    """Has the graph use plain products in the place of fused ones, until no adapter has made use of that."""
+    joint.notes.tentative.append(Unfused(joint))

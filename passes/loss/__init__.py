@@ -1,0 +1,7 @@
+"""A language model's loss, a few rows of the logits at a time.
+
+row_rules.py  what each op does to the rows of a tensor: one rule an op, in one table
+chunking.py   how many rows at a time
+region.py     what is done for each of them
+loop.py       the loop in its place
+"""
