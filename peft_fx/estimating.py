@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -424,7 +425,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-            forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+            with contextlib.nullcontext() if ours is None else ours.holding():
+                forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
             (results,) = forward.graph.find_nodes(op="output")
             places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
             if self.machine.is_cpu == (self.retarget.device.type == "cpu"):

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import leading_to
 from peft_fx.passes.decide.machine import Machine
-from peft_fx.passes.graph.editor import REBUILD, SAVE
+from peft_fx.passes.graph.editor import SAVE
 from peft_fx.passes.graph.nodes import argument, is_mutable, is_random, value
 from peft_fx.step.cut import ENDLESS, Network
 from peft_fx.step.halves import Sides, Taken, taken
@@ -38,6 +38,7 @@ PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else th
 EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last
 FINE = 1e-2  # of that weight, to which λ is looked for
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
+LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
 REPEATED = {CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE}
 
@@ -82,14 +83,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Turn:
-    """The λ at which one choice turns into another, with what is not made again in either; `lowest` is the one between
-    them with the lowest peak."""
+    """The λ at which one choice turns into another, with what is not made again in either."""
 
     price: float
     held: frozenset[Node]
     before: Choice
     after: Choice
-    lowest: Choice
 
 
 @dataclass
@@ -118,9 +117,9 @@ class Choices:
         if lowest.peak <= peak:
             return lowest
         for turn in self._turns():
-            if turn.lowest.peak <= peak:
-                return self._between(turn, peak) or turn.lowest
-            lowest = min(lowest, turn.lowest, key=lambda choice: (choice.peak, choice.seconds))
+            if turn.after.peak <= peak:
+                return self._between(turn, peak)
+            lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
         return lowest
 
     def of(self, kept: frozenset[Node]) -> Choice:
@@ -132,22 +131,27 @@ class Choices:
         return self._known[kept]
 
     def _turns(self) -> Iterator[Turn]:
-        """What is kept at higher and higher λ, each with a lower peak. What would raise the peak, as it takes more to
-        make it again than to keep it, or does not lower it, as it is read at the highest point, stays kept."""
+        """What is kept at higher and higher λ, each with a lower peak. What is made again and alive at the highest
+        point stays kept; and so does all that turns at a λ where the peak is no lower."""
         held: frozenset[Node] = frozenset()
-        here = self.of(self._cut(0.0))
-        yield Turn(0.0, held, here, here, here)
+        here = self.of(self._cut(LEAST))
         while (following := self._next(here, held)) is not None:
-            turn = Turn(following[0], held, here, self.of(following[1]), here)
-            found = self._between(turn, min(turn.after.peak, here.peak - 1)) or here
-            less = self._line(found.kept)[0] < self._line(here.kept)[0]
-            more = (found if less else here).kept - turn.after.kept - held
-            if not less and not more:
+            price, after = following[0], self.of(following[1])
+            wasted = after.taken.alive & after.rebuilt & here.kept
+            other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
+            if other.peak <= after.peak:
+                after, held = other, held | wasted
+            turn = Turn(price, held, here, after)
+            if after.peak < here.peak:
+                here = self._between(turn, after.peak) if self._spent(turn) > here.peak - after.peak else after
+                yield replace(turn, after=here)
+            elif turn.before.kept <= after.kept | held:
                 return  # what is held is not read any more: there is no way on from here
-            if less:
-                here = found
-                yield replace(turn, lowest=found)
-            held |= more
+            held |= here.kept - after.kept
+
+    def _spent(self, turn: Turn) -> float:
+        """Bytes that are no longer kept."""
+        return self._line(turn.before.kept)[0] - self._line(turn.after.kept)[0]
 
     def _next(self, here: Choice, held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
         """The least λ at which something else is worth keeping, and what: where two lines cross of seconds by λ, and
@@ -163,16 +167,28 @@ class Choices:
             after = between
         return None
 
-    def _between(self, turn: Turn, peak: int) -> Choice | None:
-        """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes."""
+    def _between(self, turn: Turn, peak: int) -> Choice:
+        """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes.
+
+        A byte more that is kept raises the peak by no more than one: what then fits in any case, or does not in any, is
+        not walked.
+        """
         low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
-        best = turn.after if turn.after.peak <= peak else None
+        best, most, over = turn.after, turn.after.kept, math.inf  # bytes kept that are too many
         while high - low > EARLIER * FINE * high:
             middle = (low + high) / 2
-            found = self.of(self._cut(middle, turn.held, EARLIER))
-            fits = found.peak <= peak
-            low, high, best = (low, middle, found) if fits else (middle, high, best)
-        return best
+            kept = self._cut(middle, turn.held, EARLIER)
+            more = self._line(kept)[0] - self._line(best.kept)[0]
+            if best.peak + more <= peak:
+                high, most = middle, kept
+            elif self._line(kept)[0] >= over:
+                low = middle
+            elif (found := self.of(kept)).peak <= peak:
+                high, best, most = middle, found, kept
+            else:
+                low, over = middle, self._line(kept)[0] - (found.peak - peak)
+        last = self.of(most)
+        return last if last.peak <= peak else best
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
         """Bytes kept and seconds of making the rest again."""
@@ -261,19 +277,3 @@ def is_repeatable(node: Node) -> bool:
     if is_random(node):
         return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
     return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS
-
-
-def mark(graph: Graph, choice: Choice) -> None:
-    """Tags the nodes of a graph by their names in the one that the choice was made for, so that the partitioner makes
-    the same."""
-    kept, rebuilt = ({n.name for n in nodes} for nodes in (choice.kept, choice.rebuilt))
-    makers = {n.all_input_nodes[0].name for n in choice.kept if kind_of(n) == ITEM}  # items can be had of it again
-    for node in graph.nodes:
-        if "ac_graph_id" in node.meta or node.op != "call_function" or isinstance(value(node), torch.SymInt):
-            continue
-        if node.name in kept | makers:
-            node.meta["recompute"] = SAVE
-        elif node.name in rebuilt:
-            node.meta["recompute"] = REBUILD
-        elif _is_repeated(node):
-            del node.meta["recompute"]

@@ -78,13 +78,15 @@ ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 @dataclass
 class Walk:
     """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
-    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels."""
+    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels; the
+    buffers whose memory is taken at the highest point, whether or not they are read again."""
 
     peak: int = 0
     late: int = 0
     planned: int = 0
     planned_late: int = 0
     seconds: float = 0.0
+    alive: frozenset[Node] = frozenset()
 
 
 @dataclass
@@ -263,10 +265,42 @@ def _is_view(target: Any) -> bool:
     return any(info is not None and not info.is_write for info in infos)
 
 
+@dataclass
+class _Groups:
+    """The nodes of each kernel, by any of them. `level` is below those of the kernels that read from it, by a kernel's
+    id: what is not above one cannot lead to it."""
+
+    of: dict[Node, list[Node]]
+    level: dict[int, int]
+    users: dict[Node, list[Node]]
+
+    @classmethod
+    def alone(cls, fused: Fused) -> _Groups:
+        """Each node a kernel by itself."""
+        of = {n: [n] for n in fused.made}
+        users: dict[Node, list[Node]] = {n: [] for n in fused.made}
+        for node, before in fused.before.items():
+            for read in before:
+                users[read].append(node)
+        return cls(of, {id(group): i for i, group in enumerate(of.values())}, users)
+
+    def join(self, a: list[Node], b: list[Node]) -> None:
+        self.level[id(a)] = max(self.level[id(a)], self.level[id(b)])
+        a += b
+        self.of |= dict.fromkeys(b, a)
+        todo = [a]
+        while todo:
+            group = todo.pop()
+            for other in (self.of[user] for n in group for user in self.users[n]):
+                if other is not group and self.level[id(other)] <= self.level[id(group)]:
+                    self.level[id(other)] = self.level[id(group)] + 1
+                    todo.append(other)
+
+
 def _grouped(fused: Fused) -> dict[Node, list[Node]]:
     """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
     another, what it writes itself. What only shares an input, and is far away, stays apart."""
-    groups = {n: [n] for n in fused.made}
+    groups = _Groups.alone(fused)
     order = {n: i for i, n in enumerate(fused.made)}
     sharing = _sharing(fused)
     for _ in range(ROUNDS):
@@ -274,12 +308,12 @@ def _grouped(fused: Fused) -> dict[Node, list[Node]]:
         if len(apart) == len(sharing):
             break
         sharing = apart
-    return groups
+    return groups.of
 
 
-def _join(fused: Fused, groups: dict[Node, list[Node]], order: dict[Node, int], one: Node, other: Node) -> bool:
+def _join(fused: Fused, groups: _Groups, order: dict[Node, int], one: Node, other: Node) -> bool:
     """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
-    a, b = groups[one], groups[other]
+    a, b = groups.of[one], groups.of[other]
     if a is b:
         return True
     places = [order[n] for n in (*a, *b)]
@@ -288,8 +322,7 @@ def _join(fused: Fused, groups: dict[Node, list[Node]], order: dict[Node, int], 
         return False
     if _between(fused, groups, a, b) or _between(fused, groups, b, a):
         return False
-    a += b
-    groups |= dict.fromkeys(b, a)
+    groups.join(a, b)
     return True
 
 
@@ -323,17 +356,22 @@ def _in_one_loop(fused: Fused, nodes: Iterable[Node]) -> bool:
     return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
 
 
-def _between(fused: Fused, groups: dict[Node, list[Node]], first: list[Node], last: list[Node]) -> bool:
+def _between(fused: Fused, groups: _Groups, first: list[Node], last: list[Node]) -> bool:
     """Whether a way leads from one kernel to another by way of a third."""
-    todo = [r for n in last for r in fused.before[n] if groups[r] is not first and groups[r] is not last]
-    seen = {id(groups[r]) for r in todo}
+    of, level = groups.of, groups.level
+    least = level[id(first)]
+    todo = [g for n in last for r in fused.before[n] if (g := of[r]) is not first and g is not last]
+    seen = {id(g) for g in todo}
     while todo:
-        for r in (r for n in groups[todo.pop()] for r in fused.before[n]):
-            if groups[r] is first:
+        group = todo.pop()
+        if level[id(group)] <= least:
+            continue
+        for g in (of[r] for n in group for r in fused.before[n]):
+            if g is first:
                 return True
-            if id(groups[r]) not in seen:
-                seen.add(id(groups[r]))
-                todo.append(r)
+            if id(g) not in seen:
+                seen.add(id(g))
+                todo.append(g)
     return False
 
 
@@ -404,7 +442,8 @@ def walk(
     passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
     plan = _Plan.of(fused, start, end, given, stays)
     reckoned = list(plan.alive)
-    reused, taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
+    taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
+    reused = {before: b for b, before in taken.items()}
     change = [0] * (len(kernels) + 1)
     for b in start:
         change[start[b]] += 0 if b in taken or b in passing else size(b)
@@ -414,16 +453,20 @@ def walk(
     for b in mortal:
         freed[end[b]] += 0 if b in reused or b in passing else size(b)
     now -= sum(size(b) for b in given if b not in end and b not in stays)
+    highest = 0
     for i, kernel in enumerate(kernels):
         now += change[i]
         top = now + kernel.inside + (_scratch(fused, kernel, machine) if machine and kernel.library else 0)
-        walked.peak = max(walked.peak, top)
+        if top > walked.peak:
+            walked.peak, highest = top, i
         walked.planned = max(walked.planned, reckoned[i] + top - now)
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
             walked.planned_late = max(walked.planned_late, reckoned[i] + top - now)
         walked.seconds += _seconds(fused, kernel, machine) if machine else 0.0
         now -= freed[i]
+    until = {b: start[reused[b]] - 1 if b in reused else end[b] for b in start}
+    walked.alive = frozenset(b for b, made in start.items() if made <= highest and (b in stays or highest <= until[b]))
     return walked
 
 
@@ -464,11 +507,11 @@ class _Plan:
         given: set[Node],
         stays: frozenset[Node],
         apart: set[Node],
-    ) -> tuple[set[Node], set[Node]]:
-        """The buffers whose memory another takes over, at once or later, and those that do so; none `apart` does."""
+    ) -> dict[Node, Node]:
+        """The buffers that take over another's memory, at once or later, and that other; none `apart` does."""
         most, alive = max(self.alive, default=0), self.alive
         reused: set[Node] = set()
-        taken: set[Node] = set()
+        taken: dict[Node, Node] = {}
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
         dying: dict[int, list[Node]] = defaultdict(list)
         for b, at in end.items():
@@ -494,11 +537,11 @@ class _Plan:
                             alive[since + 1 : i] = [n + size for n in alive[since + 1 : i]]
                     if last is not None:
                         reused.add(last)
-                        taken.add(b)
+                        taken[b] = last
             for b in dying[i]:
                 if b not in reused and b not in given:
                     idle[_same(b)].append((b, i))
-        return reused, taken
+        return taken
 
 
 # ------------------------------------------------------------------------------------------------------------ order

@@ -16,7 +16,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 import peft_fx
@@ -27,7 +27,7 @@ from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.graph.editor import SAVE
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.step import budget, halves
-from peft_fx.step.budget import Choices, Held, is_repeatable, mark
+from peft_fx.step.budget import Choice, Choices, Held, is_repeatable
 from peft_fx.step.cut import ENDLESS, Network
 from peft_fx.step.liveness import Fused, outputs, walk
 from tests import joint, peft_models
@@ -97,9 +97,26 @@ def traced(name: str) -> tuple[joint.Joint, Graph]:
 
 @functools.cache
 def choices_of(name: str) -> Choices:
-    found, graph = traced(name)
-    clean, kept = budgeting._as_partitioned(graph, compiling.roles_in(graph, found.roles))
-    return Choices(clean, kept, compat.hint_for(found.fake_mode), MACHINES["cpu"])
+    return choices_in(*traced(name))
+
+
+def choices_in(found: joint.Joint, graph: Graph) -> Choices:
+    seen: list[Choices] = []
+
+    def choose(graph: Graph, values: list[Node]) -> list[Node]:
+        seen.append(budgeting.choices_in(graph, values, compat.hint_for(found.fake_mode), MACHINES["cpu"]))
+        return values
+
+    with compat.choosing(choose):
+        found.split(graph)
+    return seen[0]
+
+
+def split(found: joint.Joint, graph: Graph, choices: Choices, chosen: Choice) -> tuple[GraphModule, GraphModule]:
+    """Forward and backward as the partitioner makes them for a choice."""
+    names = {n.name for n in budgeting.saved(choices, chosen)}
+    with compat.choosing(lambda graph, _: [n for n in graph.nodes if n.name in names]):
+        return found.split(graph)
 
 
 def held_at_least(name: str) -> int:
@@ -170,10 +187,8 @@ def test_the_partitioner_makes_what_was_chosen(name: str, share: float) -> None:
     found, graph = traced(name)
     choices = choices_of(name)
     chosen = choices.within(int(share * choices.of(frozenset(choices.before)).peak))
-    tagged = joint.copy_graph(graph)
-    mark(tagged, chosen)
-    forward, backward = found.split(tagged)
-    assume(chosen.kept != choices.before)  # views are kept for what they are of, and nothing is tagged
+    assume(chosen.kept != choices.before)  # views are kept for what they are of
+    forward, backward = split(found, graph, choices, chosen)
     given_ = {n.name for n in graph.find_nodes(op="placeholder")}
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given_]
     assert {n.name for n in kept} == {n.name for n in chosen.kept}
@@ -220,8 +235,7 @@ def test_there_is_no_better_choice(widths: tuple[int, ...]) -> None:
     """Of all sets of values that can be kept: none has as few bytes as a choice, and is quicker."""
     found = joint.trace(Tiny(*widths), x_of())
     graph = found.as_lowered(found.rewritten()[0])
-    clean, kept = budgeting._as_partitioned(graph, compiling.roles_in(graph, found.roles))
-    choices = Choices(clean, kept, compat.hint_for(found.fake_mode), MACHINES["cpu"])
+    choices = choices_in(found, graph)
     could = [n for n in choices.nodes if choices.bytes[n] < float("inf")]
     sets = [frozenset(s) for n in range(len(could) + 1) for s in itertools.combinations(could, n)]
     lines = [choices._line(s) for s in sets]
@@ -344,13 +358,18 @@ def test_what_backward_reads_of_a_written_buffer_is_its_copy() -> None:
 
 
 def test_a_region_that_the_user_checkpoints_stays_as_it_is() -> None:
-    _found, graph = traced("checkpointed")
+    """None of its values is kept, and backward makes again what it would without a budget."""
+    found, graph = traced("checkpointed")
     choices = choices_of("checkpointed")
-    theirs = {n.name: n.meta.get("recompute") for n in graph.nodes if "ac_graph_id" in n.meta}
-    tagged = joint.copy_graph(graph)
-    mark(tagged, choices.within(0))
-    assert theirs
-    assert {n.name: n.meta.get("recompute") for n in tagged.nodes if n.name in theirs} == theirs
+    theirs = {n.name for n in choices.nodes if "ac_graph_id" in n.meta}
+    _, without = found.split(graph)
+    made = theirs & {n.name for n in without.graph.nodes if n.op != "placeholder"}
+    assert made
+    for share in (0.8, 0.0):
+        chosen = choices.within(int(share * choices.of(frozenset(choices.before)).peak))
+        _, backward = split(found, graph, choices, chosen)
+        assert {n.name for n in backward.graph.nodes} & theirs == made
+        assert theirs.isdisjoint(n.name for n in chosen.kept)
 
 
 # ---------------------------------------------------------------------------------------------------- what never is
@@ -377,7 +396,7 @@ def test_neither_chance_nor_effects_nor_unknown_ops_are_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(halves, "walk"), (budget, "taken"), (Choices, "_cut"), (budgeting, "mark")], ids=str
+    ("owner", "name"), [(halves, "walk"), (budget, "taken"), (Choices, "_cut"), (budgeting, "saved")], ids=str
 )
 def test_a_fault_is_no_budget_and_a_warning(owner: Any, name: str) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
