@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.cut import ENDLESS, Network
+from peft_fx.passes.editor import SAVE
 from peft_fx.passes.flow import leading_to
 from peft_fx.passes.halves import Sides, Taken, taken
 from peft_fx.passes.liveness import (
@@ -43,7 +44,6 @@ from peft_fx.passes.liveness import (
 )
 from peft_fx.passes.machine import Machine
 from peft_fx.passes.nodes import argument, is_mutable, is_random, value
-from peft_fx.passes.rewrite import SAVE
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last

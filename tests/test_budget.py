@@ -25,11 +25,11 @@ from peft_fx.options import parse
 from peft_fx.passes import budget, halves
 from peft_fx.passes.budget import Choice, Choices, Held, is_repeatable
 from peft_fx.passes.cut import ENDLESS, Network
+from peft_fx.passes.editor import SAVE
 from peft_fx.passes.flow import is_tangent, returned
 from peft_fx.passes.liveness import Fused, outputs, walk
 from peft_fx.passes.machine import MACHINES
 from peft_fx.passes.nodes import aten
-from peft_fx.passes.rewrite import SAVE
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained
