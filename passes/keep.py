@@ -16,6 +16,7 @@ where that is kept (see `snapshots.py`).
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.kernels.narrow import narrow_in, narrow_out
+from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
 from peft_fx.passes.algebra import Size
 from peft_fx.passes.flow import Flow, returned
 from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, prims, shape, value, value_numbers
@@ -252,8 +253,8 @@ def parameter_gradients(graph: Graph, flow: Flow) -> set[Node]:
             node, flow
         ):  # one may be the start of another, as the two halves of a product are
             found |= {node} if all(u is output or u in ends or u in found for u in node.users) else set()
-        elif all(u is output or u in ends for u in node.users):
-            ends.add(node)
+        elif all(u is output or u in ends or (u in found and node.target is operator.getitem) for u in node.users):
+            ends.add(node)  # of one kernel's results, that may be one that another such product reads
     return found
 
 
@@ -276,7 +277,7 @@ def _after_sums(graph: Graph, flow: Flow) -> set[Node]:
 
 def _sums_over_tokens(node: Node, flow: Flow) -> bool:
     """Whether two values meet that are no weights; an elementwise product counts where it is summed."""
-    if node.target is narrow_in:
+    if node.target in (narrow_in, narrow_both):
         return True
     if node.target is aten.sum.dim_IntList:
         (source,) = (n for n in node.all_input_nodes if is_tensor(n))

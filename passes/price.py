@@ -33,6 +33,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_fx.kernels.narrow import DTYPE, WIDEST_OF_BOTH
 from peft_fx.passes.algebra import Size, Term, cheapest_order, finer
 from peft_fx.passes.machine import Machine
 
@@ -172,19 +173,31 @@ def first_products(machine: Machine, s: Shape) -> Price:
     return sum((product(machine, s.T, k, n, s.adapter_dtype, batch) for batch, k, n in steps + terms), Price())
 
 
-def reads(machine: Machine, s: Shape, in_place: bool) -> Price:
+def reads(machine: Machine, s: Shape, in_place: bool, wider: bool = False) -> Price:
     """The two products that an adapter's gradients read u in: `u·A` [T,r] and `uᵀ·g` [K,r], g being what reaches it.
 
     Where u is coarser than the adapter, from a copy of it in the adapter's dtype, or in place: the narrow factor then
     is a pair of matrices of u's own dtype, twice as wide, and on a machine that gives no wider results the result is a
-    pair too, by a second product.
+    pair too, by a second product. Kernels of our own read it in place once for each, and once for both where it is the
+    `wider` one of x and dy.
     """
     total = Price()
     for (k, r), *rest in s.terms:
         if rest:
             here = in_place and reads_in_place(machine, s.T, k, r, s.base_dtype, s.adapter_dtype)
-            total += (_pairs if here else _copies)(machine, s.T, k, r, s.base_dtype, s.adapter_dtype, s.batch)
+            if here and s.fused and s.base_dtype == DTYPE:
+                total += _kernels(machine, s.T, k, r, s.adapter_dtype, 1 if wider and r <= WIDEST_OF_BOTH else 2)
+            else:
+                total += (_pairs if here else _copies)(machine, s.T, k, r, s.base_dtype, s.adapter_dtype, s.batch)
     return total
+
+
+def _kernels(m: Machine, T: int, k: int, r: int, wide: torch.dtype, passes: int) -> Price:
+    """Both products of an activation [T,k] in so many passes over it; a second kernel adds parts up in either case."""
+    bytes_ = passes * T * k * DTYPE.itemsize + 2 * (T + k) * r * wide.itemsize
+    flops = 2 * 2 * T * k * 2 * r
+    seconds = max(bytes_ / m.bandwidth, flops / m.speed(DTYPE).peak) + 2 * m.launch
+    return Price(seconds, flops, bytes_)
 
 
 def _pairs(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype, batch: int = 1) -> Price:
@@ -258,7 +271,9 @@ def decide(
 
     def read(*chosen: str) -> float:
         half = [s for s in (forward, grad) if s is not None and s.base_dtype.itemsize < s.adapter_dtype.itemsize]
-        return sum(reads(machine, s, "weight" in chosen).seconds for s in half) if training and in_place else 0.0
+        wider = max(half, key=lambda s: s.K, default=None)
+        both = [reads(machine, s, "weight" in chosen, s is wider and len(half) > 1).seconds for s in half]
+        return sum(both) if training and in_place else 0.0
 
     prices = {
         (f, g): seconds(forward, f) + seconds(grad, g) + read(f, g)

@@ -86,11 +86,10 @@ def read_in_place(
 
 def _families(groups: dict[Any, list[_Copying]]) -> Iterator[list[_Copying]]:
     """Groups as one where a kernel may read several sources at once: the dy of layers that read one x, for `dy·Bᵀ` of
-    all of them and for their dB."""
+    all of them and for their dB; and, wherever that can be, for both."""
     family = {key: key for key in groups}
     for members in groups.values():
-        names = {f.name for m in members for f in m.narrow.factors}
-        beside = {k for k, own in groups.items() if own[0].source.name in names and own[0].kernel}
+        beside = {k for k in groups if _named(members, groups[k])}
         for first in (True, False):
             alike = [k for k in beside if groups[k][0].first is first and not members[0].first]
             for k in alike:
@@ -98,7 +97,35 @@ def _families(groups: dict[Any, list[_Copying]]) -> Iterator[list[_Copying]]:
     joined: dict[Any, list[_Copying]] = defaultdict(list)
     for key, members in groups.items():
         joined[family[key]] += members
-    yield from (sorted(members, key=lambda m: m.node) for members in joined.values())
+    yield from (sorted(members, key=lambda m: m.node) for members in _read_once(list(joined.values())))
+
+
+def _named(members: list[_Copying], others: list[_Copying]) -> bool:
+    """Whether the narrow factors of members are computed from what others read, which a kernel may."""
+    return others[0].kernel and others[0].source.name in {f.name for m in members for f in m.narrow.factors}
+
+
+def _read_once(families: list[list[_Copying]]) -> list[list[_Copying]]:
+    """Families as one where they are both kinds of products of the same sources. `xᵀ·(dy·Bᵀ)` needs dy before x, and
+    `(x·A)ᵀ·dy` x before dy: of the two, what is wider is read once and the other one twice."""
+    once: list[list[_Copying]] = []
+    twice: list[list[_Copying]] = []
+    inner = [f for f in families if not f[0].first and f[0].kernel]
+    for into in sorted(inner, key=lambda f: -sum(m.features for m in {m.upright: m for m in f}.values())):
+        sources = {m.upright for m in into}
+        beside = [f for f in once if any(_named(into, [m]) for m in f) or any(_named(f, [m]) for m in into)]
+        out = [f for f in families if f[0].first and {m.upright for m in f} == sources]
+        if out and not beside and all(narrow.at_once(r) for f in (into, out[0]) for r in _ranks(f)):
+            once.append(into)
+            twice.append(out[0])
+    apart = [f for f in families if not any(f is g for g in (*once, *twice))]
+    return apart + [into + out for into, out in zip(once, twice, strict=True)]
+
+
+def _ranks(members: list[_Copying]) -> Iterator[list[Size]]:
+    """Of each source."""
+    for source in {m.upright for m in members}:
+        yield [shape(m.operands[1])[-1 if m.left else 0] for m in members if m.upright == source]
 
 
 def _operands(graph: Graph, reader: Reader) -> dict[Any, Node]:
@@ -151,6 +178,12 @@ class _Copying:
         return self.source.T if self.turned else self.source
 
     @property
+    def features(self) -> int:
+        """Of the source; a number, as all that a kernel takes."""
+        n = shape(self.operands[0])[0 if self.turned else -1]
+        return n if isinstance(n, int) else 0
+
+    @property
     def key(self) -> Any:
         """Equal for products that are computed as one."""
         copied, other = self.operands
@@ -162,6 +195,10 @@ class _Copying:
         """Equal for those of them that are the same product."""
         narrow = self.narrow.T if self.turned else self.narrow
         return narrow.factors, narrow.scale, None if self.outside else self.vector
+
+
+_Given = tuple[Node, list[_Copying], list[Node]]  # what some members read, these, and the other factor of each
+_Result = tuple[_Copying, Node]
 
 
 def _copying(
@@ -261,11 +298,9 @@ def _replace(
         given = [
             (_source(build, last, own[-1], operands), own, [_other(build, m) for m in own]) for own in sources.values()
         ]
-        if last.kernel and narrow.takes([(u, others) for u, _, others in given], last.first):
-            results = _in_one_kernel(build, given)
-        else:
-            results = [r for u, own, others in given for r in _in_halves(build, u, own, others)]
-        for member, new in zip((m for _, own, _ in given for m in own), results, strict=True):
+        results = _by_kernels(build, given) if last.kernel else None
+        results = results or [pair for one in given for pair in _in_halves(build, *one)]
+        for member, new in results:
             build.like = member.node
             new = build.cast(new, value(member.node).dtype)
             if member.vector is not None and member.outside:
@@ -318,17 +353,24 @@ def _other(build: Builder, member: _Copying) -> Node:
     return other
 
 
-def _in_one_kernel(build: Builder, given: list[tuple[Node, list[_Copying], list[Node]]]) -> list[Node]:
-    """The members' results, scaled, in the layout that they are to have."""
-    asked = []
+def _by_kernels(build: Builder, given: list[_Given]) -> list[_Result] | None:
+    """The members' results, scaled, in the layout that they are to have, where kernels compute them all."""
+    out: dict[Node, list[tuple[_Copying, narrow.Narrow]]] = defaultdict(list)
+    into: dict[Node, list[tuple[_Copying, narrow.Narrow]]] = defaultdict(list)
     for u, own, others in given:
-        strides = [value(m.node).stride()[:: -1 if m.turned else 1] for m in own]
-        scales = [float(m.scale.number) for m in own]
-        asked.append((u, [narrow.Narrow(*one) for one in zip(others, scales, strides, strict=True)]))
-    return narrow.out_of(build, asked) if given[0][1][0].first else narrow.into(build, asked)
+        for m, other in zip(own, others, strict=True):
+            strides = value(m.node).stride()[:: -1 if m.turned else 1]
+            one = m, narrow.Narrow(other, float(m.scale.number), strides)
+            (out if m.first else into)[u].append(one)
+    us = dict.fromkeys(u for u, _, _ in given)
+    asked = [narrow.Reads(u, *([n for _, n in kind[u]] for kind in (out, into))) for u in us]
+    if not narrow.takes(asked):
+        return None
+    members = [m for kind in (out, into) for u in us for m, _ in kind[u]]
+    return list(zip(members, narrow.computed(build, asked), strict=True))
 
 
-def _in_halves(build: Builder, plain: Node, members: list[_Copying], others: list[Node]) -> list[Node]:
+def _in_halves(build: Builder, plain: Node, members: list[_Copying], others: list[Node]) -> list[_Result]:
     """`x·[hi1 | lo1 | hi2 | lo2 | ...]`, and each member the sum of its own two parts."""
     last = members[-1]
     dim = 1 if last.first else 0
@@ -352,7 +394,8 @@ def _in_halves(build: Builder, plain: Node, members: list[_Copying], others: lis
         start, r = starts[member.part], shape(member.node)[dim != member.turned]
         parts = [build.call(aten.slice.Tensor, whole, dim, at, at + r) for at in (start, start + r)]
         new = build.add(*parts)
-        results.append(new if member.scale.number == 1 else build.call(aten.mul.Tensor, new, member.scale.number))
+        scaled = new if member.scale.number == 1 else build.call(aten.mul.Tensor, new, member.scale.number)
+        results.append((member, scaled))
     return results
 
 

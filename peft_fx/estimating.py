@@ -45,7 +45,7 @@ PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's pas
 DEEP = 6  # equal layers, from which on a model is deep
 
 
-class LeftOut(Exception):
+class LeftOut(ValueError):
     """Why a variant cannot be had of a model."""
 
 
@@ -175,7 +175,7 @@ def estimate(
             rows += [tracer.row(name, T, traced) for (name, T), traced in found.items()]
         except LeftOut as reason:
             if variants is not None:
-                raise ValueError(f"{', '.join(names)}: {reason}") from None
+                raise LeftOut(f"{', '.join(names)}: {reason}") from None
             left_out |= dict.fromkeys(names, str(reason))
     order = list(variants or VARIANTS)
     return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)
@@ -434,9 +434,10 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         kept = {places[name]: component for name, (component, _) in saved.items()}
         theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on
         lent = {n.name for n in backward.graph.find_nodes(op="placeholder") if is_tangent(n) or n.name in theirs}
-        sized = Sized.of((forward, backward))
+        hint = compat.hint_for(compat.V.fake_mode)
+        sized = Sized.of((forward, backward), hint)
         halves = Halves((forward, backward), kept, handed_on, lent, self.machine, sized)
-        return replace(halves, part=halves.reckoned(compat.hint_for(compat.V.fake_mode)))
+        return replace(halves, part=halves.reckoned(hint))
 
     def _lowered(self, *graphs: GraphModule) -> None:
         """What Inductor does with products and sums on the device, and with what can be computed in place."""

@@ -3,14 +3,25 @@ test_kernels.py starts. The interpreter knows of no input precision, and cuts to
 
 from __future__ import annotations
 
+from collections import defaultdict
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Graph
 
-from peft_fx.kernels import trial, triton_merge, triton_narrow
+from peft_fx.kernels import library, trial, triton_merge, triton_narrow
 from peft_fx.kernels.merge import merge
-from peft_fx.kernels.narrow import narrow_in, narrow_out
+from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
+from peft_fx.passes.nodes import CAST
+from peft_fx.retargeting import GPU
+from peft_fx.tracing import copy_graph
+from tests import joint
+from tests.spellings import K, N, trained
+from tests.test_retargeting import with_products_of_a_cpu
+from tests.test_transients import R, Siblings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 some = settings(max_examples=6, deadline=None, derandomize=True)
@@ -145,10 +156,76 @@ def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
         assert torch.equal(a, b)
 
 
+@some
+@given(st.data(), st.sampled_from([1, 63, 300, 600]), st.sampled_from([8192, 1024]))
+def test_narrow_both_is_both(data: st.DataObject, tokens: int, block: int) -> None:
+    """To the bit, on integers: with features in one part, and in several."""
+    us, ranks, generator = data.draw(activations(tokens))
+    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
+    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator)]
+    turned, scales = [i % 2 == 0 for i in range(len(zs))], [2.0 ** (i - 1) for i in range(len(zs))]
+    counts = [len(own) for own in ranks]
+    asked = factors, counts, scales, zs, counts, scales[::-1], turned
+    want = narrow_both(us, *asked)
+    assert all(map(torch.equal, want, [*narrow_out(us, *asked[:3]), *narrow_in(us, *asked[3:])]))
+    got = [torch.full_like(t, float("nan")) for t in want]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_narrow, "BLOCK", block)
+        triton_narrow.launch_both(got[: len(factors)], got[len(factors) :], us, *asked)
+    assert all(map(torch.equal, got, want))
+
+
+class Two(nn.Module):
+    """Siblings, an activation function between them and one that reads it: what one rounds reaches the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Siblings(3), Siblings(1)
+        self.second.W[0] = nn.Parameter(self.second.W[0].t().contiguous(), requires_grad=False)
+        self.second.A[0], self.second.B[0] = trained(N, R), trained(R, K, gain=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.first(x)
+        (y,) = self.second(nn.functional.silu(a) * b + c)
+        return x + y
+
+
+def in_fp64(graph: Graph) -> Graph:
+    """A joint graph that computes, and reads, nothing coarser."""
+    exact = copy_graph(graph)
+    for node in exact.find_nodes(op="call_function", target=CAST):
+        node.args = (node.args[0], torch.float64)
+    return exact
+
+
+def test_the_gate_holds_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against fp64, y and every gradient err at most 1.25 times as much as in the graph as it was written, where the
+    kernels themselves compute all W' and all narrow products."""
+    monkeypatch.setattr(library, "has_triton", lambda: True)
+    traced = joint.trace(Two(), torch.randn(150, K, dtype=BF16, requires_grad=True))
+    graph, _ = traced.rewritten(GPU, form="weight")
+    own = [n for n in graph.nodes if n.target in library.KERNELS]
+    assert {n.target for n in own} == {merge, narrow_out, narrow_in, narrow_both}
+    for node in own:
+        node.target = library.KERNELS[node.target][1]
+    graphs = in_fp64(traced.graph), traced.graph, with_products_of_a_cpu(graph)
+    errors: dict[int, list[Tensor]] = defaultdict(list)
+    for seed in range(8):  # the errors in one draw are few and correlated
+        inputs = [t / t.shape[-1] ** 0.5 if t.ndim > 1 else t for t in traced.inputs(seed, normal=True)]
+        ref, eager, got = (traced.call(g, [t.double() for t in inputs] if g is graphs[0] else inputs) for g in graphs)
+        for i, (r, e, o) in enumerate(zip(ref, eager, got, strict=True)):
+            if r is not None:
+                errors[i].append(torch.stack([(e - r).square().mean(), (o - r).square().mean()]))
+    assert len(errors) == 1 + 1 + 8  # y, and the gradients of x, A and B
+    for both in errors.values():
+        eager, own_error = torch.stack(both).mean(0).sqrt()
+        assert own_error <= 1.25 * eager
+
+
 def test_the_parts_of_a_sum_are_as_many_as_occupy_a_card() -> None:
     """Of few features many, of many features none, and none of few tokens."""
-    for K, T, parts in ((512, 8192, 4), (4096, 8192, 1), (512, 256, 1)):
-        u, z, out = torch.empty(T, K, dtype=BF16), torch.empty(T, 16), torch.empty(16, K)
+    for wide, T, parts in ((512, 8192, 4), (4096, 8192, 1), (512, 256, 1)):
+        u, z, out = torch.empty(T, wide, dtype=BF16), torch.empty(T, 16), torch.empty(16, wide)
         grid, _, constants = triton_narrow.in_arguments([out], [u], [z], [1], [1.0], [False])
         assert (grid[2], constants["SPLIT"]) == (parts, parts > 1)
 

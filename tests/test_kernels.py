@@ -22,9 +22,9 @@ from peft_fx import machines
 from peft_fx.compiling import AdapterPass, Record
 from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
-from peft_fx.kernels.narrow import narrow_in, narrow_out
+from peft_fx.kernels.narrow import WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
 from peft_fx.options import parse
-from peft_fx.passes import price
+from peft_fx.passes import narrow, price
 from peft_fx.passes.machine import MACHINES, table_entry
 from peft_fx.passes.nodes import aten, value
 from peft_fx.passes.rewrite import merge_sums
@@ -111,8 +111,10 @@ def test_cards_can_run_the_narrow_products(
     built = [compiled(kernels.out_kernel, given, constants, capability)]
     _, given, constants = kernels.in_arguments([dA], [u], [z], *asked, [False])
     built += [compiled(kernels.in_kernel, given, constants | {"SPLIT": split}, capability) for split in (True, False)]
-    sizes = [given[0], given[1], given[4], given[5], given[8], 4]
-    built += [compiled(kernels.sum_kernel, sizes, {k: constants[k] for k in ("RANKS", "PADDED", "BK")}, capability)]
+    _, given, constants = kernels.both_arguments([u], [F], [1], [z], [1])
+    built += [compiled(kernels.both_kernel, given, constants, capability)]
+    _, given, constants = kernels.both_sums([z], [dA], [u], *asked, *asked, [False], given, constants)
+    built += [compiled(kernels.sum_kernel, given, constants, capability)]
     assert all(one.asm["cubin"] and one.metadata.shared <= SHARED[capability] for one in built)
 
 
@@ -172,11 +174,17 @@ def one_element(*given: Any) -> list[Tensor]:
     return found
 
 
+def swapped(us: Any, *given: Any) -> list[Tensor]:
+    found = KERNELS[narrow_both](us, *given)
+    return [-t if i == 1 else t for i, t in enumerate(found)]
+
+
 def fails(*given: Any) -> Any:
     raise RuntimeError("PTX JIT compilation failed")
 
 
 BROKEN = [(merge, coarse), (merge, nothing), (narrow_out, only_halves), (narrow_in, unscaled), (narrow_in, one_element)]
+BROKEN += [(narrow_both, swapped)]
 
 
 @pytest.mark.parametrize(("op", "broken"), [*BROKEN, *((op, fails) for op in KERNELS)])
@@ -286,12 +294,53 @@ def test_what_is_left_to_inductor(dtype: torch.dtype, options: dict[str, str], t
     assert exact(traced, graph)
 
 
-@pytest.mark.parametrize(("layers", "vector"), [(1, False), (3, False), (1, True)])
-def test_narrow_products_are_one_op_for_siblings(layers: int, vector: bool, triton: None) -> None:
-    """x·A and dA of layers that read one x, and dy·Bᵀ and dB of all of them: four launches, and no halves."""
+NARROW = (narrow_out, narrow_in, narrow_both)
+
+
+def features(node: Node) -> list[int]:
+    """Of what a kernel of narrow products reads."""
+    return [value(u).shape[-1] for u in node.args[0]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("layers", "vector", "once"), [(1, False, [K]), (3, False, [N] * 3), (1, True, [K])])
+def test_narrow_products_are_one_op_for_siblings(layers: int, vector: bool, once: list[int], triton: None) -> None:
+    """x·A and dA of layers that read one x, and dy·Bᵀ and dB of all of them: of x and of dy, what is wider is read
+    once, and the other one twice; no halves."""
+    assert N < K < 3 * N
     traced, graph = weight_form(Siblings(layers, vector), x())
     found = ops(graph)
-    assert (found[narrow_out], found[narrow_in], found[aten.mm.dtype]) == (2, 2, 0)
+    assert [*(found[op] for op in NARROW), found[aten.mm.dtype]] == [1, 1, 1, 0]
+    (both,) = graph.find_nodes(op="call_function", target=narrow_both)
+    assert features(both) == once
+    assert exact(traced, graph)
+
+
+def test_of_high_rank_each_product_reads_by_itself(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the parts of a sum over features take would be as much as another read."""
+    monkeypatch.setattr(narrow, "WIDEST_OF_BOTH", R - 1)
+    traced, graph = weight_form(Siblings(3), x())
+    found = ops(graph)
+    assert [found[op] for op in NARROW] == [2, 2, 0]
+    assert exact(traced, graph)
+
+
+class Heads(Siblings):
+    """Results in heads: their gradients come laid out otherwise."""
+
+    def _layer(self, x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return x @ W + ((x.to(A.dtype) @ A) @ B).to(x.dtype)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.view(len(x), 4, -1).transpose(0, 1) for y in super().forward(x))
+
+
+def test_no_product_and_kernel_share_a_view(triton: None) -> None:
+    """Else Inductor lays the value out anew for the product."""
+    traced, graph = weight_form(Heads(2), x())
+    backward = traced.split(graph)[1].graph
+    (both,) = backward.find_nodes(op="call_function", target=narrow_both)
+    users = [u.target for read in both.args[0] for u in read.users]  # type: ignore[union-attr]
+    assert set(users) == {narrow_both}
     assert exact(traced, graph)
 
 
@@ -328,10 +377,11 @@ class Behind(Siblings):
         return super().forward(nn.functional.silu(x))
 
 
-def test_for_few_tokens_a_gpus_graph_stays_as_it_is(triton: None) -> None:
+def test_for_few_tokens_a_gpus_graph_stays_as_it_is(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the price leaves all adapters as they are written, backward rebuilds nothing: each kernel takes time to
     start. It does where that is asked for, or memory has a worth."""
-    traced = joint.trace(Behind(2), x())
+    monkeypatch.setitem(MACHINES, "h100", replace(MACHINES["h100"], launch=0.0))  # which layers so small consist of
+    traced = joint.trace(Behind(2), x()[:20])
     graph, outcome = traced.rewritten(GPU, machine="h100")
     assert {s.forward for s in outcome.sites} == {"activation"}
     assert (outcome.rebuilt, ops(graph)) == (0, ops(traced.graph))
@@ -367,6 +417,18 @@ def test_the_price_of_a_merge_in_one_kernel() -> None:
     assert price.decide(machine, low, low, True).forward == "weight"
     alone = replace(low, fused=False)
     assert price.decide(machine, alone, alone, True).forward == "activation"
+
+
+def test_the_price_of_narrow_products_in_kernels() -> None:
+    """The wider one of x and dy is read once, the other one twice; of a high rank both are read twice."""
+    machine, T, n = replace(MACHINES["h100"], launch=0.0), 2048, 1 << 20  # so wide that nothing else counts
+
+    def passes(r: int, **given: Any) -> float:
+        shape = price.Shape(T, n, n, ((((n, r), (r, n))),), BF16, torch.float32, fused=True)
+        return price.reads(machine, shape, True, **given).seconds / machine.one_pass(T * n * 2)
+
+    assert [round(passes(4, wider=wider), 1) for wider in (True, False)] == [1.0, 2.0]
+    assert passes(WIDEST_OF_BOTH + 1, wider=True) == passes(WIDEST_OF_BOTH + 1)
 
 
 def moved(**options: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peft_fx.kernels.library import KERNELS
 from peft_fx.kernels.merge import DTYPES, merge
-from peft_fx.kernels.narrow import DTYPE, narrow_in, narrow_out
+from peft_fx.kernels.narrow import DTYPE, narrow_both, narrow_in, narrow_out
 
 log = logging.getLogger("peft_fx")
 CLOSE = 2.0**-14  # of the norm: sums in fp32 err by less, and factors in half precision, or in TF32, by far more
@@ -110,7 +110,9 @@ def cases() -> Iterator[Case]:
             size = allowed * math.sqrt(T)
             yield narrow_out, (us, factors, counts, scales), size
             zs = [make(T, 4), make(16, T).t(), make(T, 3)]
-            yield narrow_in, (us, zs, counts, scales, [False, True, False]), size
+            into = zs, counts, scales, [False, True, False]
+            yield narrow_in, (us, *into), size
+            yield narrow_both, (us, factors, counts, scales, *into), size
 
 
 def _integers(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
