@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.passes.graph.editor import fake
-from peft_fx.passes.graph.nodes import expr, is_mutable, is_random, value
+from peft_fx.passes.graph.nodes import expr, is_mutable, is_random, signature, value
 from peft_fx.passes.keep.changed_inputs import stale_reads
 
 
@@ -59,7 +59,7 @@ def verify(graph: Graph, before: Contract, fake_mode: AbstractContextManager[Any
             continue
         if any(isinstance(a, Node) and a.op == "get_attr" for a in node.args):
             continue  # a call of another graph, whose nodes say the truth for themselves
-        asked = node.target, _signature(node.args), _signature(node.kwargs)
+        asked = node.target, signature(node.args), signature(node.kwargs)
         if asked not in answers:  # layers are alike, and a fake call takes longer than to look it up
             with fake_mode:
                 again = node.target(*map(fake, node.args), **{k: fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
@@ -99,16 +99,6 @@ def _described(val: Any) -> Any:
         val.dtype,
         val.device,
     )
-
-
-def _signature(arg: Any) -> Any:
-    """Equal for arguments of which an op makes equal fake values."""
-    arg = value(arg) if isinstance(arg, Node) else tuple(arg.items()) if isinstance(arg, dict) else arg
-    if isinstance(arg, (list, tuple)):
-        return tuple(map(_signature, arg))
-    if isinstance(arg, torch.Tensor):
-        return tuple(map(expr, arg.shape)), tuple(map(expr, arg.stride())), arg.dtype, arg.device
-    return type(arg), expr(arg) if isinstance(arg, torch.SymInt) else arg
 
 
 def _has_effect(node: Node) -> bool:

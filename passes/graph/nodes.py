@@ -133,3 +133,13 @@ def value_numbers(graph: Graph) -> dict[Node, Node]:
         except TypeError:  # an argument that does not hash or sort: the node stays its own first
             continue
     return number
+
+
+def signature(arg: Any) -> Any:
+    """Equal for arguments of which an op makes equal fake values."""
+    arg = value(arg) if isinstance(arg, Node) else tuple(arg.items()) if isinstance(arg, dict) else arg
+    if isinstance(arg, (list, tuple)):
+        return tuple(map(signature, arg))
+    if isinstance(arg, torch.Tensor):
+        return tuple(map(expr, arg.shape)), tuple(map(expr, arg.stride())), arg.dtype, arg.device
+    return type(arg), expr(arg) if isinstance(arg, torch.SymInt) else arg
