@@ -22,7 +22,7 @@ from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.step.budget import Choice, Choices, Held, is_saved
-from peft_fx.step.liveness import VIEW, bytes_of, kind_of
+from peft_fx.step.kinds import VIEW, bytes_of, kind_of
 
 log = logging.getLogger("peft_fx")
 

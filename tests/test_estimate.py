@@ -13,7 +13,8 @@ import peft_fx
 from peft_fx.estimates import Estimate, Row
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import lengths
-from peft_fx.step.liveness import PACKED, Fused, outputs, walk
+from peft_fx.step.fusion import Fused, outputs
+from peft_fx.step.memory import PACKED, walk
 from tests.peft_models import adapt, llama_config
 
 T, K, N = 64, 32, 48

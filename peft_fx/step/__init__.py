@@ -1,1 +1,11 @@
-"""What a step takes, as Inductor will run it: kernels, bytes, seconds; and what to keep so that it fits a budget."""
+"""What a step takes, as Inductor will run it, and what to keep so that it fits a budget.
+
+kinds.py     what kind of work an op is
+fusion.py    a graph as kernels: what exists, and what is fused
+schedule.py  the order of kernels
+seconds.py   their seconds
+memory.py    what is alive at each of them
+halves.py    a joint graph as forward and backward, for a given set of values kept
+cut.py       the least cut of a network
+budget.py    which values to keep, so that a step fits a number of bytes
+"""

@@ -31,8 +31,10 @@ from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.graph.editor import SAVE
 from peft_fx.passes.graph.nodes import argument, is_mutable, is_random, value
 from peft_fx.step.cut import ENDLESS, Network
+from peft_fx.step.fusion import Known
 from peft_fx.step.halves import Sides, Taken, taken
-from peft_fx.step.liveness import ATTENTION, ITEM, NONE, SCATTERS, VIEW, Known, bytes_of, kind_of, name_of, seconds_of
+from peft_fx.step.kinds import ATTENTION, ITEM, NONE, SCATTERS, VIEW, bytes_of, kind_of, name_of
+from peft_fx.step.seconds import seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last

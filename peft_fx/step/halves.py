@@ -18,7 +18,8 @@ from peft_fx.passes.analyse.flow import is_tangent, leading_to, reachable, retur
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.graph.nodes import is_mutable
 from peft_fx.passes.keep.changed_inputs import IN_BACKWARD
-from peft_fx.step.liveness import Fused, Known, Part, walk
+from peft_fx.step.fusion import Fused, Known, Part
+from peft_fx.step.memory import walk
 
 
 @dataclass(frozen=True)

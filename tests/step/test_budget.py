@@ -29,7 +29,8 @@ from peft_fx.passes.graph.nodes import aten
 from peft_fx.step import budget, halves
 from peft_fx.step.budget import Choice, Choices, Held, is_repeatable
 from peft_fx.step.cut import ENDLESS, Network
-from peft_fx.step.liveness import Fused, outputs, walk
+from peft_fx.step.fusion import Fused, outputs
+from peft_fx.step.memory import walk
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained

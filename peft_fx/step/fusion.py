@@ -1,0 +1,319 @@
+"""A graph as the kernels that Inductor makes of it: what exists, what is fused, in the graph's order.
+
+A pointwise value inside a fused kernel never exists. One rule says which values do, Inductor's own in short:
+
+    made       the results of products, attention, scatters, and whatever else is a library's; of reductions; pointwise
+               values that one of those reads as a whole, or that leave the graph
+    made too   a pointwise value with several readers, or one that it is spread out for, where to compute it again for
+               each would be dear: it has an exp, log, sigmoid or tanh in it, or reads more than four values; unless one
+               kernel has them all
+    not made   every other pointwise value: each reader computes it from what it reads
+
+Kernels are groups of values made that run over the same space and share an input or read each other, with no other
+kernel between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from peft_fx.passes.graph.nodes import expr, numel, tensor_arg
+from peft_fx.step.kinds import (
+    GIVEN,
+    HEAVY,
+    ITEM,
+    LIBRARY,
+    POINTWISE,
+    REDUCTION,
+    VIEW,
+    bytes_of,
+    kind_of,
+    name_of,
+    tensors_of,
+)
+
+READS = 4  # values that a pointwise one may read and still be computed again by each reader
+MOST = 64  # nodes of a kernel
+FAR = 64  # nodes between two
+ROUNDS = 10  # of fusion: what was in the way is in a kernel by then
+
+
+@dataclass
+class Kernel:
+    """Nodes computed together."""
+
+    nodes: list[Node]
+    library: bool = False
+
+
+@dataclass
+class Part:
+    """Nodes of a graph, in an order of their own and an output last, as a graph by themselves: what each reads."""
+
+    reads: dict[Node, list[Node]]
+    owner: Any = None
+
+    @classmethod
+    def of(cls, graph: Graph) -> Part:
+        return cls({n: n.all_input_nodes for n in graph.nodes}, graph.owning_module)
+
+    def __post_init__(self) -> None:
+        self.users: dict[Node, list[Node]] = {n: [] for n in self.reads}
+        for node, reads in self.reads.items():
+            for read in reads:
+                self.users[read].append(node)
+
+
+@dataclass
+class Known:
+    """What each node is in whatever part of a graph: its kind, bytes, numbers, and the space of its loops."""
+
+    kinds: dict[Node, str] = field(default_factory=dict)
+    sizes: dict[Node, int] = field(default_factory=dict)
+    numels: dict[Node, int] = field(default_factory=dict)
+    spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass
+class Fused:
+    """A graph as its kernels, in the order in which they run; `leaves` are the buffers that a node's value is read
+    from, `made` those that exist, `given` those that are there before."""
+
+    graph: Graph | Part
+    hint: Any
+    given: Set[Node] = frozenset()
+    known: Known = field(default_factory=Known)
+    kinds: dict[Node, str] = field(default_factory=dict)
+    leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
+    reads: dict[Node, list[Node]] = field(default_factory=dict)
+    made: dict[Node, None] = field(default_factory=dict)
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.part = self.graph if isinstance(self.graph, Part) else Part.of(self.graph)
+        kinds = self.known.kinds
+        kinds |= {n: kind_of(n) for n in self.part.reads if n not in kinds}
+        self.kinds = {n: GIVEN if n in self.given else kinds[n] for n in self.part.reads}
+        self._make()
+        self.before = {n: [m for r in self.reads[n] if (m := _maker(r, self)) in self.made] for n in self.made}
+        self.kernels = _ordered(self, _grouped(self))
+
+    def _make(self) -> None:
+        heavy: dict[Node, bool] = {}
+        position = {n: i for i, n in enumerate(self.part.reads)}
+        for node, inputs in self.part.reads.items():
+            kind = self.kinds[node]
+            found: frozenset[Node] = frozenset().union(*(self.leaves[i] for i in inputs))
+            heavy[node] = any(heavy[i] for i in inputs) if kind in (POINTWISE, VIEW) else False
+            self.leaves[node] = found
+            if kind in (GIVEN, ITEM):
+                self.leaves[node] = frozenset([node])
+            elif kind in (LIBRARY, REDUCTION, POINTWISE):
+                self.reads[node] = sorted(found, key=position.__getitem__)  # a set's order is another in each run
+                heavy[node] |= name_of(node) in HEAVY
+                if kind != POINTWISE or self._is_made(node, heavy[node]):
+                    self.made[node] = None
+                    self.leaves[node], heavy[node] = frozenset([node]), False
+
+    def _is_made(self, node: Node, heavy: bool) -> bool:
+        readers = self.readers(node)
+        if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
+            return True
+        # it would be computed for each
+        wider = any(self._numel(user) > self._numel(node) for user in self.part.users[node])
+        return (len(readers) > 1 or wider) and (heavy or len(self.reads[node]) > READS)
+
+    def _numel(self, node: Node) -> int:
+        known = self.known.numels
+        if node not in known:
+            known[node] = max((self.hint(numel([expr(n) for n in v.shape])) for v in tensors_of(node)), default=0)
+        return known[node]
+
+    def readers(self, node: Node) -> list[Node]:
+        """What reads a value, itself or through views."""
+        found, todo = [], list(self.part.users[node])
+        while todo:
+            user = todo.pop()
+            if self.kinds[user] == VIEW:
+                todo += self.part.users[user]
+            else:
+                found.append(user)
+        return found
+
+    def buffers(self, node: Node) -> list[Node]:
+        """What a node makes: itself, or each item of several results."""
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            return [b for u in self.part.users[node] if self.kinds[u] == ITEM for b in self.buffers(u)]
+        return [node]
+
+    def size(self, node: Node) -> int:
+        """Bytes of what a node makes."""
+        if node not in self.known.sizes:
+            self.known.sizes[node] = bytes_of(node, self.hint)
+        return self.known.sizes[node]
+
+    def space(self, node: Node) -> tuple[int, ...]:
+        """What a kernel's loops run over: of a sum over rows all, and the rows. One over rows that lie apart in memory
+        goes the other way through them, and alone."""
+        if node not in self.known.spaces:
+            self.known.spaces[node] = self._space(node)
+        return self.known.spaces[node]
+
+    def _space(self, node: Node) -> tuple[int, ...]:
+        own = self._numel(node)
+        if self.kinds[node] != REDUCTION:
+            return (own,)
+        source = tensor_arg(node, 0)
+        (given,) = tensors_of(source)
+        named: Any = node.args[1] if len(node.args) > 1 else None
+        dims = [d % given.ndim for d in ([named] if isinstance(named, int) else named or range(given.ndim))]
+        inner = sorted(dims) == list(range(given.ndim - len(dims), given.ndim))
+        return (self._numel(source), own) if inner else (-1, *(self.hint(expr(n)) for n in given.shape))
+
+
+@dataclass
+class _Groups:
+    """The nodes of each kernel, by any of them. `level` is below those of the kernels that read from it, by a kernel's
+    id: what is not above one cannot lead to it."""
+
+    of: dict[Node, list[Node]]
+    level: dict[int, int]
+    users: dict[Node, list[Node]]
+
+    @classmethod
+    def alone(cls, fused: Fused) -> _Groups:
+        """Each node a kernel by itself."""
+        of = {n: [n] for n in fused.made}
+        users: dict[Node, list[Node]] = {n: [] for n in fused.made}
+        for node, before in fused.before.items():
+            for read in before:
+                users[read].append(node)
+        return cls(of, {id(group): i for i, group in enumerate(of.values())}, users)
+
+    def join(self, a: list[Node], b: list[Node]) -> None:
+        self.level[id(a)] = max(self.level[id(a)], self.level[id(b)])
+        a += b
+        self.of |= dict.fromkeys(b, a)
+        todo = [a]
+        while todo:
+            group = todo.pop()
+            for other in (self.of[user] for n in group for user in self.users[n]):
+                if other is not group and self.level[id(other)] <= self.level[id(group)]:
+                    self.level[id(other)] = self.level[id(group)] + 1
+                    todo.append(other)
+
+
+def _grouped(fused: Fused) -> dict[Node, list[Node]]:
+    """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
+    another, what it writes itself. What only shares an input, and is far away, stays apart."""
+    groups = _Groups.alone(fused)
+    order = {n: i for i, n in enumerate(fused.made)}
+    sharing = _sharing(fused)
+    for _ in range(ROUNDS):
+        apart = [pair for pair in sharing if not _join(fused, groups, order, *pair)]
+        if len(apart) == len(sharing):
+            break
+        sharing = apart
+    return groups.of
+
+
+def _join(fused: Fused, groups: _Groups, order: dict[Node, int], one: Node, other: Node) -> bool:
+    """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
+    a, b = groups.of[one], groups.of[other]
+    if a is b:
+        return True
+    places = [order[n] for n in (*a, *b)]
+    far = max(places) - min(places) > FAR and not (_reads(fused, a, b) or _reads(fused, b, a))
+    if far or len(a) + len(b) > MOST or not _in_one_loop(fused, (*a, *b)):
+        return False
+    if _between(fused, groups, a, b) or _between(fused, groups, b, a):
+        return False
+    groups.join(a, b)
+    return True
+
+
+def _reads(fused: Fused, group: list[Node], other: list[Node]) -> bool:
+    return any(r in other for n in group for r in fused.before[n])
+
+
+def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
+    """Pairs of nodes that run in one loop and read the same, or one the other; by the bytes that they share."""
+    readers: dict[Node, list[Node]] = defaultdict(list)
+    for node in fused.made:
+        if fused.kinds[node] != LIBRARY:
+            for buffer in (node, *fused.reads[node]):
+                readers[buffer].append(node)
+    shared: dict[tuple[Node, Node], int] = defaultdict(int)
+    for buffer, among in readers.items():
+        for pair in itertools.combinations(among, 2):
+            if _in_one_loop(fused, pair):
+                shared[pair] += fused.size(buffer)
+    alike = {pair: fused.kinds[pair[0]] == fused.kinds[pair[1]] for pair in shared}
+    order = {n: i for i, n in enumerate(fused.made)}
+    near = {(a, b): -abs(order[a] - order[b]) for a, b in shared}
+    return sorted(shared, key=lambda pair: (alike[pair], shared[pair], near[pair]), reverse=True)
+
+
+def _in_one_loop(fused: Fused, nodes: Iterable[Node]) -> bool:
+    """Whether nodes run over the same space, or over the rows of the one that all sums among them run over."""
+    nodes = list(nodes)
+    sums = {fused.space(n) for n in nodes if fused.kinds[n] == REDUCTION}
+    others = {fused.space(n) for n in nodes if fused.kinds[n] != REDUCTION}
+    return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
+
+
+def _between(fused: Fused, groups: _Groups, first: list[Node], last: list[Node]) -> bool:
+    """Whether a way leads from one kernel to another by way of a third."""
+    of, level = groups.of, groups.level
+    least = level[id(first)]
+    todo = [g for n in last for r in fused.before[n] if (g := of[r]) is not first and g is not last]
+    seen = {id(g) for g in todo}
+    while todo:
+        group = todo.pop()
+        if level[id(group)] <= least:
+            continue
+        for g in (of[r] for n in group for r in fused.before[n]):
+            if g is first:
+                return True
+            if id(g) not in seen:
+                seen.add(id(g))
+                todo.append(g)
+    return False
+
+
+def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[Kernel]:
+    """Kernels in the graph's order, each after those that it reads from."""
+    position = {n: i for i, n in enumerate(fused.part.reads)}
+    begun: set[int] = set()
+    kernels: list[Kernel] = []
+    for node in fused.made:
+        todo = [(groups[node], False)]
+        while todo:
+            group, ready = todo.pop()
+            if ready:
+                library = fused.kinds[group[0]] == LIBRARY
+                kernels.append(Kernel(group, library))
+            elif id(group) not in begun:
+                begun.add(id(group))
+                todo.append((group, True))
+                read = {r for n in group for r in fused.before[n]}
+                todo += [(groups[r], False) for r in sorted(read, key=position.__getitem__)[::-1]]
+    return kernels
+
+
+def _maker(buffer: Node, fused: Fused) -> Node:
+    while fused.kinds[buffer] == ITEM:
+        (buffer,) = buffer.all_input_nodes
+    return buffer
+
+
+def outputs(graph: Graph) -> list[Node]:
+    """The nodes that a graph returns."""
+    found: list[Node] = next(iter(graph.find_nodes(op="output"))).all_input_nodes
+    return found
