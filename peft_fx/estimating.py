@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -22,9 +23,9 @@ from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.analyse.flow import Role, is_tangent
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (
@@ -425,7 +426,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-            forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+            with contextlib.nullcontext() if ours is None else ours.holding():
+                forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
             (results,) = forward.graph.find_nodes(op="output")
             places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
             if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
