@@ -80,7 +80,7 @@ def kept_inputs(joint: Joint, settings: Settings, keep: Recompute) -> list[KeptI
         needed = sum(map(keep.bytes, [*beside, *change.read_through_products(readers)]))
         able = {k: p for k, p in able.items() if sizes[k] + needed < sizes[EXACT]}
         if chosen in able:
-            change.make_likeness(point, able[chosen], beside)
+            change.approximate(point, able[chosen], beside)
         elif chosen in policies and not any(verdicts.values()):
             more = "dearer", f"what could no longer be made of it takes {needed} bytes more"
             verdicts = dict.fromkeys(verdicts, policies[chosen].refusal(value(point)) or more)
@@ -109,7 +109,7 @@ def _size(policy: Policy, point: Node, sizes_of: Callable[[Node], int]) -> int:
 
 
 class _Change:
-    """The values that only adapters' gradients cost, by their first equal, and the likenesses that those are to
+    """The values that only adapters' gradients cost, by their first equal, and the approximations that those are to
     read."""
 
     def __init__(self, joint: Joint, keep: Recompute, layers: Collection[str]):
@@ -124,7 +124,7 @@ class _Change:
         for read in self.reads:
             for node in read.costs:
                 self.values.setdefault(self.number[node], []).append(read)
-        self.likeness: dict[Node, Node] = {}
+        self.approximations: dict[Node, Node] = {}
         self._copies: dict[Node, Node] = {}
 
     # ------------------------------------------------------------------------------------------------------ finding
@@ -206,7 +206,7 @@ class _Change:
 
     # ----------------------------------------------------------------------------------------------------- changing
 
-    def make_likeness(self, point: Node, policy: Policy, beside: list[Node]) -> None:
+    def approximate(self, point: Node, policy: Policy, beside: list[Node]) -> None:
         edit = self.edit
         for node in beside:
             self._save(node)
@@ -219,7 +219,7 @@ class _Change:
         with edit.at(following, like=point, rebuilt=True):
             new = edit.cast(policy.restore(edit, parts), value(point).dtype)
             new = edit.laid_out(edit.reshape(new, sizes), value(point).stride())
-        self.likeness[self.number[point]] = new
+        self.approximations[self.number[point]] = new
 
     def _save(self, node: Node) -> None:
         """Makes the partitioner keep a node that only backward needs: it heeds the tag on what forward needs alone, so
@@ -230,9 +230,9 @@ class _Change:
         needs.meta["partitioner_tag"] = "must_be_in_forward"
 
     def reread(self) -> None:
-        """The adapters' gradients read the likenesses."""
+        """The adapters' gradients read the approximations."""
         for read in self.reads:
-            if not self.likeness or read.through_product:
+            if not self.approximations or read.through_product:
                 continue
             with self.edit.at(read.gradient):
                 new = self._copy(read.operand, self.keep.origins[read.operand].chain)
@@ -241,10 +241,10 @@ class _Change:
                 self.edit.drop(read.operand)
 
     def _copy(self, node: Node, chain: Set[Node]) -> Node:
-        """A value as it is computed from likenesses."""
+        """A value as it is computed from approximations."""
         first = self.number[node]
-        if first in self.likeness:
-            return self.likeness[first]
+        if first in self.approximations:
+            return self.approximations[first]
         if node not in chain:
             return node
         if first not in self._copies:

@@ -1,9 +1,9 @@
-"""Lossy ways to keep an activation: each makes small parts of a value in forward, and a likeness of it from them.
+"""Lossy ways to keep an activation: each makes small parts of a value in forward, and an approximation of it from them.
 
 A value's features are its last dimension; K of them are cut into groups of m. All statistics are fp32 (of fp64: fp64).
 
     velora   one unit vector v [m], the direction of the mean group of the batch at hand; of each group its
-             coefficient u·v in the value's dtype; the likeness of a group is (u·v)·v
+             coefficient u·v in the value's dtype; a group's approximation is (u·v)·v
     int8     of each group its least number and a step; numbers in 0..255 above that, in steps
     int4     the same in 0..15, two of them in a byte
     fp8      numbers of e4m3 in units of each row's largest
