@@ -24,6 +24,7 @@ from bench.suites import unique
 from bench.variants import VARIANTS
 from peft_fx.kernels import narrow
 from peft_fx.passes.machine import MACHINES, Machine
+from peft_fx.sizing import without_mask
 
 Row = dict[str, Any]
 Kernel = dict[str, Any]
@@ -45,6 +46,11 @@ PAGE = ROOT.parent / "docs" / "benchmarks.md"
 NAMES = ("frozen", "inductor", "peft_fx")
 LENGTHS = (256, 2048, 8192, 32768)
 DEAREST = 10
+ATTENTION = {
+    "flash": "causal by itself",
+    "sdpa": "as transformers has it where it is compiled, with a mask [T, T]",
+    "pointwise": "a stand-in without a library's kernel",
+}
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
@@ -58,9 +64,9 @@ def add_command(commands: Any) -> None:
         formatter_class=formatter,
     )
     setup_arguments(kernels, many=True, variants=NAMES)
+    told = "; ".join(f"{name}: {text}" for name, text in ATTENTION.items())
     kernels.add_argument("--machine", default="h100", choices=MACHINES, metavar="NAME", help="(default: h100)")
-    attention = "pointwise: a stand-in without a library's kernel (default: sdpa)"
-    kernels.add_argument("--attention", default="sdpa", choices=("sdpa", "pointwise"), help=attention)
+    kernels.add_argument("--attention", default="flash", choices=ATTENTION, help=f"{told} (default: flash)")
     kernels.set_defaults(run=run, command="kernels", model=[])
 
 
@@ -103,8 +109,13 @@ def kernels(asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]
     offline.pretend()
     with torch.device("meta"):
         base = make_base(replace(setup, device="meta"))
-        base.set_attn_implementation(asked["attention"])
+        if asked["attention"] == "flash":
+            without_mask(base)
+        else:
+            base.set_attn_implementation(asked["attention"])
         model = VARIANTS[name].prepare(base, setup)
+    if setup.dtype == "bf16":
+        model.to(torch.bfloat16)  # on the meta device PEFT leaves its adapters in fp32
     ours = name.startswith("peft_fx")
     options = {"peft_fx.machine": asked["machine"]} if ours else {}
     found: dict[str, Any] = {}
@@ -148,11 +159,9 @@ def kernels_of(node: Any, machine: Machine) -> Iterator[Kernel]:
         shape = f"{'×'.join(map(str, [*batch, m, k, n]))} {str(a.dtype).removeprefix('torch.')}"
         seconds = max(machine.product(m, k, n, a.dtype, *batch), machine.one_pass(bytes_))
         yield kernel | {"kind": "product", "shape": shape, "seconds": seconds}
-    elif "attention" in name:
-        dtype = next(n.meta["val"] for n in fx.all_input_nodes).dtype
-        seconds = max(
-            (node.estimate_flops() or 0) / machine.speed(dtype).peak + machine.launch, machine.one_pass(bytes_)
-        )
+    elif "attention" in name:  # all of it, where half is masked
+        speed = machine.speed(fx.all_input_nodes[0].meta["val"].dtype)
+        seconds = max((node.estimate_flops() or 0) / speed.peak + machine.launch, machine.one_pass(bytes_))
         yield kernel | {"kind": "attention", "shape": name, "seconds": seconds}
     else:
         launches, parts = _parts(fx)
@@ -166,24 +175,23 @@ def _parts(fx: Any) -> tuple[int, int]:
 
     if fx is None or fx.target not in (narrow.narrow_both, narrow.narrow_in):
         return 1, 0
-    us, *args = torch.fx.map_arg(
-        fx.args,
-        lambda n: torch.empty_strided(
-            n.meta["val"].shape, n.meta["val"].stride(), dtype=n.meta["val"].dtype, device="meta"
-        ),
-    )
+    us, *args = torch.fx.map_arg(fx.args, lambda n: _on_meta(n.meta["val"]))
     us = [u.view(-1, u.shape[-1]) for u in us]
     if fx.target is narrow.narrow_both:
         factors, counts, _, zs, z_counts, *_ = args
         _, given, _ = triton_narrow.both_arguments(us, factors, counts, zs, z_counts)
         parts = (*given[0], *given[1])
     else:
-        outs = [torch.empty_like(t, device="meta") for t in fx.meta["val"]]
+        outs = list(map(_on_meta, fx.meta["val"]))
         _, given, constants = triton_narrow.in_arguments(outs, us, *args)
         if not constants["SPLIT"]:
             return 1, 0
         parts = given[1]
     return 2, sum(2 * p.numel() * p.element_size() for p in parts)
+
+
+def _on_meta(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def _size(node: Any) -> str:
@@ -241,48 +249,30 @@ def label(setup: Setup) -> str:
 def table(rows: Iterable[Row], style: str) -> str:
     lines = []
     for setup, group in _grouped(rows).items():
-        frozen, plain = (group.get(name) for name in ("frozen", "inductor"))
         for name, row in sorted(group.items(), key=lambda one: one[0] != "frozen"):
-            sides = [f"{row[side]['seconds'] * 1e3:.2f}" for side in ("forward", "backward")]
-            seconds = whole(row, "seconds")
             kinds = Counter(row["forward"]["kinds"]) + Counter(row["backward"]["kinds"])
-            ratios = [
-                f"{whole(row, what) / whole(frozen, what):.2f}×" if frozen else "" for what in ("bytes", "seconds")
-            ]
-            faster = f"{whole(plain, 'seconds') / seconds:.2f}×" if plain and name == "peft_fx" else ""
-            launches = [f"{whole(row, 'launches'):.0f}", str(kinds["product"] + kinds["attention"])]
-            size = [f"{whole(row, 'bytes') / 1e9:.2f}", ratios[0]]
-            lines.append([label(setup), name, *launches, *size, *sides, ratios[1], faster])
-    head = [
-        "",
-        "",
-        "launches",
-        "products",
-        "GB",
-        "× frozen",
-        "forward, ms",
-        "backward, ms",
-        "× frozen",
-        "× faster than Inductor",
-    ]
+            counts = [f"{whole(row, 'launches'):.0f}", str(kinds["product"] + kinds["attention"])]
+            sides = [f"{row[side]['seconds'] * 1e3:.2f}" for side in ("forward", "backward")]
+            beside = _ratio(row, group.get("frozen"), "bytes"), _ratio(row, group.get("frozen"), "seconds")
+            faster = _ratio(group.get("inductor"), row, "seconds") if name == "peft_fx" else ""
+            size = f"{whole(row, 'bytes') / 1e9:.2f}"
+            lines.append([label(setup), name, *counts, size, beside[0], *sides, beside[1], faster])
+    head = ["", "", "launches", "products", "GB", "× frozen", "forward, ms", "backward, ms", "× frozen", "faster by"]
     return tables.table(head, lines, style, left=2)
+
+
+def _ratio(mine: Row | None, other: Row | None, what: str) -> str:
+    return f"{whole(mine, what) / whole(other, what):.2f}×" if mine and other else ""
 
 
 def dearest_table(rows: Iterable[Row], style: str) -> str:
     """The kernels of each variant's step that take longest."""
     lines = []
-    for row in (row for group in _grouped(rows).values() for row in group.values()):
-        both = [one | {"side": side} for side in ("forward", "backward") for one in row[side]["dearest"]]
-        for one in sorted(both, key=lambda k: -k["seconds"])[:DEAREST]:
-            where = [
-                label(tables.setup_in(row)),
-                row["variants"][0],
-                one["side"],
-                one["kind"],
-                one["shape"][:40],
-                one["of"][:60],
-            ]
-            lines.append([*where, f"{one['bytes'] / 1e6:.0f}", f"{one['seconds'] * 1e6:.0f}"])
+    for setup, name, row in ((s, n, r) for s, group in _grouped(rows).items() for n, r in group.items()):
+        both = [(one, side) for side in ("forward", "backward") for one in row[side]["dearest"]]
+        for one, side in sorted(both, key=lambda pair: -pair[0]["seconds"])[:DEAREST]:
+            what = [one["kind"], one["shape"][:40], one["of"][:60]]
+            lines.append([label(setup), name, side, *what, f"{one['bytes'] / 1e6:.0f}", f"{one['seconds'] * 1e6:.0f}"])
     return tables.table(["", "", "", "", "shape", "of", "MB", "µs"], lines, style, left=6)
 
 
