@@ -11,18 +11,18 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
-from peft_fx import compat
-from peft_fx.passes.budget import Choices, Held, is_saved, mark
-from peft_fx.passes.flow import Roles, is_tangent, returned
-from peft_fx.passes.liveness import VIEW, bytes_of, kind_of
-from peft_fx.passes.machine import Machine
-from peft_fx.tracing import copy_graph
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Roles, returned
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.step.budget import Choice, Choices, Held, is_saved
+from peft_fx.step.liveness import VIEW, bytes_of, kind_of
 
 log = logging.getLogger("peft_fx")
 
@@ -121,37 +121,33 @@ def why_not(held: Held) -> str:
     )
 
 
-def hold(graph: Graph, roles: Roles, asked: Asked, machine: Machine) -> Held:
-    """Tags a joint graph, after Inductor's own passes, so that the partitioner keeps what fits the budget. The graph is
-    tagged last of all: where this raises, it is as it was."""
-    hint = compat.hint_for(compat.V.fake_mode)
-    clean, kept = _as_partitioned(graph, roles)
-    choices = Choices(clean, kept, hint, machine)
+def hold(
+    graph: Graph, values: list[Node], roles: Roles, asked: Asked, machine: Machine, hint: Callable[[Size], int]
+) -> tuple[Held, list[Node]]:
+    """What was done for the budget in a joint graph, and what its partitioner is to keep, which would keep these
+    `values` by itself."""
+    choices = choices_in(graph, values, hint, machine)
     fixed = asked.fixed(roles)
     budget = asked.bytes - sum(fixed.values())
-    before, after = choices.of(frozenset(kept)), choices.within(budget)
+    before, after = choices.of(frozenset(choices.before)), choices.within(budget)
     sizes = {k: sum(bytes_of(n, hint) for n in c.kept) for k, c in (("before", before), ("after", after))}
     peaks = {"before": before.peak, "after": after.peak}
     results = sum(bytes_of(n, hint) for n in returned(graph)[0] if isinstance(n, Node))
     rebuilt = len(after.rebuilt - before.rebuilt)
     held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
     log.debug("memory budget: %s", held)
-    if after is not before:
-        mark(graph, after)
-    return held
+    return held, values if after is before else saved(choices, after)
 
 
-def _as_partitioned(graph: Graph, roles: Roles) -> tuple[Graph, set[Node]]:
-    """The graph as the partitioner cleans it, equal nodes merged, and the values that it keeps by itself."""
-    joint = GraphModule(graph.owning_module or torch.nn.Module(), copy_graph(graph))
-    inputs = [n for n in graph.find_nodes(op="placeholder") if not is_tangent(n)]
-    static = [i for i, n in enumerate(inputs) if n in roles and roles[n].static]
-    _, backward = compat.min_cut_rematerialization_partition(
-        joint, [], num_fwd_outputs=len(returned(graph)[0]), static_lifetime_input_indices=static
-    )
-    read = {n.name for n in backward.graph.find_nodes(op="placeholder")}
-    kept = {_seen(n) for n in joint.graph.nodes if n.name in read}
-    return joint.graph, {n for n in kept if n.op == "call_function"}
+def choices_in(graph: Graph, values: Iterable[Node], hint: Callable[[Size], int], machine: Machine) -> Choices:
+    """The choices for a joint graph whose partitioner keeps those values by itself."""
+    return Choices(graph, {n for v in values if (n := _seen(v)).op == "call_function"}, hint, machine)
+
+
+def saved(choices: Choices, choice: Choice) -> list[Node]:
+    """What the partitioner is to hand backward: what is kept, and the graph's inputs that backward reads."""
+    read = choices.sides.reads.union(*(n.all_input_nodes for n in choice.rebuilt))
+    return [n for n in choices.graph.nodes if n in choice.kept or (n in read and n.op == "placeholder")]
 
 
 def _seen(node: Node) -> Node:

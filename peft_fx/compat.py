@@ -53,7 +53,8 @@ from torch._dynamo.utils import counters
 # caches off, where a pass must run
 from torch._functorch import config as functorch_config
 
-# what backward would keep of a joint graph, before and after
+# what backward would keep of a joint graph, before and after; which of its functions says so
+from torch._functorch import partitioners
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
@@ -75,6 +76,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 # trees of tensors: what calls take and give back
@@ -110,6 +112,7 @@ __all__ = [
     "cache_entries",
     "cached_backends",
     "callback_of",
+    "choosing",
     "compile_fx",
     "counters",
     "default_store",
@@ -230,6 +233,22 @@ def sizes_that_depend_on_values() -> Iterator[None]:
         yield
     finally:
         shape_env.settings = before
+
+
+@contextlib.contextmanager
+def choosing(choose: Callable[[Graph, list[Node]], list[Node]]) -> Iterator[None]:
+    """Inside the block the partitioner hands backward what `choose` says, which is given a joint graph as the
+    partitioner has cleaned it, and what it would hand on by itself."""
+    real = partitioners.choose_saved_values_set
+
+    def chosen(graph: Graph, *args: Any, **kwargs: Any) -> list[Node]:
+        return choose(graph, real(graph, *args, **kwargs))
+
+    partitioners.choose_saved_values_set = chosen
+    try:
+        yield
+    finally:
+        partitioners.choose_saved_values_set = real
 
 
 def callback_of(compiled: Any) -> Any:

@@ -7,6 +7,7 @@ then, `explain` finds by running the same pass again on the same graph, without 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -17,6 +18,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +30,12 @@ from peft_fx import budgeting, compat
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.analyse.flow import Role, is_tangent
 from peft_fx.passes.findings import Outcome, Settings
-from peft_fx.passes.flow import Role, is_tangent
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import prims
+from peft_fx.passes.keep.changed_inputs import snapshots
 from peft_fx.passes.loss.body import is_body
-from peft_fx.passes.nodes import prims
-from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads
 from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
 
@@ -277,24 +279,30 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
             node.meta[DONE] = True
         return [outcome, *(replace(renamed(outcome, names), seconds=0.0) for names in calls[1:])]
 
-    def hold(self, graph: Graph) -> None:
-        """Has the partitioner keep what fits the memory budget, if there is one. Where that fails, what it keeps by
-        itself, after one warning."""
-        record = self.record
+    def holding(self) -> AbstractContextManager[None]:
+        """Inside the block partitioners keep what fits the memory budget, if there is one."""
+        return contextlib.nullcontext() if self.record.budget is None else compat.choosing(self.hold)
+
+    def hold(self, graph: Graph, values: list[Node]) -> list[Node]:
+        """What the partitioner is to keep of a joint graph, where it would keep those values by itself; the same, after
+        one warning, where the choice fails."""
+        record, asked = self.record, self.record.budget
         calls = not is_body(graph) and matching(graph, record.subgraphs) is None
-        if record.budget is None or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
-            return
+        if asked is None or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
+            return values
+        roles, hint = roles_in(graph, record.roles), compat.hint_for(compat.V.fake_mode)
         try:
-            held = budgeting.hold(graph, roles_in(graph, record.roles), record.budget, record.settings.machine)
+            held, values = budgeting.hold(graph, values, roles, asked, record.settings.machine, hint)
         except Exception as error:
             told = f"peft_fx left a graph without its memory budget: {type(error).__name__}: {error}"
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             log.debug("the choice failed", exc_info=error)
-            return
+            return values
         if record.outcomes:
             record.outcomes[-1].budget = held
         if not held.is_held:
             warnings.warn(budgeting.why_not(held), RuntimeWarning, stacklevel=2)
+        return values
 
     def roles_in(self, graph: Graph) -> tuple[dict[Node, Role], list[dict[str, str]]]:
         """What a graph's inputs are; of a graph that another calls, also each call's names of the first one's."""
@@ -346,7 +354,6 @@ class Finish(compat.CustomGraphPass):  # type: ignore[misc]
             no_stale_reads(graph)
         except Exception as error:
             raise PassError(f"{type(error).__name__}: {error}") from error
-        self.ours.hold(graph)
 
     def uuid(self) -> Any:
         theirs = _uuids(self.others)
@@ -388,11 +395,13 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> A
 
 def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
     patches = dict(options.inductor) if ours is None else patches_for(ours, options.inductor)
+    inner: dict[str, Any] = {}
     if options.lowering == "aot_eager":
         patches["fallback_random"] = True
         patches["fx_graph_cache"] = False
-        return compat.compile_fx(gm, example_inputs, inner_compile=_run_eagerly, config_patches=patches)
-    return compat.compile_fx(gm, example_inputs, config_patches=patches)
+        inner["inner_compile"] = _run_eagerly
+    with contextlib.nullcontext() if ours is None else ours.holding():
+        return compat.compile_fx(gm, example_inputs, **inner, config_patches=patches)
 
 
 def _run_eagerly(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -22,9 +23,9 @@ from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.analyse.flow import Role, is_tangent
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (
@@ -44,7 +45,7 @@ PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's pas
 DEEP = 6  # equal layers, from which on a model is deep
 
 
-class LeftOut(Exception):
+class LeftOut(ValueError):
     """Why a variant cannot be had of a model."""
 
 
@@ -174,7 +175,7 @@ def estimate(
             rows += [tracer.row(name, T, traced) for (name, T), traced in found.items()]
         except LeftOut as reason:
             if variants is not None:
-                raise ValueError(f"{', '.join(names)}: {reason}") from None
+                raise LeftOut(f"{', '.join(names)}: {reason}") from None
             left_out |= dict.fromkeys(names, str(reason))
     order = list(variants or VARIANTS)
     return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)
@@ -424,7 +425,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
             handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-            forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+            with contextlib.nullcontext() if ours is None else ours.holding():
+                forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
             (results,) = forward.graph.find_nodes(op="output")
             places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
             if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
@@ -432,9 +434,10 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         kept = {places[name]: component for name, (component, _) in saved.items()}
         theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on
         lent = {n.name for n in backward.graph.find_nodes(op="placeholder") if is_tangent(n) or n.name in theirs}
-        sized = Sized.of((forward, backward))
+        hint = compat.hint_for(compat.V.fake_mode)
+        sized = Sized.of((forward, backward), hint)
         halves = Halves((forward, backward), kept, handed_on, lent, self.machine, sized)
-        return replace(halves, part=halves.reckoned(compat.hint_for(compat.V.fake_mode)))
+        return replace(halves, part=halves.reckoned(hint))
 
     def _lowered(self, *graphs: GraphModule) -> None:
         """What Inductor does with products and sums on the device, and with what can be computed in place."""

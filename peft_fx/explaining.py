@@ -175,7 +175,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
         exchange(gm.graph, compat.V.fake_mode)  # what patterns have made since
         if record.subgraphs:  # what a subgraph keeps is not known to the graph that calls it
             split: tuple[GraphModule, GraphModule]
-            split = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+            with self.idle.holding():
+                split = compat.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
             return split
         if self.idle.untouched is not None:
             before = GraphModule(gm, self.idle.untouched)
@@ -183,7 +184,8 @@ class Partitioner(compat.CustomPartitionerFn):  # type: ignore[misc]
                 before = compat.joint_graph_passes(before) or before
             exchange(before.graph, compat.V.fake_mode)
             kept["before"] = by_component(partitioned(before, joint_inputs, record.roles, kwargs)[2].values())
-        forward, backward, after = partitioned(gm, joint_inputs, record.roles, kwargs)
+        with self.idle.holding():
+            forward, backward, after = partitioned(gm, joint_inputs, record.roles, kwargs)
         kept["after"] = by_component(after.values())
         return forward, backward
 

@@ -32,12 +32,10 @@ class Sized:
     layouts: list[list[Layout]]
 
     @classmethod
-    def of(cls, graphs: Sequence[GraphModule]) -> Sized | None:
-        """None where a size has no number."""
+    def of(cls, graphs: Sequence[GraphModule], hint: Callable[[Any], int] = int) -> Sized:
+        """`hint` gives a size as a number: those of a generator's state have a symbol."""
         nodes = list(_nodes(graphs))
-        layouts = [[(tuple(v.shape), tuple(v.stride())) for v in _tensors(node)] for node in nodes]
-        if not all(isinstance(n, int) for node in layouts for tensor in node for side in tensor for n in side):
-            return None
+        layouts = [[(tuple(map(hint, v.shape)), tuple(map(hint, v.stride()))) for v in _tensors(n)] for n in nodes]
         return cls(_ops(nodes), layouts)
 
     def between(self, other: Sized, share: Fraction) -> list[list[Layout]] | None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,8 @@ import peft_fx
 from peft_fx import configs
 from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.estimates import Estimate, unit_of
-from peft_fx.estimating import VARIANTS, by_preparation
-from peft_fx.terminal import Problem, check_writable, progress, require, silence_others
+from peft_fx.estimating import VARIANTS, LeftOut, by_preparation
+from peft_fx.terminal import Problem, Say, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\
 Peak memory and time of a training step, before any GPU is rented: PEFT by Inductor alone, by peft_fx with each of its
@@ -81,23 +85,16 @@ def variants(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Estimates and writes what was asked for; returns the exit status."""
-    options = configs.options_of(args)
+    configs.options_of(args)  # a Problem now rather than in each group
     names = list(dict.fromkeys(itertools.chain.from_iterable(args.variants or ()))) or None
     for path in filter(None, (args.json, args.png)):
         check_writable(path)
     if args.png:
         require("A figure", "matplotlib", extra="bench")
-    silence_others()
-    traces = len(args.seq) * len(by_preparation(names or VARIANTS))  # at most
-    with progress(f"{args.config}, rank {args.rank}", steps=traces + 1) as say:
-        say("building the model without its weights")
-        model = without_mask(configs.model_of(args))
-        chosen = {"options": options, "device": args.device, "variants": names, "optimizer": args.optimizer}
-        batch = configs.batch_of(model, args.seq[0], args.batch)
-        try:
-            whole = peft_fx.estimate(model, **chosen, seq_lens=args.seq, progress=say, **batch)
-        except ValueError as error:
-            raise Problem(str(error)) from error
+    groups = list(by_preparation(names or VARIANTS).values())
+    with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) * len(groups)) as say:  # at most
+        found = dict(_estimates(args, groups, asked=names is not None, say=say))
+    whole = _joined(found, list(names or VARIANTS))
     print(whole)
     print(_conclusions(whole, args.memory))
     if args.json:
@@ -105,6 +102,62 @@ def run(args: argparse.Namespace) -> int:
     if args.png:
         whole.save_figure(args.png)
     return 0
+
+
+def _estimates(
+    args: argparse.Namespace, groups: Sequence[list[str]], asked: bool, say: Say
+) -> Iterator[tuple[str, Estimate]]:
+    """Estimates of groups of variants, under the name of the first of each, on as many processors as there are.
+    `asked`: a variant that the model does not allow is a Problem, else it is left out."""
+    workers = min(len(os.sched_getaffinity(0)), len(groups))
+    if workers == 1:
+        yield from ((names[0], _estimate(args, names, asked, say)) for names in groups)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process would have torch's threads' locks without them
+    lines = context.SimpleQueue()
+    with futures.ProcessPoolExecutor(workers, context, initializer=_tell, initargs=(lines,)) as pool:
+        todo = {pool.submit(_estimate, args, names, asked): names for names in groups}
+        try:
+            while todo:
+                done, _ = futures.wait(todo, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                while not lines.empty():
+                    say(lines.get())
+                yield from ((todo.pop(future)[0], future.result()) for future in done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+_told: Any = None  # the lines that a worker of the pool tells
+
+
+def _tell(lines: Any) -> None:
+    global _told
+    _told = lines
+
+
+def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: Say | None = None) -> Estimate:
+    """The estimate of variants that share one prepared model."""
+    silence_others()
+    model = without_mask(configs.model_of(args))
+    chosen = {"options": configs.options_of(args), "device": args.device, "optimizer": args.optimizer}
+    batch = configs.batch_of(model, args.seq[0], args.batch)
+    try:
+        return peft_fx.estimate(model, **chosen, variants=names, seq_lens=args.seq, progress=say or _told.put, **batch)
+    except LeftOut as why:
+        if asked:
+            raise Problem(str(why)) from why
+        reason = str(why).removeprefix(f"{', '.join(names)}: ")
+        return Estimate([], "", dict.fromkeys(names, reason))
+    except ValueError as error:
+        raise Problem(str(error)) from error
+
+
+def _joined(found: dict[str, Estimate], order: Sequence[str]) -> Estimate:
+    """One estimate of the variants of several."""
+    rows = sorted((r for e in found.values() for r in e.rows), key=lambda r: (r.tokens, order.index(r.name)))
+    left_out = {name: e.left_out[name] for name in order for e in found.values() if name in e.left_out}
+    return Estimate(rows, next((e.machine for e in found.values() if e.rows), ""), left_out)
 
 
 def without_mask(model: Any) -> Any:

@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from peft_fx.components import by_component
 from peft_fx.lengths import Sized, on
-from peft_fx.passes.liveness import Fused, Walk, outputs, walk
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.step.liveness import Fused, Walk, outputs, walk
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Halves:
     handed_on: Set[str]
     lent: Set[str]
     machine: Machine
-    sized: Sized | None
+    sized: Sized
     part: Part = Part({}, Walk(), Walk())
 
     def reckoned(self, hint: Any = int) -> Part:
@@ -58,9 +58,7 @@ class Halves:
     def between(self, other: Halves, share: Fraction) -> Halves | None:
         """The graph at a length so far between those of two traces; None where these differ in more than sizes."""
         same = (self.kept, self.handed_on, self.lent) == (other.kept, other.handed_on, other.lent)
-        if not same or self.sized is None or other.sized is None:
-            return None
-        layouts = self.sized.between(other.sized, share)
+        layouts = self.sized.between(other.sized, share) if same else None
         if layouts is None:
             return None
         on(self.graphs, layouts)

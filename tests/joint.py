@@ -17,10 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat, compiling
 from peft_fx.options import parse
-from peft_fx.passes import joint as analysed
 from peft_fx.passes import pipeline
+from peft_fx.passes.analyse.flow import Role
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.flow import Role
+from peft_fx.passes.graph import joint as analysed
 from peft_fx.retargeting import Retarget
 from peft_fx.tracing import CPU, copy_graph
 
@@ -113,7 +113,7 @@ class Joint:
         """A rewritten graph after Inductor's own joint passes, and what the backend does behind them."""
         lowered = GraphModule(self.module, copy_graph(graph))
         untagged = {n for n in lowered.graph.nodes if "recompute" not in n.meta}
-        finish = compiling.Finish(SimpleNamespace(untagged=untagged, hold=lambda graph: None))  # type: ignore[arg-type]
+        finish = compiling.Finish(SimpleNamespace(untagged=untagged))  # type: ignore[arg-type]
         patches = {"joint_custom_pre_pass": None, "joint_custom_post_pass": finish, "fallback_random": True}
         with compat.V.set_fake_mode(self.fake_mode), compat.inductor_config.patch(patches):
             return compat.joint_graph_passes(lowered).graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import torch
 import transformers as tf
 
+import peft_fx
 from peft_fx import configs
 from peft_fx.__main__ import main, parser
+from peft_fx.estimates import Estimate, Row
+from peft_fx.estimating import LeftOut
 from peft_fx.passes import pipeline
 from peft_fx.terminal import Problem
 
@@ -190,3 +194,34 @@ def test_a_pass_that_fails_is_the_exit_status(
     monkeypatch.setattr(pipeline, "run", fail)
     assert main(["explain", str(llama), "--tokens", "64"]) == 1
     assert "left to Inductor untouched: RuntimeError: on purpose" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- estimate from a configuration
+
+
+def test_an_estimate_is_one_on_however_many_processors(llama, monkeypatch, capsys) -> None:
+    asked = ["estimate", str(llama), "--seq", "64:128", "--machine", "h100", "--variants", "full,frozen"]
+    told = []
+    for processors in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, found=processors: found)
+        assert main(asked) == 0
+        told.append(capsys.readouterr())
+    assert told[0].out == told[1].out
+    assert told[0].out.count("\nfull ") == told[0].out.count("\nfrozen ") == 2
+    assert all(sorted(told[1].err.splitlines()) == sorted(each.err.splitlines()) for each in told)
+
+
+def test_what_a_model_does_not_allow_is_left_out_unless_it_is_asked_for(llama, monkeypatch, capsys) -> None:
+    def estimate(model: Any, variants: list[str], **kwargs: Any) -> Estimate:
+        if variants == ["full"]:
+            raise LeftOut("full: all of it is frozen")
+        return Estimate([Row(name, 64, 1, 1, 1, 1, 1, 1.0) for name in variants], "h100")
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(peft_fx, "estimate", estimate)
+    assert main(["estimate", str(llama)]) == 0
+    told = capsys.readouterr().out
+    assert "full is left out: all of it is frozen" in told
+    assert "frozen " in told
+    assert main(["estimate", str(llama), "--variants", "full,frozen"]) == 2
+    assert "full: all of it is frozen" in capsys.readouterr().err
