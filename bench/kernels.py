@@ -23,7 +23,7 @@ from bench.running import measure_all
 from bench.suites import unique
 from bench.variants import VARIANTS
 from peft_fx.kernels import narrow
-from peft_fx.passes.machine import MACHINES, Machine
+from peft_fx.passes.decide.machine import MACHINES, Machine
 from peft_fx.sizing import without_mask
 
 Row = dict[str, Any]
