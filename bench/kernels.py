@@ -91,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 def committed() -> Iterator[Setup]:
     """Two layers of Llama-3.2-1B: every length, and each other setting at one of them."""
-    for T in LENGTHS:
-        yield (setup := setup_of("llama-3.2-1b", layers=2, vocab=512, tokens=T, device="cpu"))
-        if T == 8192:
-            yield replace(setup, dropout=0.1)
-            yield from (replace(setup, dtype=dtype) for dtype in ("bf16", "fp32"))
-            yield from (replace(setup, method=method) for method in ("dora", "ia3", "vera", "loha"))
+    setup = setup_of("llama-3.2-1b", layers=2, vocab=512, tokens=8192, device="cpu")
+    yield from (replace(setup, tokens=T) for T in LENGTHS)
+    yield replace(setup, method="dora")
+    yield replace(setup, dropout=0.1)
+    yield from (replace(setup, method=method) for method in ("ia3", "vera", "loha"))
+    yield from (replace(setup, dtype=dtype) for dtype in ("bf16", "fp32"))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
