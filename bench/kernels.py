@@ -95,7 +95,7 @@ def committed() -> Iterator[Setup]:
     yield from (replace(setup, tokens=T) for T in LENGTHS)
     yield replace(setup, method="dora")
     yield replace(setup, dropout=0.1)
-    yield from (replace(setup, method=method) for method in ("ia3", "vera", "loha"))
+    yield from (replace(setup, method=method) for method in ("ia3", "vera"))
     yield from (replace(setup, dtype=dtype) for dtype in ("bf16", "fp32"))
 
 
