@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +35,7 @@ from peft_fx.passes.nodes import aten
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained
-from tests.test_backend import key
+from tests.test_backend import ROOT, key, python
 
 K, N, R, T = 16, 48, 2, 64
 STEP = {"peft_fx.memory_budget_of": "step"}
@@ -334,6 +336,38 @@ def test_explain_tells_what_was_done_for_a_budget() -> None:
     assert f"{least / 1e3:.1f} kB" in str(traced_only)
     assert f"{held.rebuilt} values" in str(traced_only)
     assert not peft_fx.explain(copy.deepcopy(model), x_of()).budgets
+
+
+TWICE = """
+    import hashlib, json, warnings, torch
+    torch.set_num_threads(1)
+    import peft_fx
+    from peft_fx import compiling
+    from tests.oracle import run
+    from tests.test_budget import MODELS, STEP, integers, x_of
+
+    model = integers(MODELS["plain"](), 0, bound=1)
+    warnings.filterwarnings("ignore", "peft_fx cannot hold")
+    f = torch.compile(model, backend=peft_fx.backend, options={"peft_fx.memory_budget": BUDGET, **STEP})
+    result = run(f, model, (x_of(),))
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in result.items() if t is not None)).hexdigest()
+    passes = sum(len(r.outcomes) for r in compiling.records_of(model))
+    print(json.dumps({"passes": passes, "digest": digest, "budgets": peft_fx.explain(f).to_dict()["budgets"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["held", "not held"])
+def test_what_a_warm_cache_answers_is_told_of_like_what_was_chosen(tmp_path: Path, share: float) -> None:
+    """In a second process, where no pass runs: the same bits, and the same row of the budget."""
+    code = TWICE.replace("BUDGET", str(int(held_at_least("plain") * share)))
+    cold, warm = (json.loads(python(code, tmp_path, PYTHONPATH=str(ROOT)).stdout.splitlines()[-1]) for _ in range(2))
+    assert (cold["passes"], warm["passes"]) == (1, 0)
+    assert warm["digest"] == cold["digest"]
+    (held,) = warm["budgets"]
+    assert warm["budgets"] == cold["budgets"]
+    assert held["is_held"] == (share == 1.0)
+    assert held["rebuilt"] > 0
 
 
 def test_inductor_draws_the_same_masks_again() -> None:
