@@ -19,7 +19,7 @@ from bench.running import measure_here
 from bench.variants import FLOORS
 from peft_fx.estimates import Row
 from peft_fx.estimating import VARIANTS
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide.machine import MACHINES
 
 ESTIMATE = """\
 Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every

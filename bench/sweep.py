@@ -21,9 +21,9 @@ from bench.results import FOLDER, Results
 from bench.running import measure_all
 from peft_fx import machines
 from peft_fx.measuring import clock_of
-from peft_fx.passes import price
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.price import Shape
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.decide.shapes import Shape
 
 SWEEP = """\
 Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,

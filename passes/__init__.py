@@ -1,35 +1,25 @@
-"""Graph in, graph out: `analyse (pure) -> price (pure) -> rewrite (the only mutation) -> keep -> verify`.
+"""Graph in, graph out: an adapted model's joint graph, rewritten. `pipeline.PASSES` is the order.
 
-    nodes.py       what the passes ask of a node, and the families of ops that they name
-    algebra.py     linear forms: sums of scaled products of matrices, without any graph
-    transfer.py    what each ATen op does to a linear form: one short function per op, in one table
-    flow.py        what depends on what: backward, weights, random draws; and the names of graph inputs
-    identities.py  products with an identity are their other operand
-    factors.py     a vector that every addend of a sum carries, taken out of it
-    quantised.py   a product fused with its weight's dequantisation, opened where an adapter joins
-    adapters.py    what an adapter is: the definition that all who look for one ask
-    sites.py       which sums are a product plus its adapters
-    affine.py      which values are, row by row, an affine map of one source
-    regions.py     which of these maps are an adapter that is no sum of products
-    replay.py      such a map run on the rows of an identity in place of the tokens
-    refusals/      what looks like an adapter and has no weight form, and why
-    merged.py      which adapters the model adds to the weight itself
-    machine.py     how fast a device is, in a few numbers
-    price.py       what each form of a site costs on a machine
-    regimes.py     for which numbers of tokens one graph's decisions hold
-    rounding.py    the one place where W' is rounded
-    rewrite.py     builds W' and puts it in the place of W
-    moments.py     gradients of vectors behind a layer, from xᵀ·dy
-    transients.py  adapters' gradients without copies of activations
-    scaled_reads.py  and without scaled copies of them
-    narrow.py      their products by kernels of our own
-    keep.py        what backward rebuilds instead of keeping
-    snapshots.py   copies of what forward writes, for backward
-    halves.py      forward and backward for a given set of values kept, and what a step of them takes
-    budget.py      which values to keep, and which to make again, so that a step fits a number of bytes
-    cut.py         the least cut of a network, by which they are chosen
-    verify.py      what must hold of a graph before and after
-    pipeline.py    the order of these steps
+    findings.py  what is asked of the passes, and what they tell: settings, sites, refusals. Data
+    graph/       a graph, what is known of it, and the one way to change it
+    normalise/   the same values, in the words that the analysis knows
+    analyse/     what is in a graph: sums, maps, adapters, and what has no weight form
+    decide/      which adapters get their weight form: machines, prices, the choice
+    rewrite/     adapters in weight form in the place of what they were
+    keep/        what adapters' gradients are made of, and what backward keeps for them
+    loss/        a language model's loss, a few rows of the logits at a time
+    verify.py    what must hold of a graph before and after
+    pipeline.py  the table of passes, and `run`
+
+What holds everywhere:
+
+- A pass is given a Joint and the Settings. It changes the graph through `joint.edit` alone, tells in `joint.found` what
+  users hear of, and in `joint.notes` what a later pass needs.
+- An analysis is made once for each state of the graph: `joint.flow`, `joint.sums`, `joint.maps`. It is pure.
+- An op without a rule is a name of its own, never a guess.
+- W is never written; W' is built in a wider dtype, rounded once, made again in backward and not kept.
+- Order in the graph decides ties, never that of a set: each run and each rank makes the same graph.
+- Whatever fails, the caller has the untouched graph, and training goes on.
 
 Symbols as everywhere in the project: `T` tokens, `K` in-features, `N` out-features, `r` rank, `x [T,K]`, `W [K,N]` as
 it multiplies x, `A [K,r]`, `B [r,N]`, `s` scale, `dy [T,N]`. `u` is what a group of products shares: x in forward, dy

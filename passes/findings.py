@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peft_fx.passes.machine import MACHINES, Machine
+from peft_fx.passes.decide.machine import MACHINES, Machine
 
 if TYPE_CHECKING:
-    from peft_fx.passes.budget import Held
+    from peft_fx.step.budget import Held
 
 WEIGHT, ACTIVATION, NONE = "weight", "activation", "none"
 EXACT, REBUILT = "exact", "rebuilt"

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.editor import fake
-from peft_fx.passes.nodes import expr, is_mutable, is_random, value
-from peft_fx.passes.snapshots import stale_reads
+from peft_fx.passes.graph.editor import fake
+from peft_fx.passes.graph.nodes import expr, is_mutable, is_random, value
+from peft_fx.passes.keep.changed_inputs import stale_reads
 
 
 class VerificationError(AssertionError):

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.budget import Choice, Choices, Held, is_saved
-from peft_fx.passes.flow import Roles, returned
-from peft_fx.passes.liveness import VIEW, bytes_of, kind_of
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Roles, returned
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.step.budget import Choice, Choices, Held, is_saved
+from peft_fx.step.liveness import VIEW, bytes_of, kind_of
 
 log = logging.getLogger("peft_fx")
 

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from peft_fx import machines
 from peft_fx.measuring import clock_of
-from peft_fx.passes.machine import DTYPES, Machine, Speed, implausible
+from peft_fx.passes.decide.machine import DTYPES, Machine, Speed, implausible
 from peft_fx.terminal import Say, progress
 
 Run = Callable[[], object]

@@ -30,12 +30,12 @@ from peft_fx import budgeting, compat
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.analyse.flow import Role, is_tangent
 from peft_fx.passes.findings import Outcome, Settings
-from peft_fx.passes.flow import Role, is_tangent
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import prims
+from peft_fx.passes.keep.changed_inputs import snapshots
 from peft_fx.passes.loss.body import is_body
-from peft_fx.passes.nodes import prims
-from peft_fx.passes.snapshots import snapshots
 from peft_fx.passes.verify import no_stale_reads
 from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
 

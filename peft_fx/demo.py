@@ -25,7 +25,7 @@ from peft_fx.compiling import is_disabled
 from peft_fx.configs import positive
 from peft_fx.measuring import Memory, memory_of, quartiles, times_in_turn
 from peft_fx.options import CHOICES
-from peft_fx.passes.machine import DTYPES
+from peft_fx.passes.decide.machine import DTYPES
 from peft_fx.terminal import Problem, require, silence_others
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"

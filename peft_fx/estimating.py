@@ -23,9 +23,9 @@ from peft_fx.explaining import own_inputs, unwrapped
 from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
-from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.policies import POLICIES
+from peft_fx.passes.analyse.flow import Role, is_tangent
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.steps import Halves, step_of
 from peft_fx.tracing import (
@@ -118,6 +118,7 @@ VARIANTS: Mapping[str, Variant] = {
     "full": Variant(_full, trains="trained weights"),
     "frozen": Variant(_frozen),
 }
+EXACT = tuple(name for name in VARIANTS if name.removeprefix("peft_fx-") not in POLICIES)  # no lossy keep
 
 
 # -------------------------------------------------------------------------------------------------------- estimate
@@ -140,8 +141,8 @@ def estimate(
     `estimate(model, *args, **kwargs)` traces the call on fake tensors; a model on the meta device gives the same
     figures. `options` are torch.compile's, for the variants by peft_fx; `machine` is a known name or a calibration's
     file; `device`, "cpu" or "cuda", says whose graphs are reckoned with where that is not to be the machine's or where
-    the model is, as in `explain`; `optimizer` is one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: all that
-    the model allows).
+    the model is, as in `explain`; `optimizer` is one of `OPTIMIZERS`; `variants` some of `VARIANTS` (default: those of
+    `EXACT` that the model allows).
     `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Lengths between two
     whose graphs differ in nothing but sizes are not traced. Values that the model returns beside the loss are taken to
     be let go of before backward. A model of more than `DEEP` equal layers is traced at two depths, and a further layer
@@ -167,7 +168,7 @@ def estimate(
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     lengths = sorted(set(seq_lens)) if seq_lens is not None else [_length(args, kwargs)]
-    for prepare, names in by_preparation(variants or VARIANTS).items():
+    for prepare, names in by_preparation(variants or EXACT).items():
         named = {n: _options(VARIANTS[n], options) for n in names}
         try:
             tracer = Tracer(plain, prepare, (args, kwargs), named, target, progress)
@@ -177,7 +178,7 @@ def estimate(
             if variants is not None:
                 raise LeftOut(f"{', '.join(names)}: {reason}") from None
             left_out |= dict.fromkeys(names, str(reason))
-    order = list(variants or VARIANTS)
+    order = list(variants or EXACT)
     return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch.fx import Graph, Node
 
 from peft_fx.compiling import readable
+from peft_fx.passes.analyse.flow import Roles, is_tangent, reachable
 from peft_fx.passes.findings import layer_of
-from peft_fx.passes.flow import Roles, is_tangent, reachable
-from peft_fx.passes.nodes import expr
-from peft_fx.passes.rewrite import REBUILD
+from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.nodes import expr
 
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "bool": "b8"}
 STACKS = ("nn_module_stack", "fwd_nn_module_stack")  # of a node of forward, of one of backward

@@ -24,7 +24,7 @@ import torch
 
 from peft_fx import compat
 from peft_fx.kernels import library, trial
-from peft_fx.passes.machine import MACHINES, Machine, implausible, table_entry
+from peft_fx.passes.decide.machine import MACHINES, Machine, implausible, table_entry
 from peft_fx.probing import limits, probe
 
 log = logging.getLogger("peft_fx")

@@ -12,10 +12,10 @@ import torch
 
 from peft_fx import budgeting, machines
 from peft_fx.compat import list_mode_options, list_options
+from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.machine import MACHINES
-from peft_fx.passes.policies import POLICIES
-from peft_fx.passes.policies import ROUNDINGS as KEEP_ROUNDINGS
+from peft_fx.passes.keep.policies import POLICIES
+from peft_fx.passes.keep.policies import ROUNDINGS as KEEP_ROUNDINGS
 from peft_fx.passes.rewrite.rounding import ROUNDINGS
 
 PREFIX = "peft_fx."

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from peft_fx.passes.machine import DTYPES, Machine, cpu
+from peft_fx.passes.decide.machine import DTYPES, Machine, cpu
 
 Run = Callable[[], object]
 ROUNDS = 7

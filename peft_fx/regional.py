@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from peft_fx.passes.analyse.flow import Role, is_tangent
 from peft_fx.passes.findings import LOSS, Outcome
-from peft_fx.passes.flow import Role, is_tangent
-from peft_fx.passes.nodes import expr
+from peft_fx.passes.graph.nodes import expr
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tabulate import tabulate
 
 from peft_fx.budgeting import readable
 from peft_fx.listing import Lines
-from peft_fx.passes.budget import Held
 from peft_fx.passes.findings import EXACT, REBUILT, ChunkedLoss, KeptInput, Refusal, Site
+from peft_fx.step.budget import Held
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SLOT = '<script type="application/json" id="report">null</script>'

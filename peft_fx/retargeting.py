@@ -21,9 +21,9 @@ from peft_fx import compat, machines
 from peft_fx.compat import pytree
 from peft_fx.compiling import AdapterPass, Record
 from peft_fx.options import Options
-from peft_fx.passes.editor import Editor
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.nodes import COPIES, argument, aten, shape, tensor_arg, value
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import COPIES, argument, aten, shape, tensor_arg, value
 from peft_fx.tracing import CPU
 
 GPU = torch.device("cuda", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import multiprocessing
 import os
@@ -15,13 +16,13 @@ import peft_fx
 from peft_fx import configs
 from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.estimates import Estimate, unit_of
-from peft_fx.estimating import VARIANTS, LeftOut, by_preparation
+from peft_fx.estimating import EXACT, VARIANTS, LeftOut, by_preparation
 from peft_fx.terminal import Problem, Say, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\
-Peak memory and time of a training step, before any GPU is rented: PEFT by Inductor alone, by peft_fx with each of its
-keeps, with checkpoints, full fine-tuning, and the model without adapters, which is the floor. The model is built from
-its configuration on the meta device: no weight exists, nothing is downloaded, nothing is computed.
+Peak memory and time of a training step, before any GPU is rented: PEFT by Inductor alone, by peft_fx, with checkpoints,
+full fine-tuning, and the model without adapters, which is the floor. The model is built from its configuration on the
+meta device: no weight exists, nothing is downloaded, nothing is computed.
 
 The peak of each is split into weights, gradients, the optimiser's state, what forward keeps for backward, and what is
 alive besides at the highest point. Attention is taken to need no mask of T×T, as FlashAttention needs none.
@@ -29,7 +30,7 @@ alive besides at the highest point. Attention is taken to need no mask of T×T, 
 EPILOG = """\
 examples:
   python -m peft_fx estimate config.json --seq 4096 --machine h100
-        every variant at one length
+        every variant with exact gradients, at one length
   python -m peft_fx estimate config.json --seq 2048:131072 --targets attention --png memory.png
         lengths from 2048 on, each twice the last, and a figure
   python -m peft_fx estimate ~/models/llama --seq 2048:131072 --variants inductor,peft_fx,full --memory 80
@@ -53,7 +54,7 @@ def add_command(commands: Any) -> None:
     seq = "tokens of a sequence: one number, or FIRST:LAST, each twice the one before (default: %(default)s)"
     command.add_argument("--seq", type=lengths, default="2048", metavar="T", help=seq)
     configs.add_backend_arguments(command, "whose speeds are reckoned with")
-    names = f"with commas between, of {', '.join(VARIANTS)} (default: all)"
+    names = f"with commas between, of {', '.join(VARIANTS)} (default: all but the lossy keeps)"
     command.add_argument("--variants", nargs="+", type=variants, metavar="NAME,…", help=names)
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
     command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
@@ -91,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(path)
     if args.png:
         require("A figure", "matplotlib", extra="bench")
-    groups = list(by_preparation(names or VARIANTS).values())
+    groups = list(by_preparation(names or EXACT).values())
     with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) * len(groups)) as say:  # at most
         found = dict(_estimates(args, groups, asked=names is not None, say=say))
-    whole = _joined(found, list(names or VARIANTS))
+    whole = _joined(found, list(names or EXACT))
     print(whole)
     print(_conclusions(whole, args.memory))
     if args.json:
@@ -134,6 +135,8 @@ _told: Any = None  # the lines that a worker of the pool tells
 def _tell(lines: Any) -> None:
     global _told
     _told = lines
+    gc.freeze()  # else what was imported is walked through every few hundred nodes, an eighth of the time
+    gc.set_threshold(20_000, 10, 10)
 
 
 def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: Say | None = None) -> Estimate:

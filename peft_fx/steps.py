@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from peft_fx.components import by_component
 from peft_fx.lengths import Sized, on
-from peft_fx.passes.liveness import Fused, Walk, outputs, walk
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.step.liveness import Fused, Walk, outputs, walk
 
 
 @dataclass(frozen=True)

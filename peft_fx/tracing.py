@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import compat
 from peft_fx.compat import pytree
 from peft_fx.copying import Copies
-from peft_fx.passes.nodes import expr
+from peft_fx.passes.graph.nodes import expr
 
 CPU = torch.device("cpu")
 # where a graph is only looked at, no cache answers in the place of our passes, and nothing is timed on a device

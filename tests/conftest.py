@@ -9,7 +9,7 @@ import torch
 
 from peft_fx import machines
 from peft_fx.kernels import library
-from peft_fx.passes import machine
+from peft_fx.passes.decide import machine
 
 logging.getLogger("torch.__trace").propagate = False  # else pytest captures megabytes of it per failure
 torch.set_num_threads(1)  # on two busy cores a pool of two makes small products 20 times slower

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.rewrite import rounding
 
 HALVES = {torch.bfloat16: 16, torch.float16: 13}  # and the bits of fp32 that they lack

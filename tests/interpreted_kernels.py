@@ -15,7 +15,7 @@ from torch.fx import Graph
 from peft_fx.kernels import library, trial, triton_merge, triton_narrow
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
-from peft_fx.passes.nodes import CAST
+from peft_fx.passes.graph.nodes import CAST
 from peft_fx.retargeting import GPU
 from peft_fx.tracing import copy_graph
 from tests import joint

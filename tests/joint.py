@@ -17,10 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat, compiling
 from peft_fx.options import parse
-from peft_fx.passes import joint as analysed
 from peft_fx.passes import pipeline
+from peft_fx.passes.analyse.flow import Role
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.flow import Role
+from peft_fx.passes.graph import joint as analysed
 from peft_fx.retargeting import Retarget
 from peft_fx.tracing import CPU, copy_graph
 

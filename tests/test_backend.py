@@ -26,12 +26,14 @@ from torch.fx import Graph, GraphModule, Node
 import peft_fx
 from peft_fx import compat, compiling, machines
 from peft_fx.options import CHOICES, parse
-from peft_fx.passes import joint as joints
-from peft_fx.passes import keep, machine, pipeline, price, training
+from peft_fx.passes import pipeline
 from peft_fx.passes.analyse import find
+from peft_fx.passes.analyse.flow import Role
+from peft_fx.passes.decide import machine, price
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.flow import Role
-from peft_fx.passes.nodes import CAST, aten, is_random, value
+from peft_fx.passes.graph import joint as joints
+from peft_fx.passes.graph.nodes import CAST, aten, is_random, value
+from peft_fx.passes.keep import chains, in_place_reads
 from peft_fx.passes.rewrite import merge_sums
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
@@ -272,13 +274,13 @@ def boom(*args: Any, **kwargs: Any) -> Any:
 
 FAULTS = {
     "contract": (pipeline.Contract, "of"),
-    "analysis": (joints, "Analysis"),
+    "analysis": (joints, "Sums"),
     "refusals": (find, "refusals"),
     "price": (price, "decide"),
     "rewrite": (merge_sums.Rewriter, "rewrite"),
     "merge": (merge_sums.Rewriter, "_merge"),
-    "transients": (training, "read_in_place"),
-    "keep": (keep.Keep, "mark"),
+    "transients": (in_place_reads, "read_in_place"),
+    "keep": (chains.Recompute, "mark"),
     "verify": (pipeline, "verify"),
 }
 

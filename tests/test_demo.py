@@ -12,7 +12,7 @@ from peft_fx import demo, machines, measuring
 from peft_fx.__main__ import parser
 from peft_fx.demo import EAGER, FROZEN, INDUCTOR, OURS, Cost
 from peft_fx.measuring import Memory
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.terminal import Problem
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx.estimates import Estimate, Row
-from peft_fx.passes.liveness import PACKED, Fused, outputs, walk
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import lengths
+from peft_fx.step.liveness import PACKED, Fused, outputs, walk
 from tests.peft_models import adapt, llama_config
 
 T, K, N = 64, 32, 48

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuzz.oracles import Case, Failure, judge
 from tests.fuzz.search import CORPUS, Found, replayed, search, shrunk
-from tests.test_mutants import MUTANTS
+from tests.passes.test_mutants import MUTANTS
 
 CASES = 150
 

@@ -11,7 +11,7 @@ from torch.fx import Graph
 
 import peft_fx
 from peft_fx import compat
-from peft_fx.passes.nodes import PRODUCTS
+from peft_fx.passes.graph.nodes import PRODUCTS
 from tests.oracle import assert_bit_equal, integers, run
 from tests.spellings import K, N, frozen, trained
 

@@ -24,16 +24,17 @@ from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import merge
 from peft_fx.kernels.narrow import WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
 from peft_fx.options import parse
-from peft_fx.passes import narrow, price
-from peft_fx.passes.machine import MACHINES, table_entry
-from peft_fx.passes.nodes import aten, value
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import MACHINES, table_entry
+from peft_fx.passes.graph.nodes import aten, value
+from peft_fx.passes.keep import narrow
 from peft_fx.passes.rewrite import merge_sums
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR
+from tests.passes.keep.test_in_place_reads import Siblings
 from tests.spellings import K, N, frozen, trained
 from tests.test_retargeting import with_products_of_a_cpu
-from tests.test_transients import Siblings
 
 BF16 = torch.bfloat16
 R = 4

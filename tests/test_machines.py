@@ -22,7 +22,7 @@ import peft_fx
 from peft_fx import calibrating, compat, machines, probing
 from peft_fx.__main__ import main
 from peft_fx.options import parse
-from peft_fx.passes.machine import MACHINES, Machine, Speed, cpu, implausible
+from peft_fx.passes.decide.machine import MACHINES, Machine, Speed, cpu, implausible
 from tests.test_backend import key
 
 CPU = torch.device("cpu")
@@ -504,7 +504,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft_fx import machines
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide.machine import MACHINES
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 cpu = torch.device("cpu")

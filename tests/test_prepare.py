@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import peft_fx
-from peft_fx.passes.merged import ALREADY
+from peft_fx.passes.analyse.merged import ALREADY
 from peft_fx.preparing import TABLE, curable
 from tests import joint
 from tests.oracle import weight_form

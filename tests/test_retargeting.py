@@ -19,15 +19,15 @@ from peft_fx.compat import pytree
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.nodes import aten, prims, value
-from peft_fx.passes.policies import Float8
-from peft_fx.passes.rewrite import REBUILD
+from peft_fx.passes.graph.editor import REBUILD
+from peft_fx.passes.graph.nodes import aten, prims, value
+from peft_fx.passes.keep.policies import Float8
 from peft_fx.retargeting import GPU, Retarget, device_of
 from peft_fx.tracing import CPU
 from tests import affine_spellings, joint, spellings
 from tests.oracle import integers
+from tests.passes.keep.test_in_place_reads import Siblings
 from tests.spellings import Case, K, N, frozen, trained, x
-from tests.test_transients import Siblings
 
 H100 = {"peft_fx.machine": "h100", "peft_fx.form": "weight"}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -268,7 +268,7 @@ def test_the_device_is_the_machines_or_the_one_asked_for() -> None:
 def test_a_machines_constants_decide_whether_it_is_a_gpu(tmp_path: Any) -> None:
     """Those of a calibration's file too."""
     from peft_fx import machines
-    from peft_fx.passes.machine import MACHINES
+    from peft_fx.passes.decide.machine import MACHINES
 
     for name, device in (("a100", GPU), ("cpu", CPU)):
         path = tmp_path / f"{name}.json"

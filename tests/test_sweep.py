@@ -11,8 +11,8 @@ from torch.fx import Graph
 import peft_fx
 from bench import sweep
 from bench.sweep import AGAIN, INDUCTOR, Cell, Layer
-from peft_fx.passes import price
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import MACHINES
 from tests import joint
 
 

@@ -20,7 +20,7 @@ from bench.coverage.adapters import METHODS, NOISE, Method
 from bench.coverage.architectures import ARCHITECTURES, Architecture
 from bench.coverage.packages import MODULES, Module
 from peft_fx.measuring import median_times
-from peft_fx.passes.merged import ALREADY
+from peft_fx.passes.analyse.merged import ALREADY
 
 Entry = Method | Architecture | Module
 TABLES: dict[str, Mapping[str, Entry]] = {"peft": METHODS, "architectures": ARCHITECTURES, "packages": MODULES}

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch.fx import Node
 
+from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.analyse.refusals import refusals
 from peft_fx.passes.analyse.regions import regions
 from peft_fx.passes.decide.candidates import parameters_of, parameters_of_refused
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.keep import products
-from peft_fx.passes.nodes import CAST, LAYOUTS, is_tensor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import CAST, LAYOUTS, is_tensor
+from peft_fx.passes.keep.chains import products
 
 ALIKE = LAYOUTS | {CAST}
 

@@ -1,7 +1,7 @@
 """Adapters that are no sums of products: regions of row-wise affine ops with a frozen product and trained parameters.
 
 A *region* is what lies between a source u and a value y = u·W' + b' of it, or between u and several addends of one sum
-of a backward graph. What `sites.py` reads as terms is left to it: there W' is shared between forward and backward, and
+of a backward graph. What `sums.py` reads as terms is left to it: there W' is shared between forward and backward, and
 the sum keeps its spelling.
 """
 
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_small
-from peft_fx.passes.affine import Row, Rows, Token, fresh, in_order
-from peft_fx.passes.algebra import MANTISSA, Size, coarser
-from peft_fx.passes.analyse.candidates import Region
+from peft_fx.passes.analyse.adapters import are_small
+from peft_fx.passes.analyse.algebra import MANTISSA, Size, coarser
+from peft_fx.passes.analyse.candidates import MapCandidate
+from peft_fx.passes.analyse.dims import Token, in_order
+from peft_fx.passes.analyse.maps import AffineMap, AffineMaps, fresh
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import (
     CASTS,
     COPIES,
     PRODUCTS,
@@ -38,13 +40,12 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.sites import Analysis
 
 
-def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
+def regions(joint: Joint) -> tuple[list[MapCandidate], list[Refusal]]:
     """The regions that no group of terms accounts for, the largest ones, in graph order; and those refused."""
     graph, rows, analysis = joint.graph, joint.maps, joint.sums
-    every: list[Region] = []
+    every: list[MapCandidate] = []
     covered: set[Node] = set()
     for node in reversed(graph.nodes):
         if node in covered or node not in rows.of:
@@ -68,7 +69,7 @@ def regions(joint: Joint) -> tuple[list[Region], list[Refusal]]:
     return found, refused
 
 
-def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
+def _ends(node: Node, rows: AffineMaps) -> Iterator[tuple[Node, ...]]:
     """What may be the ends of a region: a value in which arithmetic ends; or addends of a sum that share a source."""
     row = rows.of[node]
     if row.source is not node:
@@ -82,7 +83,7 @@ def _ends(node: Node, rows: Rows) -> Iterator[tuple[Node, ...]]:
     yield from (tuple(ends) for ends in by_source.values() if len(ends) > 1)
 
 
-def _addends(node: Node, rows: Rows) -> Iterator[Node]:
+def _addends(node: Node, rows: AffineMaps) -> Iterator[Node]:
     """The addends of a sum of several sources, through the sums that serve it alone."""
     if node.target is not aten.add.Tensor or node.kwargs:
         return
@@ -100,14 +101,14 @@ def _has_one_reader(node: Node) -> bool:
     return len(node.users) == 1 and not is_read_twice(node)
 
 
-def _is_arithmetic(node: Node, rows: Rows) -> bool:
+def _is_arithmetic(node: Node, rows: AffineMaps) -> bool:
     """Whether an op does more than to lay out, cast or scale by a number: what follows it is not the adapter's."""
     trained, _ = rows.brought(node)
     inside = [n for n in rows.operands(node) if n in rows.of]
     return bool(trained) or len(inside) > 1 or node.target in PRODUCTS
 
 
-def _puts_in_order(node: Node, rows: Rows) -> bool:
+def _puts_in_order(node: Node, rows: AffineMaps) -> bool:
     """Whether the tokens come first again here, which they did not where the arithmetic ended."""
     start = node
     layouts = RESHAPES | COPIES | CASTS | TRANSPOSES
@@ -118,9 +119,9 @@ def _puts_in_order(node: Node, rows: Rows) -> bool:
     return False
 
 
-def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
+def _region(ends: tuple[Node, ...], rows: AffineMaps) -> MapCandidate | None:
     flow = rows.flow
-    row = functools.reduce(Row.joined, (rows.of[end] for end in ends))
+    row = functools.reduce(AffineMap.joined, (rows.of[end] for end in ends))
     bases = [n for n in row.products if not set(rows.brought(n)[1]).isdisjoint(row.frozen)]
     if not bases or not rows.is_adapted(row) or any(not in_order(rows.of[end].dims) for end in ends):
         return None
@@ -131,7 +132,7 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
         return None  # a single token, or a single feature
     source = _start(row.source, frozenset(rows.between(ends, row.source)), rows)
     own = rows.from_source(ends, source)
-    row = functools.reduce(Row.joined, (own.of[end] for end in ends))
+    row = functools.reduce(AffineMap.joined, (own.of[end] for end in ends))
     nodes = frozenset(rows.between(ends, source))
     backward = ends[0] in flow.backward
     K, N = shape(row.source)[-1], row.width
@@ -147,10 +148,10 @@ def _region(ends: tuple[Node, ...], rows: Rows) -> Region | None:
     if any(_goes_on(end, base, rows) for end in ends) or _is_beside(base, nodes, rows):
         return None  # part of an adapter whose base is elsewhere
     diagonal = frozenset(n for n in own.of if own.of[n].source is source and own.of[n].diagonal is not None)
-    return Region(ends, row, nodes, diagonal, base, backward)
+    return MapCandidate(ends, row, nodes, diagonal, base, backward)
 
 
-def _is_a_layer(product: Node, base: Node, row: Row, rows: Rows, sizes: tuple[Size, Size]) -> bool:
+def _is_a_layer(product: Node, base: Node, row: AffineMap, rows: AffineMaps, sizes: tuple[Size, Size]) -> bool:
     """Whether a trained product is no small part of the whole map: one beside the base's, by itself, with as large a
     weight; one before it or behind it, also if it gives the map a width that the layer has not."""
     trained, _ = rows.brought(product)
@@ -164,7 +165,7 @@ def _is_a_layer(product: Node, base: Node, row: Row, rows: Rows, sizes: tuple[Si
     return not are_small(trained, sizes) or not frozen.issuperset({*sizes} & {*_weight_sizes(product, rows)})
 
 
-def _is_scaled_adapter(end: Node, rows: Rows) -> bool:
+def _is_scaled_adapter(end: Node, rows: AffineMaps) -> bool:
     """Whether a value is an adapter's, times a vector: that vector is no part of it."""
     while end.target in COPIES | CASTS:
         (end,) = rows.operands(end)
@@ -172,7 +173,7 @@ def _is_scaled_adapter(end: Node, rows: Rows) -> bool:
     return len(scaled) == 1 and rows.is_adapted(rows.of[scaled[0]]) and bool(rows.of[scaled[0]].frozen)
 
 
-def _start(source: Node, nodes: frozenset[Node], rows: Rows) -> Node:
+def _start(source: Node, nodes: frozenset[Node], rows: AffineMaps) -> Node:
     """Where the ways to the ends part: a norm's scale or a rounding that all of the region reads its input through is
     the input's own."""
     while True:
@@ -186,7 +187,7 @@ def _start(source: Node, nodes: frozenset[Node], rows: Rows) -> Node:
         (source,) = after
 
 
-def _likeness(product: Node, row: Row, sizes: set[Size], rows: Rows) -> tuple[Any, ...]:
+def _likeness(product: Node, row: AffineMap, sizes: set[Size], rows: AffineMaps) -> tuple[Any, ...]:
     """How much a product looks like the base's: its weight beside the trained parameters, of the whole map's size, and
     the source itself read by it; of equals the last in the graph."""
     own = any(rows.in_one_module(t, f) for t in row.trained for f in _weights(product, rows)[:1])
@@ -194,7 +195,7 @@ def _likeness(product: Node, row: Row, sizes: set[Size], rows: Rows) -> tuple[An
     return own, set(weight) == sizes, -len(rows.of[product].products), numel(weight), product
 
 
-def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
+def _goes_on(end: Node, base: Node, rows: AffineMaps) -> bool:
     """Whether another weight of the base's module acts on the result, or on what is added to it."""
     todo, seen = [end], {end}
     while todo:
@@ -213,7 +214,7 @@ def _goes_on(end: Node, base: Node, rows: Rows) -> bool:
     return False
 
 
-def _is_beside(base: Node, nodes: frozenset[Node], rows: Rows) -> bool:
+def _is_beside(base: Node, nodes: frozenset[Node], rows: AffineMaps) -> bool:
     """Whether a larger frozen weight of the base's module reads the same source, on its own."""
     size = numel(_weight_sizes(base, rows))
     return any(
@@ -222,27 +223,27 @@ def _is_beside(base: Node, nodes: frozenset[Node], rows: Rows) -> bool:
     )
 
 
-def _in_module(parameters: Iterable[Node], base: Node, rows: Rows) -> bool:
+def _in_module(parameters: Iterable[Node], base: Node, rows: AffineMaps) -> bool:
     return any(rows.in_one_module(p, f) for p in parameters for f in _weights(base, rows)[:1])
 
 
-def _weights(product: Node, rows: Rows) -> list[Node]:
+def _weights(product: Node, rows: AffineMaps) -> list[Node]:
     return [p for n in factors_of(product) if rows.flow.is_weight(n) for p in rows.flow.parameters(n)]
 
 
-def _weight_sizes(product: Node, rows: Rows) -> list[int]:
+def _weight_sizes(product: Node, rows: AffineMaps) -> list[int]:
     *batch, k, n = shape(next(n for n in factors_of(product) if n not in rows.of))
     return [int(m) for m in (*(m for m in batch if m != 1), k, n)]
 
 
-def _read_as_terms(region: Region, rows: Rows, analysis: Analysis) -> bool:
+def _read_as_terms(region: MapCandidate, rows: AffineMaps, analysis: Sums) -> bool:
     """Whether a group of terms accounts for every use of a trained parameter in a region."""
     group = analysis.group_of.get(region.base)
     uses = sum(bool(rows.brought(n)[0]) for n in region.nodes)
     return group is not None and uses <= sum(analysis.flow.is_trained(f.name) for f in group.adapter_factors)
 
 
-def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
+def _refusal(region: MapCandidate, rows: AffineMaps, analysis: Sums) -> Refusal | None:
     row = region.row
     name = region.site_name(rows.flow)
     reads = sorted(row.read, key=lambda d: MANTISSA.get(d, 0))
@@ -264,6 +265,6 @@ def _refusal(region: Region, rows: Rows, analysis: Analysis) -> Refusal | None:
     return None
 
 
-def _precision(region: Region, rows: Rows) -> torch.dtype:
+def _precision(region: MapCandidate, rows: AffineMaps) -> torch.dtype:
     x = next(n for n in factors_of(region.base) if n in rows.of)
     return rows.of[x].precision

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes.analyse.candidates import Region
+from peft_fx.passes.analyse.candidates import MapCandidate, SumCandidate
+from peft_fx.passes.analyse.flow import Flow, Roles
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import Flow, Roles
-from peft_fx.passes.sites import Group
 
-Found = Group | Region
+Found = SumCandidate | MapCandidate
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Adapter:
 
     def has_grad(self, flow: Flow) -> bool:
         """Whether W multiplies anything in backward: an input gradient that was not found stays as it is."""
-        if isinstance(self.either, Group) and self.either.product.gathered:
+        if isinstance(self.either, SumCandidate) and self.either.product.gathered:
             return False  # numbers of rows have none, whatever else reads W
         seen: set[Node] = set()
         todo: list[Any] = [self.either.weight_node]

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.fx import Node
-
-from peft_fx.passes import price
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.candidates import SumCandidate
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.decide import price
 from peft_fx.passes.decide.candidates import Adapter, Found, adapters_of
+from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.decide.notation import scale_of, written
 from peft_fx.passes.decide.regimes import Regimes
+from peft_fx.passes.decide.shapes import Shape
 from peft_fx.passes.findings import ACTIVATION, NONE, WEIGHT, Settings, Site
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.machine import Machine
+from peft_fx.passes.graph.joint import Joint
 
 UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more than the forms save
 
@@ -26,23 +26,38 @@ UNNOTICED = 0.03  # of a layer's own products: what saving memory may cost more 
 Candidate = tuple[Adapter, "Priced"]
 
 
-def candidates(joint: Joint, settings: Settings, found: Sequence[Found]) -> list[Candidate]:
+def decide(joint: Joint, settings: Settings) -> None:
+    """Settles the numbers of tokens that all adapters are decided at, in one round; decides of maps."""
+    notes = joint.notes
+    notes.regimes = Regimes(joint.sizes.hint, joint.sizes.at_least)
+    maps = _candidates(joint, settings, notes.maps)
+    groups = [g for g in joint.sums.groups if not any(g.product_node in one.nodes for one in notes.maps)]
+    consider(joint, settings, groups, maps)
+    notes.chosen_maps = decided(joint, maps)
+
+
+def consider(joint: Joint, settings: Settings, groups: list[SumCandidate], maps: Sequence[Candidate] = ()) -> None:
+    """Notes sums to be decided, and settles the regimes of those not met yet, together with maps."""
+    notes = joint.notes
+    assert notes.regimes is not None, "nothing has been decided"
+    notes.groups, notes.sums = groups, _candidates(joint, settings, groups)
+    new = [one for one in (*maps, *notes.sums) if one[0].either.product_node not in notes.settled]
+    if settings.form == "auto":
+        notes.regimes.settle((adapter.either.tokens, prices.forms) for adapter, prices in new)
+    notes.settled |= {adapter.either.product_node for adapter, _ in new}
+
+
+def _candidates(joint: Joint, settings: Settings, found: Sequence[Found]) -> list[Candidate]:
     """The adapters that groups or regions are of, but for those refused, each with what its price depends on."""
     flow, refused = joint.flow, {r.name for r in joint.found.refusals}
     adapters = [a for a in adapters_of(found, flow) if a.either.site_name(flow) not in refused]
     return [(adapter, Priced.of(adapter, flow, settings, joint.sizes.hint)) for adapter in adapters]
 
 
-def settled(asked: Sequence[Candidate], settings: Settings, regimes: Regimes) -> set[Node]:
-    """Settles the regimes that adapters are decided in; their base products, which tell them apart."""
-    if settings.form == "auto":
-        regimes.settle((adapter.either.tokens, prices.forms) for adapter, prices in asked)
-    return {adapter.either.product_node for adapter, _ in asked}
-
-
-def decided(joint: Joint, asked: Sequence[Candidate], regimes: Regimes) -> list[Any]:
+def decided(joint: Joint, asked: Sequence[Candidate]) -> list[Any]:
     """Tells of a site for each adapter; those of its groups or regions that are to be in weight form."""
-    chosen: list[Any] = []
+    chosen, regimes = list[Any](), joint.notes.regimes
+    assert regimes is not None, "nothing has been decided"
     for adapter, prices in asked:
         tokens = regimes.tokens(adapter.either.tokens)
         site, weight_form = _decide(adapter, joint.flow, prices, tokens)
@@ -57,8 +72,8 @@ class Priced:
     """What the price of an adapter's forms depends on."""
 
     settings: Settings
-    forward: price.Shape | None
-    grad: price.Shape | None
+    forward: Shape | None
+    grad: Shape | None
     training: bool
     trained: bool
 
@@ -132,7 +147,7 @@ def _algebra(adapter: Adapter, forms: tuple[str, str]) -> dict[str, list[str]]:
 
 
 def _cost(
-    machine: Machine, shapes: list[price.Shape | None], forms: tuple[str, str], trained: bool
+    machine: Machine, shapes: list[Shape | None], forms: tuple[str, str], trained: bool
 ) -> dict[str, price.Price]:
     """FLOPs and bytes moved in one step by all products of a site, as written and as chosen."""
     costs = {}

@@ -5,21 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from peft_fx.passes.algebra import Scale
-from peft_fx.passes.analyse.candidates import Region
-from peft_fx.passes.sites import Group
+from peft_fx.passes.analyse.algebra import Scale
+from peft_fx.passes.analyse.candidates import MapCandidate, SumCandidate
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 NAMES = {1: ("Δ",), 2: ("A", "B"), 3: ("A", "M", "B")}
 
 
-def written(one: Group | Region) -> tuple[str, str]:
+def written(one: SumCandidate | MapCandidate) -> tuple[str, str]:
     """A group or region as it is written, and in weight form.
 
     x and y are the layer's input and result, dx and dy their gradients; `f` is what of a layer is affine and no sum of
     products: W′ then is what it makes of the rows of an identity matrix.
     """
-    if isinstance(one, Region):
+    if isinstance(one, MapCandidate):
         return (
             ("dx = fᵀ(dy)", "dx = dy·W′ᵀ") if one.backward else ("y = f(x), affine in x", "y = xW′ + b′, W′ from f(I)")
         )
@@ -34,9 +33,9 @@ def written(one: Group | Region) -> tuple[str, str]:
     return f"{left} = {before}", f"{left} = {_applied(one, u, merged + 'ᵀ' * one.backward)}"
 
 
-def scale_of(one: Group | Region) -> str:
+def scale_of(one: SumCandidate | MapCandidate) -> str:
     """What the scales are, where they are numbers: `s = 2`."""
-    ratios = [] if isinstance(one, Region) else one.ratios
+    ratios = [] if isinstance(one, MapCandidate) else one.ratios
     named = zip(_scales(ratios), ratios, strict=True)
     return ", ".join(f"{name} = {s.number:g}" for name, s in named if name and s and not s.names)
 
@@ -57,7 +56,7 @@ def _scales(ratios: Sequence[Scale | None]) -> list[str]:
     ]
 
 
-def _product(group: Group, u: str, factors: Sequence[str]) -> str:
+def _product(group: SumCandidate, u: str, factors: Sequence[str]) -> str:
     """`u` times factors, from left to right or the other way round, and transposed in backward."""
     if group.backward:
         factors = [f"{f}ᵀ" for f in reversed(factors)]
@@ -67,7 +66,7 @@ def _product(group: Group, u: str, factors: Sequence[str]) -> str:
     return f"{u}{last}" if group.product.gathered and len(factors) > 1 else _applied(group, u, last)
 
 
-def _applied(group: Group, u: str, matrix: str) -> str:
+def _applied(group: SumCandidate, u: str, matrix: str) -> str:
     """One product with `u`: by rows, by columns, as a convolution, or as rows of a table."""
     if group.product.window is not None:
         return f"{u}∗{matrix}"

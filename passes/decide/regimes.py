@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
 
 MOST = 1 << 24  # tokens; what changes only beyond does not change
 Forms = Callable[[int], tuple[str, str]]  # an adapter's forms at so many tokens

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.nodes import aten, tensor_arg, value
+from peft_fx.passes.keep.half_products import exact_products
 from peft_fx.passes.loss.chunking import WIDE
 from peft_fx.passes.loss.region import Loop
 from peft_fx.passes.loss.row_rules import FILLS, SIZED, RowDims, RowEffect
-from peft_fx.passes.nodes import (
-    aten,
-    tensor_arg,
-    value,
-)
-from peft_fx.passes.transients import exact_products
 
 BODY = "peft_fx_chunk"  # the name of a body in the graph's module, and its mark
 

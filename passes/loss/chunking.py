@@ -9,19 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Flow
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.decide.price import rounds_twice
 from peft_fx.passes.findings import ChunkedLoss
-from peft_fx.passes.flow import Flow
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.machine import Machine
-from peft_fx.passes.nodes import (
-    MATRIX_PRODUCTS,
-    factors_of,
-    numel,
-    shape,
-    value,
-)
-from peft_fx.passes.price import rounds_twice
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import MATRIX_PRODUCTS, factors_of, numel, shape, value
 
 LEAST = 16 << 20  # bytes: of a chunk, and of what the loop must save
 PART = 16  # of the logits' bytes, a chunk may have one part in so many

@@ -22,22 +22,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.algebra import Size
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import reachable
 from peft_fx.passes.findings import LOSS, Refusal, Settings
-from peft_fx.passes.flow import reachable
-from peft_fx.passes.joint import Joint
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, expr, is_tensor, shape, value
 from peft_fx.passes.loss import chunking
 from peft_fx.passes.loss.body import BODY, Body
 from peft_fx.passes.loss.chunking import WIDE, Plan, logits_of
 from peft_fx.passes.loss.region import Loop, has_loss, leading_up, loop_around
 from peft_fx.passes.loss.row_rules import FILLS, SIZED, RowDims, Unfit
-from peft_fx.passes.nodes import (
-    aten,
-    expr,
-    is_tensor,
-    shape,
-    value,
-)
 from peft_fx.passes.normalise.identities import one_hot_sums
 
 

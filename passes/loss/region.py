@@ -9,20 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.flow import Flow, is_tangent, reachable
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import Flow, is_tangent, reachable
+from peft_fx.passes.graph.nodes import CASTS, LAYOUTS, MATRIX_PRODUCTS, aten, factors_of, is_tensor, numel, shape
 from peft_fx.passes.loss.chunking import Plan
 from peft_fx.passes.loss.row_rules import FILLS, RowEffect, Unfit, treatments
-from peft_fx.passes.nodes import (
-    CASTS,
-    LAYOUTS,
-    MATRIX_PRODUCTS,
-    aten,
-    factors_of,
-    is_tensor,
-    numel,
-    shape,
-)
 
 CURE = (
     "return the loss alone: peft_fx.loss_only(model), or compile a function such as "

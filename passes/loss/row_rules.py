@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.algebra import Size
-from peft_fx.passes.nodes import CAST, COPIES, RESHAPES, aten, is_random, is_tensor, numel, shape
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.graph.nodes import CAST, COPIES, RESHAPES, aten, is_random, is_tensor, numel, shape
 
 
 class Unfit(Exception):

@@ -9,21 +9,10 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import SPLITS, columns, is_constant, put_at
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
-    COPIES,
-    LAYOUTS,
-    RESHAPES,
-    aten,
-    expr,
-    is_tensor,
-    numel,
-    shape,
-    tensor_arg,
-    value,
-)
+from peft_fx.passes.graph.columns import SPLITS, columns, is_constant, put_at
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import COPIES, LAYOUTS, RESHAPES, aten, expr, is_tensor, numel, shape, tensor_arg, value
 
 
 def columns_together(joint: Joint, settings: Settings) -> None:

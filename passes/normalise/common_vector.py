@@ -20,10 +20,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes.algebra import MANTISSA, coarser, finer
+from peft_fx.passes.analyse.algebra import MANTISSA, coarser, finer
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import (
     CASTS,
     COPIES,
     RESHAPES,

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.affine import SPLITS, Columns, Rows, columns, is_zero, put_at
+from peft_fx.passes.analyse.flow import is_tangent, reachable
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.flow import is_tangent, reachable
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
+from peft_fx.passes.graph.columns import SPLITS, Columns, columns, is_zero, put_at
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, expr, is_random, is_read_twice, is_tensor, numel, shape, tensor_arg, value
 
 Pair = tuple[Node, Node]  # what the graph read before, and what it reads in its place
 
@@ -222,7 +223,7 @@ def _is_summed(part: Node) -> bool:
     return len(part.users) == 1 and next(iter(part.users)).target is aten.add.Tensor and not is_read_twice(part)
 
 
-def _sum_with_adapter(parts: Iterable[Node], whole: Node, rows: Rows) -> tuple[Node, Node] | None:
+def _sum_with_adapter(parts: Iterable[Node], whole: Node, rows: AffineMaps) -> tuple[Node, Node] | None:
     """The one reader of some columns, if that adds an adapter of the whole's layer to them, and the adapter's result;
     beside trained adapters, one may be frozen."""
     part, *others = parts

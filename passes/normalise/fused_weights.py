@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import aten, shape, value
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, shape, value
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,8 @@ from typing import Any
 from torch.fx import Node
 
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
-    CASTS,
-    COPIES,
-    aten,
-    is_number,
-    is_tensor,
-    prims,
-    shape,
-    tensor_arg,
-    value,
-)
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import CASTS, COPIES, aten, is_number, is_tensor, prims, shape, tensor_arg, value
 
 
 def identities(joint: Joint, settings: Settings) -> None:

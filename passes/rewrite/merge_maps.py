@@ -8,44 +8,31 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes import price
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.analyse.candidates import Region
-from peft_fx.passes.decide.choosing import candidates, decided, settled
-from peft_fx.passes.decide.regimes import Regimes
-from peft_fx.passes.editor import Editor
+from peft_fx.passes.analyse.candidates import MapCandidate
+from peft_fx.passes.analyse.maps import AffineMaps
+from peft_fx.passes.decide import price
+from peft_fx.passes.decide.choosing import consider
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.nodes import (
-    aten,
-    expr,
-    shape,
-    value,
-)
-from peft_fx.passes.replay import Replay
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, expr, shape, value
+from peft_fx.passes.rewrite.materialise import Materialise
 from peft_fx.passes.rewrite.rounding import rounded
 
 
 def merge_maps(joint: Joint, settings: Settings) -> None:
-    """Decides what is in weight form, of all adapters in one regime; affine ones are then one product `u·W' + b'`."""
+    """Puts one product in the place of each map that is to be in weight form; what is then a sum is read anew."""
     notes = joint.notes
-    groups = [g for g in joint.sums.groups if not any(g.product_node in one.nodes for one in notes.maps)]
-    notes.regimes = Regimes(joint.sizes.hint, joint.sizes.at_least)
-    maps, sums = (candidates(joint, settings, found) for found in (notes.maps, groups))
-    known = settled([*maps, *sums], settings, notes.regimes)
-    chosen = decided(joint, maps, notes.regimes)
     if not notes.maps:
-        notes.groups, notes.sums = groups, sums
         return
     before = set(joint.position)
-    rewrite(joint, chosen, settings.rounding)
+    rewrite(joint, notes.chosen_maps, settings.rounding)
     # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
-    notes.groups = [g for g in joint.sums.groups if (g.backward or g.root in joint.flow.forward) and g.root in before]
-    notes.sums = candidates(joint, settings, notes.groups)
-    settled([c for c in notes.sums if c[0].either.product_node not in known], settings, notes.regimes)
+    groups = [g for g in joint.sums.groups if (g.backward or g.root in joint.flow.forward) and g.root in before]
+    consider(joint, settings, groups)
 
 
-def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
+def rewrite(joint: Joint, chosen: Iterable[MapCandidate], rounding: str) -> None:
     """Makes each region one product `u·W' + b'`."""
     edit, rows, position = joint.edit, joint.maps, joint.position
     for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
@@ -58,11 +45,13 @@ def rewrite(joint: Joint, chosen: Iterable[Region], rounding: str) -> None:
         edit.replace(last, new)
 
 
-def _product(edit: Editor, rows: Rows, region: Region, last: Node, rounding: str) -> Node:
+def _product(edit: Editor, rows: AffineMaps, region: MapCandidate, last: Node, rounding: str) -> Node:
     K, N = region.features
     dtype = value(region.base).dtype
     with edit.provenance(region.base, rebuilt=True):
-        replay = Replay(edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype))
+        replay = Materialise(
+            edit, rows.from_source(region.ends, region.source), region.source, K, price.merge_dtype(dtype)
+        )
         parts = [replay.matrix(end) for end in region.ends]
         merged = functools.reduce(edit.add, [m for m, _ in parts])
         constants = [c for _, c in parts if c is not None]

@@ -19,21 +19,18 @@ from torch.fx import Node
 
 from peft_fx.kernels.merge import DTYPES as MERGED
 from peft_fx.kernels.merge import merge
-from peft_fx.passes import price
-from peft_fx.passes.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.analyse.algebra import Matrix, Scale, Size, Term, cheapest_order
+from peft_fx.passes.analyse.candidates import SumCandidate
+from peft_fx.passes.analyse.linear_rules import Product, addends
+from peft_fx.passes.analyse.merged import merged_already
+from peft_fx.passes.decide import price
 from peft_fx.passes.decide.candidates import parameters_of
 from peft_fx.passes.decide.choosing import decided, joined, numbered
-from peft_fx.passes.editor import REBUILD as REBUILD
-from peft_fx.passes.editor import SAVE as SAVE
-from peft_fx.passes.editor import Editor
-from peft_fx.passes.editor import erase_unused as erase_unused
 from peft_fx.passes.findings import Settings
-from peft_fx.passes.joint import Joint
-from peft_fx.passes.merged import merged_already
-from peft_fx.passes.nodes import aten, shape, value
+from peft_fx.passes.graph.editor import Editor
+from peft_fx.passes.graph.joint import Joint
+from peft_fx.passes.graph.nodes import aten, shape, value
 from peft_fx.passes.rewrite.rounding import rounded
-from peft_fx.passes.sites import Group
-from peft_fx.passes.transfer import Product, addends
 
 PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
 WEIGHT_ARGUMENT = {aten.convolution.default: 1, aten.embedding.default: 0}
@@ -43,11 +40,12 @@ Path = tuple[tuple[Node, int], ...]
 def merge_sums(joint: Joint, settings: Settings) -> None:
     """Puts W' in the place of W where a sum is to be in weight form, then has settled what was rewritten for now."""
     notes, position = joint.notes, joint.position
-    chosen = decided(joint, notes.sums, notes.regimes)
+    chosen = decided(joint, notes.sums)
     joint.found.sites = numbered(joined(joint.found.sites))
     # of the same parameters, a region is the site
     notes.adapter_of = parameters_of(notes.groups, joint.flow) | notes.adapter_of
-    joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
+    if notes.as_written is not None:
+        joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
     rewriter = Rewriter(joint.edit, settings.rounding, settings.kernels)
     rewriter.rewrite(sorted(chosen, key=lambda g: position[g.root]))
     for tentative in reversed(notes.tentative):
@@ -61,8 +59,8 @@ class Rewriter:
         self.edit, self.rounding, self.kernels = edit, rounding, kernels
         self._merged: dict[Any, Node] = {}
 
-    def rewrite(self, groups: Iterable[Group]) -> None:
-        by_root: dict[Node, list[Group]] = defaultdict(list)
+    def rewrite(self, groups: Iterable[SumCandidate]) -> None:
+        by_root: dict[Node, list[SumCandidate]] = defaultdict(list)
         for group in groups:
             by_root[group.root].append(group)
         for root, members in by_root.items():
@@ -73,7 +71,7 @@ class Rewriter:
             if mask != node.args[-1]:  # an adapter's input gradient that is part of the base's by now
                 self.edit.give(node, *node.args[:-1], mask)
 
-    def _rewrite_sum(self, root: Node, groups: list[Group]) -> None:
+    def _rewrite_sum(self, root: Node, groups: list[SumCandidate]) -> None:
         edits: dict[Path, tuple[Node, bool] | None] = {}
         with self.edit.at(root):
             for group in groups:
@@ -171,7 +169,7 @@ class Rewriter:
 
     # ----------------------------------------------------------------------------------------------------- merging
 
-    def _merged_operand(self, group: Group) -> Node:
+    def _merged_operand(self, group: SumCandidate) -> Node:
         """W' as the base product reads it. Groups with the same W and the same adapters share it, forward and
         backward too."""
         weight, dtype = _unfolded(group.weight), value(group.operand).dtype
@@ -203,7 +201,7 @@ class Rewriter:
             total = self.edit.add(total, delta)
         return total
 
-    def _in_one_kernel(self, group: Group, terms: list[tuple[Scale, Term]]) -> Node | None:
+    def _in_one_kernel(self, group: SumCandidate, terms: list[tuple[Scale, Term]]) -> Node | None:
         """The same by a kernel of our own, where there is one."""
         node = group.weight.name
         assert isinstance(node, Node)

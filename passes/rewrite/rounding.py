@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.nodes import aten, prims, value
+from peft_fx.passes.graph.nodes import aten, prims, value
 
 if TYPE_CHECKING:
-    from peft_fx.passes.editor import Editor
+    from peft_fx.passes.graph.editor import Editor
 
 ROUNDINGS = ("nearest", "dithered")
 LACKS = {torch.bfloat16: 16, torch.float16: 13}  # bits of an fp32 mantissa

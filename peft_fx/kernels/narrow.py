@@ -6,7 +6,7 @@
 
 u [T, K] in bfloat16 of any strides, F [K, r] and z [T, r] of any strides and float dtype; all results are fp32. A u of
 more dimensions stands for its rows. The narrow one is read as the sum of two bfloat16 numbers, 16 bits, as in
-`transients.py`; products are exact and sums are in fp32. Sums are split between programs in a fixed order: the same
+`in_place_reads.py`; products are exact and sums are in fp32. Sums are split between programs in a fixed order: the same
 bits at each call.
 """
 

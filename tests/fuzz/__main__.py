@@ -18,7 +18,7 @@ import torch
 
 from tests.fuzz.oracles import Verdict
 from tests.fuzz.search import Found, search, shrunk, stored
-from tests.test_mutants import AFFINE_MUTANTS, MUTANTS
+from tests.passes.test_mutants import AFFINE_MUTANTS, MUTANTS
 
 # what these break shows in what is reported, or in too few random programs: test_mutants.py has programs for them
 SHY = {

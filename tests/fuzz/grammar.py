@@ -15,7 +15,7 @@ from functools import cache
 from math import prod
 from random import Random
 
-from peft_fx.passes.machine import MACHINES
+from peft_fx.passes.decide.machine import MACHINES
 from tests import row_ops, spellings
 
 Shape = tuple[int, ...]

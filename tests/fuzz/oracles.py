@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from peft_fx.passes import tokenwise
 from peft_fx.passes.findings import Outcome
-from peft_fx.passes.nodes import is_random
+from peft_fx.passes.graph.nodes import is_random
+from peft_fx.passes.keep import by_chunks
 from tests import joint
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 
@@ -77,7 +77,7 @@ class Case:
     def rewritten(self) -> tuple[Graph, Outcome]:
         """The graph after the passes; copies are made by chunks however small they are."""
         try:
-            with patch.object(tokenwise, "LEAST", 0):
+            with patch.object(by_chunks, "LEAST", 0):
                 return self.traced.rewritten(**self.options)
         except Invalid:
             raise

@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import Rows
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.analyse.refusals.convolutions import of_convolutions
 from peft_fx.passes.analyse.refusals.incomplete import of_changing_factors, without_base, without_end
 from peft_fx.passes.analyse.refusals.results import of_results
 from peft_fx.passes.analyse.refusals.some_rows import of_replaced_rows, of_scaled_rows, of_some_rows
 from peft_fx.passes.analyse.refusals.sums import of_sums
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.sites import Analysis
 
-Finder = Callable[[Analysis, Rows, Set[Node]], Iterator[Refusal]]
+Finder = Callable[[Sums, AffineMaps, Set[Node]], Iterator[Refusal]]
 FINDERS: tuple[Finder, ...] = (  # where two tell of one adapter, the earlier one's reason stands
     of_convolutions,
     of_sums,
@@ -41,7 +41,7 @@ FINDERS: tuple[Finder, ...] = (  # where two tell of one adapter, the earlier on
 )
 
 
-def refusals(analysis: Analysis, rows: Rows, placed: Set[Node] = frozenset()) -> list[Refusal]:
+def refusals(analysis: Sums, rows: AffineMaps, placed: Set[Node] = frozenset()) -> list[Refusal]:
     """Every refused adapter of a graph once, in graph order; not those of the parameters that have their place."""
     flow = analysis.flow
     factors = {f.name for g in analysis.groups if not g.backward for f in g.adapter_factors}

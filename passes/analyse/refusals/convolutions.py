@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import Rows, is_scaled_by_a_root
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.linear_rules import addends, products_in
+from peft_fx.passes.analyse.maps import AffineMaps, is_scaled_by_a_root
 from peft_fx.passes.analyse.refusals.ways import is_beside, reached
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.nodes import aten, tensor_arg
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import addends, products_in
+from peft_fx.passes.graph.nodes import aten, tensor_arg
 
 WINDOWS = {aten.unfold.default, aten.index_put.default, aten.constant_pad_nd.default}  # F.unfold, F.fold
 AFTER = {
@@ -28,7 +28,7 @@ AFTER = {
 BEFORE = "overlapping windows are each multiplied by the adapter, and summed before the convolution reads its own"
 
 
-def of_convolutions(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def of_convolutions(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Adapters of a frozen convolution that act on its result, or on the windows that it reads; of an embedding, those
     that act on its result."""
     flow = analysis.flow
@@ -44,7 +44,7 @@ def of_convolutions(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterat
             yield Refusal(flow.site_name(Matrix(kernel, 0), [Matrix(adapter, 0)]), "shape", detail)
 
 
-def _vector_after(analysis: Analysis, node: Node, kernel: Node) -> Node | None:
+def _vector_after(analysis: Sums, node: Node, kernel: Node) -> Node | None:
     """The trained vector that a product's result is scaled by, through sums and numbers alone."""
     flow = analysis.flow
 
@@ -62,7 +62,7 @@ def _vector_after(analysis: Analysis, node: Node, kernel: Node) -> Node | None:
     return None
 
 
-def _matrix_before(analysis: Analysis, x: Node, kernel: Node) -> Node | None:
+def _matrix_before(analysis: Sums, x: Node, kernel: Node) -> Node | None:
     """The trained matrix in what overlapping windows are computed from."""
     flow = analysis.flow
 

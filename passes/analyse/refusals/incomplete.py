@@ -7,18 +7,18 @@ from collections.abc import Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_low_rank, are_small
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.adapters import are_low_rank, are_small
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.flow import common_path, shared_path
+from peft_fx.passes.analyse.linear_rules import products_in, through
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.analyse.refusals.ways import is_matrix, narrow_operand, reached
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import common_path, shared_path
-from peft_fx.passes.nodes import numel, shape
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import products_in, through
+from peft_fx.passes.graph.nodes import numel, shape
 
 
-def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def without_base(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A·B` of two narrow trained matrices of one module in a graph without any of its other weights: what
     they are added to is computed where this graph does not reach."""
     flow = analysis.flow
@@ -42,7 +42,7 @@ def without_base(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[
                 )
 
 
-def without_end(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def without_end(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A` with a narrow trained matrix, beside a frozen layer that reads the same u, that do nothing but
     leave the graph: the other half of the adapter is where this graph does not reach."""
     flow = analysis.flow
@@ -61,14 +61,14 @@ def without_end(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[R
             yield Refusal(base, "different_input", "half of the adapter is in another graph than its base")
 
 
-def _leaving(analysis: Analysis) -> list[Node]:
+def _leaving(analysis: Sums) -> list[Node]:
     """The results of forward that it does not read itself."""
     flow = analysis.flow
     found = (n for n in analysis.position if any(u.op == "output" for u in n.users))
     return [n for n in found if n in flow.forward and flow.forward.isdisjoint(u for u in n.users if u.op != "output")]
 
 
-def of_changing_factors(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def of_changing_factors(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A'·B`, where A' is made of a trained matrix and of what changes from call to call, perhaps in another
     graph, as the noise does that a sampler draws there."""
     flow = analysis.flow
@@ -87,7 +87,7 @@ def of_changing_factors(analysis: Analysis, rows: Rows, placed: Set[Node]) -> It
                     yield Refusal(name, "input_dependent", "a factor of the adapter changes from call to call")
 
 
-def _trained_part(analysis: Analysis, factor: Node) -> Node | None:
+def _trained_part(analysis: Sums, factor: Node) -> Node | None:
     """The trained matrix in a factor that is computed from changing values beside it."""
     flow = analysis.flow
     computed = (n for n in reached(factor, lambda n: () if flow.is_weight(n) else n.all_input_nodes))

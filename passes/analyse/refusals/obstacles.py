@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from peft_fx.passes.analyse.linear_rules import addends, products_in
 from peft_fx.passes.analyse.refusals.some_rows import DROPPED, SOME_ROWS, is_of_rows
 from peft_fx.passes.analyse.refusals.ways import NEAR
-from peft_fx.passes.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import addends, products_in
+from peft_fx.passes.analyse.sums import Sums
+from peft_fx.passes.graph.nodes import LAYOUTS, SUMS, aten, is_random, is_tensor, numel, shape
 
 ROW_WISE = {aten._softmax.default, aten._log_softmax.default, aten.native_layer_norm.default}
 REDUCTIONS = {aten.mean.dim, aten.var_mean.correction, aten.amax.default, aten.sum.dim_IntList}
 Step = tuple[Node, Node]  # a node, and the operand that the way goes on with
 
 
-def obstacles_on(analysis: Analysis, way: list[Step]) -> Iterator[tuple[str, str]]:
+def obstacles_on(analysis: Sums, way: list[Step]) -> Iterator[tuple[str, str]]:
     """What stands between the sum and the adapter's first product."""
     for i, (node, operand) in enumerate(way[:-1]):
         verdict = _obstacle(analysis, node, operand, {n for n, _ in way[i + 1 :]})
@@ -28,7 +28,7 @@ def obstacles_on(analysis: Analysis, way: list[Step]) -> Iterator[tuple[str, str
             yield verdict
 
 
-def difference(analysis: Analysis, step: Step, sources: set[object], windows: set[Any]) -> tuple[str, str]:
+def difference(analysis: Sums, step: Step, sources: set[object], windows: set[Any]) -> tuple[str, str]:
     """What stands between the adapter's first product and the base's input."""
     last, narrow = step
     met: list[Node] = []
@@ -58,7 +58,7 @@ def difference(analysis: Analysis, step: Step, sources: set[object], windows: se
     return "different_input", f"the adapter reads another tensor than the base product{through}"
 
 
-def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) -> tuple[str, str] | None:
+def _obstacle(analysis: Sums, node: Node, operand: Node, beyond: set[Node]) -> tuple[str, str] | None:
     """The code for an op that is not linear in the operand that the way goes on with; None for a linear one."""
     flow, label = analysis.flow, _label(node)
     others = [n for n in node.all_input_nodes if n is not operand and is_tensor(n)]
@@ -87,7 +87,7 @@ def _obstacle(analysis: Analysis, node: Node, operand: Node, beyond: set[Node]) 
     return "unknown_op", f"{label} has no linear form"
 
 
-def _is_drawn_alone(analysis: Analysis, node: Node) -> bool:
+def _is_drawn_alone(analysis: Sums, node: Node) -> bool:
     """Whether a value is drawn at random, of whatever else only its size being asked."""
     flow = analysis.flow
     inputs = [n for n in node.all_input_nodes if is_tensor(n) and not flow.is_weight(n)]

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Set
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.adapters import are_low_rank, stands_beside
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix
+from peft_fx.passes.analyse.adapters import are_low_rank, stands_beside
+from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.analyse.linear_rules import Product, through
+from peft_fx.passes.analyse.maps import AffineMaps
 from peft_fx.passes.analyse.refusals.ways import (
     READS,
     is_beside,
@@ -20,8 +21,9 @@ from peft_fx.passes.analyse.refusals.ways import (
     values_read,
     weighted,
 )
+from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.nodes import (
+from peft_fx.passes.graph.nodes import (
     CASTS,
     LAYOUTS,
     SCALINGS,
@@ -34,8 +36,6 @@ from peft_fx.passes.nodes import (
     shape,
     value,
 )
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, through
 
 REPLACING = {aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default, aten.select_scatter.default}
 TAKING = {  # some rows of a value
@@ -63,7 +63,7 @@ SCALED_ROWS = "a vector multiplies some rows alone: a W' would be for these"
 REPLACED = "rows of the weight are replaced by trained ones, before any product: already in weight form"
 
 
-def of_some_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def of_some_rows(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Products `u·A·B` of two narrow matrices that are put among a layer's rows, of which u are some: a sub-batch's, or
     some tokens'."""
     flow, layers = analysis.flow, _Layers(analysis)
@@ -95,7 +95,7 @@ def is_of_rows(node: Node, ops: Set[object] = TAKING | PUTTING) -> bool:
     return bool(dim % ndim != ndim - 1)
 
 
-def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, Node]]:
+def _first_factors(analysis: Sums, start: Node) -> Iterator[tuple[Product, Node]]:
     """The nearest products with a weight that a value comes from, through whatever acts on each number by itself."""
 
     def read(n: Node) -> Iterable[Node]:
@@ -106,7 +106,7 @@ def _first_factors(analysis: Analysis, start: Node) -> Iterator[tuple[Product, N
         yield from weighted(analysis, node)
 
 
-def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[Node]:
+def _rows_read(analysis: Sums, product: Product, weight: Node) -> Iterator[Node]:
     """What a product reads, and the values that this is some rows of, or with a mask."""
 
     def read(n: Node) -> Iterable[Node]:
@@ -119,7 +119,7 @@ def _rows_read(analysis: Analysis, product: Product, weight: Node) -> Iterator[N
 class _Layers:
     """The layers near a value, looked for once for each."""
 
-    def __init__(self, analysis: Analysis):
+    def __init__(self, analysis: Sums):
         self.analysis = analysis
         self._near: dict[Node, list[tuple[Matrix, set[Node], set[Node]]]] = {}
 
@@ -163,7 +163,7 @@ def _is_passed(node: Node) -> bool:
     return node.target in READS | SUMS or is_of_rows(node)
 
 
-def of_scaled_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def of_scaled_rows(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """Trained vectors that multiply some rows of what a frozen layer gives, or of what it reads."""
     flow = analysis.flow
     for node in (n for n in analysis.position if n in flow.forward):
@@ -178,7 +178,7 @@ def of_scaled_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterato
                 break
 
 
-def _ways_to_layers(analysis: Analysis, node: Node) -> Iterator[tuple[list[Node], Set[object]]]:
+def _ways_to_layers(analysis: Sums, node: Node) -> Iterator[tuple[list[Node], Set[object]]]:
     """What a value is made of, up to products with weights, and where it is put; then, down to them, what reads it.
 
     Each with the ops by which it is of some rows alone: of a value of all rows, some may be read (a norm's, in front of
@@ -204,8 +204,8 @@ def _ways_to_layers(analysis: Analysis, node: Node) -> Iterator[tuple[list[Node]
     yield list(reached(node, after)), PUTTING
 
 
-def of_replaced_rows(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
-    """Rows of a frozen weight that trained ones are put in the place of, as in a table of words."""
+def of_replaced_rows(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
+    """AffineMaps of a frozen weight that trained ones are put in the place of, as in a table of words."""
     flow = analysis.flow
     for node in (n for n in analysis.position if n.target in REPLACING and n in flow.forward and flow.is_weight(n)):
         weight, *others = (n for n in node.all_input_nodes if is_tensor(n))

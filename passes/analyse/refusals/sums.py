@@ -7,29 +7,30 @@ from collections.abc import Iterable, Iterator, Set
 
 from torch.fx import Node
 
-from peft_fx.passes.adapters import stands_beside
-from peft_fx.passes.affine import Rows
-from peft_fx.passes.algebra import Matrix, Term
+from peft_fx.passes.analyse.adapters import stands_beside
+from peft_fx.passes.analyse.algebra import Matrix, Term
+from peft_fx.passes.analyse.flow import shared_path
+from peft_fx.passes.analyse.linear_rules import GATHERED, Product, addends, through
+from peft_fx.passes.analyse.maps import AffineMaps
+from peft_fx.passes.analyse.reader import Occurrence
 from peft_fx.passes.analyse.refusals.obstacles import Step, difference, obstacles_on
 from peft_fx.passes.analyse.refusals.some_rows import TAKING
 from peft_fx.passes.analyse.refusals.ways import NEAR, READS, narrow_operand, reached, trained_in
+from peft_fx.passes.analyse.sums import Sum, Sums
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.flow import shared_path
-from peft_fx.passes.nodes import aten, is_random, is_tensor, value
-from peft_fx.passes.sites import Analysis, Sum
-from peft_fx.passes.transfer import GATHERED, Occurrence, Product, addends, through
+from peft_fx.passes.graph.nodes import aten, is_random, is_tensor, value
 
 LOOKUPS = {aten.embedding.default, aten.gather.default, *TAKING}  # their whole numbers are places
 
 
-def of_sums(analysis: Analysis, rows: Rows, placed: Set[Node]) -> Iterator[Refusal]:
+def of_sums(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterator[Refusal]:
     """What forward's sums have besides their base products."""
     for sum_ in analysis.sums:
         if sum_.root not in analysis.flow.backward:
             yield from _suspects(analysis, sum_, placed)
 
 
-def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refusal]:
+def _suspects(analysis: Sums, sum_: Sum, placed: Set[Node]) -> Iterator[Refusal]:
     bases = _bases(analysis, sum_.terms)
     results: set[Node] = set()  # of a layer, read by an adapter behind it that is added to them
     if not bases:
@@ -65,7 +66,7 @@ def _suspects(analysis: Analysis, sum_: Sum, placed: Set[Node]) -> Iterator[Refu
             yield Refusal(analysis.flow.site_name(weight, [adapter]), *found)
 
 
-def _nearest(analysis: Analysis, weights: list[Matrix], adapter: Matrix) -> Matrix:
+def _nearest(analysis: Sums, weights: list[Matrix], adapter: Matrix) -> Matrix:
     """Among several weights, the one whose name shares most with the adapter's."""
     flow = analysis.flow
     names = [flow.roles[n].name for n in flow.parameters(adapter.name)]
@@ -77,7 +78,7 @@ def _nearest(analysis: Analysis, weights: list[Matrix], adapter: Matrix) -> Matr
     return max(weights, key=likeness)
 
 
-def _reads_one_of(analysis: Analysis, step: Step, sources: set[object]) -> bool:
+def _reads_one_of(analysis: Sums, step: Step, sources: set[object]) -> bool:
     """Whether a product with an adapter's factor reads one of some values, be it masked, scaled or laid out anew."""
     product, factor = step
 
@@ -89,13 +90,13 @@ def _reads_one_of(analysis: Analysis, step: Step, sources: set[object]) -> bool:
     return any(analysis.reader.number[n] in sources for n in reached(product, read) if n is not product)
 
 
-def _bases(analysis: Analysis, terms: Iterable[Occurrence]) -> list[Term]:
+def _bases(analysis: Sums, terms: Iterable[Occurrence]) -> list[Term]:
     """The products `x·W` of layers, of the terms of a sum."""
     products = [o.term for o in terms if o.term and o.product and len(o.term.factors) == 2]
     return [t for t in products if _is_of_a_layer(analysis, t)]
 
 
-def _result(analysis: Analysis, occ: Occurrence) -> Node | None:
+def _result(analysis: Sums, occ: Occurrence) -> Node | None:
     """The addend that is what a layer with a bias gives, and that others read too."""
     node = None if occ.product is not None else _operand(occ)
     if node is None or len(addends(node := through(node)) or []) < 2:
@@ -104,19 +105,19 @@ def _result(analysis: Analysis, occ: Occurrence) -> Node | None:
     return node if all(map(analysis.flow.is_weight, others)) else None
 
 
-def _is_of_a_layer(analysis: Analysis, term: Term) -> bool:
+def _is_of_a_layer(analysis: Sums, term: Term) -> bool:
     """Whether a product is of a weight, and not an adapter's; rows picked of a table are the residual stream's start,
     which every layer is added to."""
     weights = any(analysis.flow.is_weight(f.name) for f in term.factors)
     return weights and not any(_is_narrow(analysis, f) or f.window == GATHERED for f in term.factors)
 
 
-def _is_narrow(analysis: Analysis, f: Matrix) -> bool:
+def _is_narrow(analysis: Sums, f: Matrix) -> bool:
     rows, cols = f.shape
     return rows != cols and analysis.flow.is_weight(f.name) and analysis.flow.is_trained(f.name)
 
 
-def _quantized_base(analysis: Analysis, sum_: Sum) -> Node | None:
+def _quantized_base(analysis: Sums, sum_: Sum) -> Node | None:
     """A weight of integers that an addend is computed from in one op: a base product that no rule can read."""
     for occ in sum_.rest:
         node = _operand(occ)
@@ -136,7 +137,7 @@ def _operand(occ: Occurrence) -> Node | None:
     return node if isinstance(operand, Product) else operand
 
 
-def _way_to_adapter(analysis: Analysis, start: Node, own: Set[Node]) -> list[Step]:
+def _way_to_adapter(analysis: Sums, start: Node, own: Set[Node]) -> list[Step]:
     """The way from an addend upwards to the adapter's first factor: the earliest product with a narrow trained matrix.
 
     It stays among its `own` nodes, which serve this addend alone: what other forward nodes use too is the model's, not
@@ -157,7 +158,7 @@ def _way_to_adapter(analysis: Analysis, start: Node, own: Set[Node]) -> list[Ste
     return first
 
 
-def _serving_only(analysis: Analysis, start: Node) -> set[Node]:
+def _serving_only(analysis: Sums, start: Node) -> set[Node]:
     """The nodes all of whose forward users serve the addend, the addend itself included; the latest are looked at
     first."""
     flow, position = analysis.flow, analysis.position

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch.fx import Node
 
-from peft_fx.passes.affine import is_scaled_by_a_root
-from peft_fx.passes.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
-from peft_fx.passes.sites import Analysis
-from peft_fx.passes.transfer import Product, products_in
+from peft_fx.passes.analyse.linear_rules import Product, products_in
+from peft_fx.passes.analyse.maps import is_scaled_by_a_root
+from peft_fx.passes.analyse.sums import Sums
+from peft_fx.passes.graph.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
 
 NEAR = 80  # nodes: farther away than this, nothing is part of one layer's adapter
 READS = LAYOUTS | CASTS | SCALINGS | {operator.getitem}  # what an adapter reads its input through, besides a mask
@@ -28,12 +28,12 @@ def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Nod
         todo += new
 
 
-def values_read(analysis: Analysis, node: Node) -> list[Node]:
+def values_read(analysis: Sums, node: Node) -> list[Node]:
     """What a node reads besides weights."""
     return [n for n in node.all_input_nodes if not analysis.flow.is_weight(n)]
 
 
-def weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
+def weighted(analysis: Sums, node: Node) -> Iterator[tuple[Product, Node]]:
     """The products that a node is made of, each with the weight that it multiplies a value by."""
     for product in products_in(node):
         operands = (product.left, product.right)
@@ -42,7 +42,7 @@ def weighted(analysis: Analysis, node: Node) -> Iterator[tuple[Product, Node]]:
             yield product, weights[0]
 
 
-def narrow_operand(analysis: Analysis, node: Node) -> Node | None:
+def narrow_operand(analysis: Sums, node: Node) -> Node | None:
     """The trained weight that a node multiplies a value by, a vector or a matrix that is not square."""
     if node.target is aten.mul.Tensor:
         operands = [n for n in node.all_input_nodes if is_tensor(n)]
@@ -66,7 +66,7 @@ def is_matrix(node: Node) -> bool:
     return bool(sum(n != 1 for n in shape(node)) > 1)
 
 
-def is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
+def is_beside(analysis: Sums, weight: Node, kernel: Node) -> bool:
     """Whether a trained parameter of a weight is in the module around a kernel's own."""
     roles = analysis.flow.roles
     module = roles[analysis.flow.parameters(kernel)[0]].name.split(".")[:-2]
@@ -76,7 +76,7 @@ def is_beside(analysis: Analysis, weight: Node, kernel: Node) -> bool:
     )
 
 
-def trained_in(analysis: Analysis, nodes: Iterable[Node]) -> list[Node]:
+def trained_in(analysis: Sums, nodes: Iterable[Node]) -> list[Node]:
     """The trained parameters that some nodes read."""
     flow = analysis.flow
     weights = {n for node in nodes for n in node.all_input_nodes if flow.is_weight(n)}

@@ -1,0 +1,279 @@
+"""Which values to keep for backward, and which to make again, so that a step fits a number of bytes in the least time.
+
+Between forward and backward a cut is made through the graph, as PyTorch's partitioner makes it. Here making a value
+again has a price where it would be forbidden there: with a price of λ seconds on every byte kept, the least cut
+
+    Σ λ·bytes of what is kept  +  Σ seconds of what is made again
+
+keeps what is worth keeping, exactly, and the larger λ is, the more is made again and the less is kept. So λ is raised
+until the peak of the liveness walk, over both halves as they would be ordered, is within the budget, and no further.
+Layers that are alike would all turn at one λ. A value that is made earlier waits longer for its reader and is alive at
+more high points: by a little its bytes weigh more, and layers turn one after the other, the first one first.
+
+What is never made again: random draws other than from a seed, effects, collectives, calls of other graphs, and what the
+partitioner or a pass has said to keep. What a pass or a checkpoint has said to make again is never kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from peft_fx.passes.analyse.algebra import Size
+from peft_fx.passes.analyse.flow import leading_to
+from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.graph.editor import SAVE
+from peft_fx.passes.graph.nodes import argument, is_mutable, is_random, value
+from peft_fx.step.cut import ENDLESS, Network
+from peft_fx.step.halves import Sides, Taken, taken
+from peft_fx.step.liveness import ATTENTION, ITEM, NONE, SCATTERS, VIEW, Known, bytes_of, kind_of, name_of, seconds_of
+
+PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
+EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last
+FINE = 1e-2  # of that weight, to which λ is looked for
+EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
+LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
+UNIT = 1e15  # of seconds: a flow of whole numbers is exact
+REPEATED = {CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values kept for backward and values that it makes again; what a step then takes by the walk, and the seconds of
+    it, by the price, that making them again takes."""
+
+    kept: frozenset[Node]
+    rebuilt: frozenset[Node]
+    taken: Taken
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.taken.peak
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was done for a budget in one graph. `asked` are its bytes, `budget` those of them that a step may take,
+    `fixed` those that are there besides, by what they are; `peak` and `kept` are bytes by the liveness walk, {"before",
+    "after"}, `results` those returned; `seconds` is what making `rebuilt` more values again adds, by the price."""
+
+    asked: int
+    budget: int
+    fixed: Mapping[str, int]
+    peak: Mapping[str, int]
+    kept: Mapping[str, int]
+    results: int
+    seconds: float
+    rebuilt: int
+
+    @property
+    def is_held(self) -> bool:
+        return self.peak["after"] <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "is_held": self.is_held}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The λ at which one choice turns into another, with what is not made again in either."""
+
+    price: float
+    held: frozenset[Node]
+    before: Choice
+    after: Choice
+
+
+@dataclass
+class Choices:
+    """The choices that there are for a joint graph. `before` are the values that the partitioner keeps by itself: what
+    it then makes again costs nothing more."""
+
+    graph: Graph
+    before: Set[Node]
+    hint: Callable[[Size], int]
+    machine: Machine
+
+    def __post_init__(self) -> None:
+        self.sides = Sides.of(self.graph)
+        self.free = self.sides.rebuilt(self.before)
+        self.nodes = self._upstream()
+        self.bytes = {n: self._bytes(n) for n in self.nodes}
+        self.seconds = {n: self._seconds(n) for n in self.nodes}
+        self._known: dict[frozenset[Node], Choice] = {}
+        self._about = Known()
+        self._connect()
+
+    def within(self, peak: int) -> Choice:
+        """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
+        lowest = self.of(frozenset(self.before))
+        if lowest.peak <= peak:
+            return lowest
+        for turn in self._turns():
+            if turn.after.peak <= peak:
+                return self._between(turn, peak)
+            lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
+        return lowest
+
+    def of(self, kept: frozenset[Node]) -> Choice:
+        """A set of values kept, with what comes of it."""
+        if kept not in self._known:
+            rebuilt = self.sides.rebuilt(kept)
+            found = taken(self.graph, self.sides, kept, self.hint, self.machine, self._about)
+            self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
+        return self._known[kept]
+
+    def _turns(self) -> Iterator[Turn]:
+        """What is kept at higher and higher λ, each with a lower peak. What is made again and alive at the highest
+        point stays kept; and so does all that turns at a λ where the peak is no lower."""
+        held: frozenset[Node] = frozenset()
+        here = self.of(self._cut(LEAST))
+        while (following := self._next(here, held)) is not None:
+            price, after = following[0], self.of(following[1])
+            wasted = after.taken.alive & after.rebuilt & here.kept
+            other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
+            if other.peak <= after.peak:
+                after, held = other, held | wasted
+            turn = Turn(price, held, here, after)
+            if after.peak < here.peak:
+                here = self._between(turn, after.peak) if self._spent(turn) > here.peak - after.peak else after
+                yield replace(turn, after=here)
+            elif turn.before.kept <= after.kept | held:
+                return  # what is held is not read any more: there is no way on from here
+            held |= here.kept - after.kept
+
+    def _spent(self, turn: Turn) -> float:
+        """Bytes that are no longer kept."""
+        return self._line(turn.before.kept)[0] - self._line(turn.after.kept)[0]
+
+    def _next(self, here: Choice, held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
+        """The least λ at which something else is worth keeping, and what: where two lines cross of seconds by λ, and
+        none is below."""
+        after = self._cut(self._sum(self.seconds, self.nodes), held)  # a byte less is worth all of them
+        while self._line(after)[0] < self._line(here.kept)[0]:
+            (high, least), (low, most) = self._line(here.kept), self._line(after)
+            price = (most - least) / (high - low)
+            between = self._cut(price, held)
+            kept, seconds = self._line(between)
+            if not (low < kept < high and seconds + price * kept < (least + price * high) * (1 - EXACT)):
+                return price, after
+            after = between
+        return None
+
+    def _between(self, turn: Turn, peak: int) -> Choice:
+        """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes.
+
+        A byte more that is kept raises the peak by no more than one: what then fits in any case, or does not in any, is
+        not walked.
+        """
+        low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
+        best, most, over = turn.after, turn.after.kept, math.inf  # bytes kept that are too many
+        while high - low > EARLIER * FINE * high:
+            middle = (low + high) / 2
+            kept = self._cut(middle, turn.held, EARLIER)
+            more = self._line(kept)[0] - self._line(best.kept)[0]
+            if best.peak + more <= peak:
+                high, most = middle, kept
+            elif self._line(kept)[0] >= over:
+                low = middle
+            elif (found := self.of(kept)).peak <= peak:
+                high, best, most = middle, found, kept
+            else:
+                low, over = middle, self._line(kept)[0] - (found.peak - peak)
+        last = self.of(most)
+        return last if last.peak <= peak else best
+
+    def _line(self, kept: Set[Node]) -> tuple[float, float]:
+        """Bytes kept and seconds of making the rest again."""
+        return self._sum(self.bytes, kept), self._sum(self.seconds, self.sides.rebuilt(kept))
+
+    def _sum(self, of: Mapping[Node, float], nodes: Iterable[Node]) -> float:
+        return math.fsum(of[n] for n in nodes if of.get(n, math.inf) < math.inf)  # in any order the same
+
+    def _upstream(self) -> list[Node]:
+        """Forward's values that backward reads, and what those are computed from, in the graph's order."""
+        found = leading_to(self.sides.reads)
+        return [n for n in self.graph.nodes if n in found and n.op == "call_function"]
+
+    def _bytes(self, node: Node) -> float:
+        """Of a value that can be kept; infinite for others."""
+        if isinstance(value(node), torch.SymInt):
+            return 0.0
+        single = isinstance(value(node), torch.Tensor) and (kind_of(node) != VIEW or is_saved(node))
+        return float(bytes_of(node, self.hint)) if single and not _is_repeated(node) else math.inf
+
+    def _seconds(self, node: Node) -> float:
+        """Of making a value again; infinite where that must not be."""
+        if is_saved(node):
+            return math.inf
+        if node in self.free or _is_repeated(node) or kind_of(node) in (VIEW, ITEM, NONE):
+            return 0.0
+        return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
+
+    def _cut(self, price: float, held: Set[Node] = frozenset(), earlier: float = 0.0) -> frozenset[Node]:
+        """The values kept where a byte kept costs so many seconds, and one of the first value that part more than one
+        of the last; those `held` are not made again.
+
+        Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
+        """
+        left, last = list(self._always), len(self.nodes)
+        for i, node, made, there in self._parts:
+            left[made] = _capacity(math.inf if node in held else self.seconds[node])
+            left[there] = _capacity(price * (1 + earlier * (1 - i / last)) * self.bytes[node])
+        kept, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
+        return frozenset(n for _, n, made, there in self._parts if kept[ends[made]] and not kept[ends[there]])
+
+    def _connect(self) -> None:
+        """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it
+        is made of. Of each other value: its place, and the edges cut where it is made again and where it is kept."""
+        self._network = network = Network(2 + 2 * len(self.nodes))
+        self._parts: list[tuple[int, Node, int, int]] = []
+        always: list[int] = []
+        ends: dict[Node, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            read = list(dict.fromkeys(end for n in node.all_input_nodes for end in ends.get(n, ())))
+            ends[node], made, there = read, 2 + 2 * i, 3 + 2 * i
+            if self.bytes[node] < math.inf or self.seconds[node] > 0:
+                self._parts.append((i, node, network.edge(KEPT, made), network.edge(made, there)))
+                always += [network.edge(end, made) for end in read]
+                ends[node] = [there]
+            if node in self.sides.reads or (_is_repeated(node) and "ac_graph_id" in node.meta):
+                always += [network.edge(end, BACKWARD) for end in ends[node]]  # the latter whether or not it is read
+        self._always = [0] * len(network.ends)
+        for edge in always:
+            self._always[edge] = ENDLESS
+
+
+KEPT, BACKWARD = 0, 1
+
+
+def _capacity(seconds: float) -> int:
+    return round(seconds * UNIT) if seconds < math.inf else ENDLESS
+
+
+def _is_repeated(node: Node) -> bool:
+    """Whether a pass or a checkpoint has said to make a value again."""
+    return node.meta.get("recompute") in REPEATED
+
+
+def is_saved(node: Node) -> bool:
+    """Whether a pass or the partitioner has said to keep a value, where backward reads it: a copy of what forward then
+    writes looks like nothing but another view of it."""
+    return node.meta.get("recompute") is SAVE
+
+
+def is_repeatable(node: Node) -> bool:
+    """Whether an op gives the same once more, and does nothing else."""
+    target = node.target
+    if getattr(target, "_schema", None) is None or is_mutable(node) or is_saved(node):
+        return False
+    if is_random(node):
+        return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
+    return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS
