@@ -344,7 +344,7 @@ TWICE = """
     import peft_fx
     from peft_fx import compiling
     from tests.oracle import run
-    from tests.test_budget import MODELS, STEP, integers, x_of
+    from tests.step.test_budget import MODELS, STEP, integers, x_of
 
     model = integers(MODELS["plain"](), 0, bound=1)
     warnings.filterwarnings("ignore", "peft_fx cannot hold")
