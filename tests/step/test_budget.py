@@ -253,6 +253,34 @@ def test_there_is_no_better_choice(widths: tuple[int, ...]) -> None:
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("widths", [(K, 8, 32), (K, 64, 4), (K, 32, 64), (K, 8, 64)], ids=str)
+def test_no_set_of_values_fits_in_less_time(widths: tuple[int, ...]) -> None:
+    """Of all that could be kept, each walked: where one fits a budget, the choice does, and is as quick as any
+    that does."""
+    found = joint.trace(Tiny(*widths), x_of())
+    choices = choices_in(found, found.as_lowered(found.rewritten()[0]))
+    could = [n for n in choices.nodes if choices.bytes[n] < float("inf")]
+    sets = (frozenset(s) for n in range(len(could) + 1) for s in itertools.combinations(could, n))
+    tried = [(choice.peak, choice.seconds) for choice in map(choices.of, sets)]
+    budgets = {peak for peak, _ in tried}
+    assert len(tried) == 256
+    assert len(budgets) > 4
+    for least in budgets:
+        chosen = choices.within(least)
+        assert chosen.peak <= least
+        assert chosen.seconds <= min(s for peak, s in tried if peak <= least) * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.floats(0.0, 1.1), st.floats(0.0, 1.1))
+def test_of_two_budgets_the_smaller_takes_no_more_memory(name: str, one: float, other: float) -> None:
+    choices = choices_of(name)
+    whole = choices.of(frozenset(choices.before)).peak
+    smaller, larger = (choices.within(int(share * whole)) for share in sorted((one, other)))
+    assert smaller.peak <= larger.peak
+    assert smaller.seconds >= larger.seconds
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 4)), max_size=14))
 def test_a_cut_is_the_least_and_nearest_to_the_sink(edges: list[tuple[int, int, int]]) -> None:
