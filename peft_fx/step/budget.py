@@ -202,7 +202,8 @@ class Choices:
         while high - low > EARLIER * FINE * high:
             middle = (low + high) / 2
             found = self.of(self._cut(middle, turn.held, EARLIER))
-            low, high, best = (middle, high, found) if found.peak <= best.peak else (low, middle, best)
+            low, high = (middle, high) if found.peak <= best.peak else (low, middle)
+            best = found if found.peak < best.peak else best
         return best
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
