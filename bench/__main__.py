@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import budget, commands, compiling, coverage, estimating, long_context, report, study, suites, sweep
+from bench import (
+    budget,
+    commands,
+    compiling,
+    coverage,
+    estimating,
+    kernels,
+    long_context,
+    report,
+    study,
+    suites,
+    sweep,
+)
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -24,6 +36,7 @@ examples:
   python -m bench estimate                                     what estimate says of the models that were measured
   python -m bench long-context                                 Llamas at up to 131072 tokens, estimated
   python -m bench budget                                       time against memory, within budgets
+  python -m bench kernels                                      a step's kernels and bytes on a GPU that is not there
   python -m bench compile --layers 8 80                        seconds of the passes, by depth
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw
@@ -44,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     compiling.add_command(found)
     coverage.add_command(found)
     estimating.add_command(found)
+    kernels.add_command(found)
     long_context.add_command(found)
     study.add_command(found)
     sweep.add_command(found)

@@ -1,6 +1,6 @@
 """One measurement in a fresh process: `python -m bench.worker` reads a request as JSON and writes lines of JSON.
 
-A request is {"kind": "memory" | "step" | "sweep" | "compile", "setup", "variants", ...}. Each answer is
+A request is {"kind": "memory" | "step" | "sweep" | "compile" | "kernels", "setup", "variants", ...}. Each answer is
 {"progress": text} or, at the end, {"row": {...}}. All sizes are bytes, all times seconds.
 """
 
@@ -26,6 +26,7 @@ from torch._inductor.utils import fresh_cache
 
 from bench import kept
 from bench.compiling import compile
+from bench.kernels import kernels
 from bench.models import Setup, make_base, make_batch
 from bench.sweep import sweep
 from bench.variants import CHECKPOINTED, VARIANTS, Trainee, make
@@ -158,7 +159,7 @@ def main() -> int:
 
     quieten()
     request = json.load(sys.stdin)
-    kind = {"memory": memory, "step": step, "sweep": sweep, "compile": compile}[request["kind"]]
+    kind = {"memory": memory, "step": step, "sweep": sweep, "compile": compile, "kernels": kernels}[request["kind"]]
     row = _attempt(lambda: kind(request, lambda text: answer(progress=text)))
     answer(row=row)
     return 0
