@@ -133,9 +133,11 @@ def _bytes(tensors: Any) -> int:
 
 
 def passes_of(trainee: Trainee) -> dict[str, Any]:
-    """Seconds of our own passes in the compile; nothing where none of ours ran."""
+    """Seconds of our own passes in the compile, and the peak that a budget was chosen by; nothing where none of ours
+    ran."""
     outcomes = [o for r in records_of(torch.nn.ParameterList(trainee.trained)) for o in r.outcomes]
-    return {"passes_s": sum(o.seconds for o in outcomes)} if outcomes else {}
+    held = [o.budget.to_dict() for o in outcomes if o.budget]
+    return {"passes_s": sum(o.seconds for o in outcomes), **({"held": held[0]} if held else {})} if outcomes else {}
 
 
 def _release() -> None:
@@ -170,6 +172,7 @@ def quieten() -> None:
     torch._dynamo.config.disable = False
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", message="peft_fx")
+    warnings.filterwarnings("ignore", message="peft_fx cannot hold")  # the least is measured too
     for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64
