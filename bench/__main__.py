@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from bench import commands, compiling, coverage, estimating, long_context, report, study, suites, sweep
+from bench import (
+    budget,
+    commands,
+    compiling,
+    coverage,
+    estimating,
+    kernels,
+    long_context,
+    report,
+    study,
+    suites,
+    sweep,
+)
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -23,6 +35,8 @@ examples:
   python -m bench sweep                                        the forms of one layer, measured and predicted
   python -m bench estimate                                     what estimate says of the models that were measured
   python -m bench long-context                                 Llamas at up to 131072 tokens, estimated
+  python -m bench budget                                       time against memory, within budgets
+  python -m bench kernels                                      a step's kernels and bytes on a GPU that is not there
   python -m bench compile --layers 8 80                        seconds of the passes, by depth
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw
@@ -39,9 +53,11 @@ def parser() -> argparse.ArgumentParser:
     found = top.add_subparsers(title="commands", metavar="command", required=True)
     commands.add_commands(found)
     suites.add_command(found)
+    budget.add_command(found)
     compiling.add_command(found)
     coverage.add_command(found)
     estimating.add_command(found)
+    kernels.add_command(found)
     long_context.add_command(found)
     study.add_command(found)
     sweep.add_command(found)

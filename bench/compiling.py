@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bench import tables
 from bench.models import FAMILIES, Setup, make_base, make_batch, setup_of, with_adapters
 from bench.results import FOLDER, Results, request
 from bench.running import measure_all
+from peft_fx import budgeting, compat
 from peft_fx.passes import pipeline
 
 COMPILE = """\
@@ -29,6 +31,8 @@ share is therefore smaller yet. `python -m bench time` has the seconds of a whol
   passes    seconds of our own passes, of one form or another
   per node  of the joint graph, as it comes in
   memory    most that the process had, and what it had before the passes
+  choice    with --budget: CPU seconds of the choice of what is kept, and those of the passes and of the partitioner, of
+            which it is a share
 """
 
 
@@ -44,6 +48,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--layers", type=int, nargs="+", default=(8, 80), metavar="N", help="(default: 8 80)")
     command.add_argument("--form", choices=("auto", "weight", "activation"), default="auto", help="(default: auto)")
     command.add_argument("--tokens", type=int, default=4096, metavar="T", help="(default: 4096)")
+    command.add_argument("--budget", type=float, metavar="SHARE", help="of the step's memory, to be held")
     command.add_argument("--resume", action="store_true", help="keep what was measured before on the same device")
     command.add_argument("--output", type=Path, default=FOLDER / "compile.json", metavar="FILE")
     command.set_defaults(run=run)
@@ -51,7 +56,8 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     setup = setup_of(args.model, tokens=args.tokens, device="cpu")
-    asked = [request("compile", replace(setup, layers=n), ["peft_fx"], form=args.form) for n in args.layers]
+    more = {"form": args.form} | ({"budget": args.budget} if args.budget else {})
+    asked = [request("compile", replace(setup, layers=n), ["peft_fx"], **more) for n in args.layers]
     rows = measure_all(asked, Results(args.output, "cpu"), again=not args.resume)
     print(f"\n{setup.model} on fake weights, T = {setup.tokens}, form {args.form}\n")
     print(table(rows))
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     head = ["layers", "nodes", "sites", "traced s", "passes s", "share", "µs per node", "memory MB", "of which before"]
+    head += ["choice s", "of passes and partitioner"] if any("choice_s" in row for row in rows) else []
     lines = [
         [
             str(row["setup"]["layers"]),
@@ -71,11 +78,18 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{1e6 * row['passes_s'] / row['nodes']:.0f}",
             f"{row['memory'] / 1e6:.0f}",
             f"{row['memory_before'] / 1e6:.0f}",
+            *_of_choice(row),
         ]
         for row in rows
         if "error" not in row
     ]
     return tables.table(head, lines, "simple", 0)
+
+
+def _of_choice(row: dict[str, Any]) -> tuple[str, ...]:
+    if "choice_s" not in row:
+        return ()
+    return f"{row['choice_s']:.2f}", f"{row['choice_s'] / (row['passes_cpu_s'] + row['partitioner_s']):.1%}"
 
 
 def compile(asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -90,15 +104,46 @@ def compile(asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]
     def timed(graph: Any, *args: Any, **kwargs: Any) -> Any:
         found["nodes"] += len(graph.nodes)
         found["memory_before"] = _memory()
+        start = time.process_time()
         outcome = real(graph, *args, **kwargs)
+        found["passes_cpu_s"] = time.process_time() - start
         found["passes_s"] += outcome.seconds
         found["memory"] = _memory()
         return outcome
 
     start = time.perf_counter()
-    with patch.object(pipeline, "run", timed):
-        report = peft_fx.explain(model, **make_batch(setup), options={"peft_fx.form": asked["form"]})
+    options, share = {"peft_fx.form": asked["form"]}, asked.get("budget")
+    options |= {"peft_fx.memory_budget": "1000TB", "peft_fx.memory_budget_of": "step"} if share else {}
+    with patch.object(pipeline, "run", timed), _timed_choice(share, found) if share else contextlib.nullcontext():
+        report = peft_fx.explain(model, **make_batch(setup), options=options)
     return found | {"traced_s": time.perf_counter() - start, "sites": len(report.sites)}
+
+
+@contextlib.contextmanager
+def _timed_choice(share: float, found: dict[str, Any]) -> Iterator[None]:
+    """Inside the block a budget is a share of the step's peak. `found` gets the CPU seconds of the choice for it, and
+    of the passes and the partitioner."""
+    hold, split, spent = budgeting.hold, compat.min_cut_rematerialization_partition, 0.0
+
+    def held(graph: Any, values: Any, roles: Any, asked: Any, machine: Any, hint: Any) -> Any:
+        nonlocal spent
+        begun = time.process_time()
+        choices = budgeting.choices_in(graph, values, hint, machine)
+        asked = replace(asked, bytes=int(share * choices.of(frozenset(choices.before)).peak))
+        start = time.process_time()
+        chosen = hold(graph, values, roles, asked, machine, hint)
+        found["choice_s"], found["held"] = time.process_time() - start, chosen[0].to_dict()
+        spent = time.process_time() - begun
+        return chosen
+
+    def timed(*args: Any, **kwargs: Any) -> Any:  # without the passes first, then with them
+        start = time.process_time()
+        halves = split(*args, **kwargs)
+        found["partitioner_s"] = time.process_time() - start - spent
+        return halves
+
+    with patch.object(budgeting, "hold", held), patch.object(compat, "min_cut_rematerialization_partition", timed):
+        yield
 
 
 def _memory() -> int:

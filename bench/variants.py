@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._functorch import config as functorch_config
 
 import peft_fx
 from bench.models import Setup, precision, with_adapters
@@ -204,21 +206,50 @@ def by_peft_fx_whole(model: Any) -> Any:
     return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=options)
 
 
-VARIANTS = {
-    "eager": Variant("PEFT, eager", with_adapters, eagerly, compiled=False),
-    "inductor": Variant("PEFT, Inductor", with_adapters, by_inductor),
-    "peft_fx": Variant("PEFT, peft_fx", with_adapters, by_peft_fx),
-    "frozen": Variant("no adapter, Inductor", frozen, by_inductor),
-    "full": Variant("full fine-tuning, Inductor", full, by_inductor),
-    "paper": Variant("weight form, eager", paper, eagerly, compiled=False, plain_lora=True),
-    "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, plain_lora=True),
-    "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
-    "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
-    "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
-    "inductor-loss": Variant("PEFT, Inductor, loss only", losing, by_inductor),
-    "peft_fx-whole-loss": Variant("PEFT, peft_fx, loss only, logits whole", losing, by_peft_fx_whole),
-    "peft_fx-loss": Variant("PEFT, peft_fx, loss only", losing, by_peft_fx),
-    "liger-loss": Variant("PEFT, Inductor, Liger's loss", liger, by_inductor),
-}
+def by_inductor_within(share: float, model: Any) -> Callable[..., Any]:
+    """With PyTorch's own budget: a share of what its partitioner would keep, read when the first call compiles."""
+    compiled = torch.compile(model, dynamic=False)
+
+    def call(**batch: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=share):
+            return compiled(**batch)
+
+    return call
+
+
+def by_peft_fx_within(budget: float, model: Any) -> Any:
+    """Within so many bytes of a step."""
+    options = {"peft_fx.memory_budget": int(budget), "peft_fx.memory_budget_of": "step"}
+    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=options)
+
+
+class Variants(dict[str, Variant]):
+    """By name; after an "@" stands the memory budget of one that has one."""
+
+    def __missing__(self, name: str) -> Variant:
+        base, _, budget = name.partition("@")
+        within = {"inductor": by_inductor_within, "peft_fx": by_peft_fx_within}[base]
+        title = f"{self[base].title}, budget {float(budget):g}"
+        return replace(self[base], title=title, compile=partial(within, float(budget)))
+
+
+VARIANTS = Variants(
+    {
+        "eager": Variant("PEFT, eager", with_adapters, eagerly, compiled=False),
+        "inductor": Variant("PEFT, Inductor", with_adapters, by_inductor),
+        "peft_fx": Variant("PEFT, peft_fx", with_adapters, by_peft_fx),
+        "frozen": Variant("no adapter, Inductor", frozen, by_inductor),
+        "full": Variant("full fine-tuning, Inductor", full, by_inductor),
+        "paper": Variant("weight form, eager", paper, eagerly, compiled=False, plain_lora=True),
+        "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, plain_lora=True),
+        "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
+        "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
+        "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
+        "inductor-loss": Variant("PEFT, Inductor, loss only", losing, by_inductor),
+        "peft_fx-whole-loss": Variant("PEFT, peft_fx, loss only, logits whole", losing, by_peft_fx_whole),
+        "peft_fx-loss": Variant("PEFT, peft_fx, loss only", losing, by_peft_fx),
+        "liger-loss": Variant("PEFT, Inductor, Liger's loss", liger, by_inductor),
+    }
+)
 LOSSES = tuple(name for name in VARIANTS if name.endswith("-loss"))
 CHECKPOINTED = tuple(name for name in VARIANTS if name.endswith("-ckpt"))

@@ -1,6 +1,6 @@
 """One measurement in a fresh process: `python -m bench.worker` reads a request as JSON and writes lines of JSON.
 
-A request is {"kind": "memory" | "step" | "sweep" | "compile", "setup", "variants", ...}. Each answer is
+A request is {"kind": "memory" | "step" | "sweep" | "compile" | "kernels", "setup", "variants", ...}. Each answer is
 {"progress": text} or, at the end, {"row": {...}}. All sizes are bytes, all times seconds.
 """
 
@@ -26,6 +26,7 @@ from torch._inductor.utils import fresh_cache
 
 from bench import kept
 from bench.compiling import compile
+from bench.kernels import kernels
 from bench.models import Setup, make_base, make_batch
 from bench.sweep import sweep
 from bench.variants import CHECKPOINTED, VARIANTS, Trainee, make
@@ -132,9 +133,11 @@ def _bytes(tensors: Any) -> int:
 
 
 def passes_of(trainee: Trainee) -> dict[str, Any]:
-    """Seconds of our own passes in the compile; nothing where none of ours ran."""
+    """Seconds of our own passes in the compile, and the peak that a budget was chosen by; nothing where none of ours
+    ran."""
     outcomes = [o for r in records_of(torch.nn.ParameterList(trainee.trained)) for o in r.outcomes]
-    return {"passes_s": sum(o.seconds for o in outcomes)} if outcomes else {}
+    held = [o.budget.to_dict() for o in outcomes if o.budget]
+    return {"passes_s": sum(o.seconds for o in outcomes), **({"held": held[0]} if held else {})} if outcomes else {}
 
 
 def _release() -> None:
@@ -156,7 +159,7 @@ def main() -> int:
 
     quieten()
     request = json.load(sys.stdin)
-    kind = {"memory": memory, "step": step, "sweep": sweep, "compile": compile}[request["kind"]]
+    kind = {"memory": memory, "step": step, "sweep": sweep, "compile": compile, "kernels": kernels}[request["kind"]]
     row = _attempt(lambda: kind(request, lambda text: answer(progress=text)))
     answer(row=row)
     return 0
@@ -169,6 +172,7 @@ def quieten() -> None:
     torch._dynamo.config.disable = False
     warnings.simplefilter("ignore")
     warnings.filterwarnings("error", message="peft_fx")
+    warnings.filterwarnings("ignore", message="peft_fx cannot hold")  # the least is measured too
     for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64

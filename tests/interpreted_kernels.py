@@ -19,9 +19,9 @@ from peft_fx.passes.graph.nodes import CAST
 from peft_fx.retargeting import GPU
 from peft_fx.tracing import copy_graph
 from tests import joint
+from tests.passes.keep.test_in_place_reads import R, Siblings
 from tests.spellings import K, N, trained
 from tests.test_retargeting import with_products_of_a_cpu
-from tests.test_transients import R, Siblings
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 some = settings(max_examples=6, deadline=None, derandomize=True)

@@ -137,19 +137,24 @@ class Choices:
         point stays kept; and so does all that turns at a λ where the peak is no lower."""
         held: frozenset[Node] = frozenset()
         here = self.of(self._cut(LEAST))
+        yield Turn(LEAST, held, here, here)  # the partitioner does not see what is returned and there anyway
         while (following := self._next(here, held)) is not None:
             price, after = following[0], self.of(following[1])
-            wasted = after.taken.alive & after.rebuilt & here.kept
+            wasted, known = after.taken.alive & after.rebuilt & here.kept, held
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
                 after, held = other, held | wasted
             turn = Turn(price, held, here, after)
-            if after.peak < here.peak:
-                here = self._between(turn, after.peak) if self._spent(turn) > here.peak - after.peak else after
+            if after.peak >= here.peak:
+                after = self._lowest(turn)
+            elif self._spent(turn) > here.peak - after.peak:
+                after = self._between(turn, after.peak)
+            is_lower, here = after.peak < here.peak, after
+            held |= here.kept - turn.after.kept
+            if is_lower:
                 yield replace(turn, after=here)
-            elif turn.before.kept <= after.kept | held:
+            elif held == known:
                 return  # what is held is not read any more: there is no way on from here
-            held |= here.kept - after.kept
 
     def _spent(self, turn: Turn) -> float:
         """Bytes that are no longer kept."""
@@ -191,6 +196,17 @@ class Choices:
                 low, over = middle, self._line(kept)[0] - (found.peak - peak)
         last = self.of(most)
         return last if last.peak <= peak else best
+
+    def _lowest(self, turn: Turn) -> Choice:
+        """Of values that turn at one λ those of the earliest layers, as many as lower the peak."""
+        low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
+        best = turn.before
+        while high - low > EARLIER * FINE * high:
+            middle = (low + high) / 2
+            found = self.of(self._cut(middle, turn.held, EARLIER))
+            low, high = (middle, high) if found.peak <= best.peak else (low, middle)
+            best = found if found.peak < best.peak else best
+        return best
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
         """Bytes kept and seconds of making the rest again."""

@@ -6,8 +6,10 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +36,7 @@ from peft_fx.step.memory import walk
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained
-from tests.test_backend import key
+from tests.test_backend import ROOT, key, python
 
 K, N, R, T = 16, 48, 2, 64
 STEP = {"peft_fx.memory_budget_of": "step"}
@@ -252,6 +254,34 @@ def test_there_is_no_better_choice(widths: tuple[int, ...]) -> None:
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("widths", [(K, 8, 32), (K, 64, 4), (K, 32, 64), (K, 8, 64)], ids=str)
+def test_no_set_of_values_fits_in_less_time(widths: tuple[int, ...]) -> None:
+    """Of all that could be kept, each walked: where one fits a budget, the choice does, and is as quick as any
+    that does."""
+    found = joint.trace(Tiny(*widths), x_of())
+    choices = choices_in(found, found.as_lowered(found.rewritten()[0]))
+    could = [n for n in choices.nodes if choices.bytes[n] < float("inf")]
+    sets = (frozenset(s) for n in range(len(could) + 1) for s in itertools.combinations(could, n))
+    tried = [(choice.peak, choice.seconds) for choice in map(choices.of, sets)]
+    budgets = {peak for peak, _ in tried}
+    assert len(tried) == 256
+    assert len(budgets) > 4
+    for least in budgets:
+        chosen = choices.within(least)
+        assert chosen.peak <= least
+        assert chosen.seconds <= min(s for peak, s in tried if peak <= least) * (1 + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.floats(0.0, 1.1), st.floats(0.0, 1.1))
+def test_of_two_budgets_the_smaller_takes_no_more_memory(name: str, one: float, other: float) -> None:
+    choices = choices_of(name)
+    whole = choices.of(frozenset(choices.before)).peak
+    smaller, larger = (choices.within(int(share * whole)) for share in sorted((one, other)))
+    assert smaller.peak <= larger.peak
+    assert smaller.seconds >= larger.seconds
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 4)), max_size=14))
 def test_a_cut_is_the_least_and_nearest_to_the_sink(edges: list[tuple[int, int, int]]) -> None:
@@ -335,6 +365,38 @@ def test_explain_tells_what_was_done_for_a_budget() -> None:
     assert f"{least / 1e3:.1f} kB" in str(traced_only)
     assert f"{held.rebuilt} values" in str(traced_only)
     assert not peft_fx.explain(copy.deepcopy(model), x_of()).budgets
+
+
+TWICE = """
+    import hashlib, json, warnings, torch
+    torch.set_num_threads(1)
+    import peft_fx
+    from peft_fx import compiling
+    from tests.oracle import run
+    from tests.step.test_budget import MODELS, STEP, integers, x_of
+
+    model = integers(MODELS["plain"](), 0, bound=1)
+    warnings.filterwarnings("ignore", "peft_fx cannot hold")
+    f = torch.compile(model, backend=peft_fx.backend, options={"peft_fx.memory_budget": BUDGET, **STEP})
+    result = run(f, model, (x_of(),))
+    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in result.items() if t is not None)).hexdigest()
+    passes = sum(len(r.outcomes) for r in compiling.records_of(model))
+    print(json.dumps({"passes": passes, "digest": digest, "budgets": peft_fx.explain(f).to_dict()["budgets"]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.0, 0.5], ids=["held", "not held"])
+def test_what_a_warm_cache_answers_is_told_of_like_what_was_chosen(tmp_path: Path, share: float) -> None:
+    """In a second process, where no pass runs: the same bits, and the same row of the budget."""
+    code = TWICE.replace("BUDGET", str(int(held_at_least("plain") * share)))
+    cold, warm = (json.loads(python(code, tmp_path, PYTHONPATH=str(ROOT)).stdout.splitlines()[-1]) for _ in range(2))
+    assert (cold["passes"], warm["passes"]) == (1, 0)
+    assert warm["digest"] == cold["digest"]
+    (held,) = warm["budgets"]
+    assert warm["budgets"] == cold["budgets"]
+    assert held["is_held"] == (share == 1.0)
+    assert held["rebuilt"] > 0
 
 
 def test_inductor_draws_the_same_masks_again() -> None:

@@ -1,0 +1,56 @@
+"""`python -m bench kernels`: it counts what another tool counts, and what can be counted by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from bench.models import setup_of
+from bench.results import ROOT, request
+from bench.running import _measure
+
+TOOL = ROOT.parent.parent / "shared" / "offline_cuda" / "model_kernels.py"
+SIDES = ("forward", "backward")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def measured(name: str, attention: str, **sizes: Any) -> dict[str, Any]:
+    setup = setup_of("llama-3.2-1b", vocab=512, device="cpu", **sizes)
+    return _measure(request("kernels", setup, [name], machine="h100", attention=attention), lambda text: None)
+
+
+@pytest.mark.skipif(not TOOL.exists(), reason="the other tool is not here")
+def test_calls_and_bytes_are_those_of_another_tool() -> None:
+    """Apart from what goes between the two kernels of one op of ours, of which that tool does not know."""
+    names = ("inductor", "peft_fx")
+    sizes = ["--hidden", "256", "--inter", "1024", "--layers", "1", "--T", "1024", "--variants", ",".join(names)]
+    command = [sys.executable, "-W", "ignore", str(TOOL), *sizes, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    by_name = json.loads(done.stdout.strip().splitlines()[-1])
+    rows = {name: measured(name, "pointwise", hidden=256, layers=1, tokens=1024) for name in names}
+    for name, side in itertools.product(names, SIDES):
+        row, told = rows[name][side], by_name[name][side]
+        assert row["calls"] == told["triton"] + told["products"] + told["other"]
+        assert row["kinds"]["triton"] == told["triton"]
+        between = row["bytes"] - round(1e9 * told["gigabytes"])
+        assert 0 <= between <= (0.1 * row["bytes"] if (name, side) == ("peft_fx", "backward") else 0)
+
+
+def test_the_weight_form_has_the_products_of_a_model_without_adapters() -> None:
+    """In forward by shape and dtype, and as many launches more as there are weights to build."""
+    frozen, ours = (measured(name, "flash", layers=1, tokens=8192)["forward"] for name in ("frozen", "peft_fx"))
+    T, K, kv, N = 8192, 2048, 512, 8192
+    by_hand = Counter({(K, K): 2, (K, kv): 3, (K, N): 2, (N, K): 1})  # q, o; k, v, a head of 512; gate, up; down
+    assert ours["products"] == frozen["products"] == {f"{T}×{k}×{n} bfloat16": c for (k, n), c in by_hand.items()}
+    assert ours["kinds"] == frozen["kinds"] | {"op": 7}
+    weights = K * (2 * K + 2 * kv + 3 * N)
+    factors = 16 * (2 * (K + K) + 2 * (K + kv) + 3 * (K + N))
+    vector = 2 * 2 * T * K  # what the frozen model's is added to is written and read once more
+    assert ours["bytes"] - frozen["bytes"] == pytest.approx(2 * 2 * weights + 4 * factors - vector, rel=0.02)
