@@ -326,4 +326,6 @@ def test_a_row_rule_is_its_op(op: Any) -> None:
     ids=["linear", "affine", "rows"],
 )
 def test_every_rule_has_a_case(table: dict[Any, Any], cases: dict[Any, Any]) -> None:
+    without = [str(op) for op in table if op not in cases]
+    assert not without, "a rule without a case: add one to LINEAR_CASES, AFFINE_CASES or ROW_CASES"
     assert set(cases) == set(table)

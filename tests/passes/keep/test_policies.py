@@ -173,6 +173,10 @@ def kept(model: nn.Module, *args: Tensor, **options: Any) -> peft_fx.Report:
 SIZES = {"velora": T * H // 32 * 4 + 32 * 4, "int8": T * (H + 8), "int4": T * (H // 2 + 8), "fp8": T * (H + 4)}
 
 
+def test_every_policy_has_its_formula_and_its_bytes() -> None:
+    assert set(FORMULAS) == set(SIZES) == set(POLICIES)
+
+
 @pytest.mark.parametrize("keep", LOSSY)
 def test_kept_bytes_are_those_of_the_formula(keep: str) -> None:
     """And x·A, for dB: not a byte more or less."""
