@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import pathlib
 from dataclasses import replace
 
 import pytest
@@ -19,24 +20,8 @@ from peft_fx.passes.decide.shapes import Shape
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 CPU = MACHINES["cpu"]
-MODULES = [
-    "affine",
-    "algebra",
-    "flow",
-    "keep",
-    "machine",
-    "moments",
-    "pipeline",
-    "price",
-    "quantised",
-    "refusals.obstacles",
-    "regions",
-    "rewrite",
-    "scaled_reads",
-    "sites",
-    "transfer",
-    "transients",
-]
+FOLDER = pathlib.Path(next(iter(passes.__path__)))
+MODULES = sorted(".".join(p.relative_to(FOLDER).with_suffix("").parts) for p in FOLDER.rglob("[!_]*.py"))
 
 
 def lora(T: int, K: int, N: int, r: int, base: torch.dtype = FP32, adapter: torch.dtype = FP32) -> Shape:
