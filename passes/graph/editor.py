@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.analyse.algebra import Matrix
-from peft_fx.passes.graph.nodes import CAST, RESHAPES, aten, is_tensor, shape, signature, value
+from peft_fx.passes.graph.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 
 REBUILD, SAVE = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE
 COPIED = (
@@ -43,7 +43,6 @@ class Editor:
         self.changes = 0
         self._like: Node | None = None
         self._rebuilt = False
-        self._values: dict[Any, torch.Tensor] = {}
 
     # --------------------------------------------------------------------------------------------- where, and as what
 
@@ -71,20 +70,9 @@ class Editor:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = self._value(target, args, kwargs)
-        return self._noted(node)
-
-    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """What a call gives, as a fake value. Layers are alike: where the same op has met the same kinds of values, it
-        is one of the kind that it gave then, which takes a tenth of the time."""
-        key = None if _is_view(target) else (target, signature(args), signature(kwargs))
-        if key in self._values and (again := _another(self._values[key], self.fake_mode)) is not None:
-            return again
         with self.fake_mode:
-            found = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
-        if key is not None and _is_plain(found):
-            self._values[key] = found
-        return found
+            node.meta["val"] = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
+        return self._noted(node)
 
     def _noted(self, node: Node) -> Node:
         if self._like is not None:
@@ -242,27 +230,6 @@ class Editor:
     def _tag(self, node: Node, tag: CheckpointPolicy) -> None:
         self.changes += 1
         node.meta["recompute"] = tag
-
-
-def _is_view(target: Any) -> bool:
-    """Whether an op's result shares memory with what it is given, or nothing is known of that."""
-    schema = getattr(target, "_schema", None)
-    return schema is None or any(a.alias_info is not None for a in schema.arguments)
-
-
-def _is_plain(val: Any) -> bool:
-    """Whether a value is a tensor of which its sizes and its dtype tell all."""
-    return (
-        isinstance(val, torch.Tensor)
-        and not val.dtype.is_complex
-        and all(isinstance(n, int) for n in (*val.shape, *val.stride()))
-    )
-
-
-def _another(val: torch.Tensor, fake_mode: Any) -> Any:
-    """A fake value of the same kind; None under a mode that gives no plain meta tensor."""
-    meta = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
-    return None if type(meta) is not torch.Tensor else type(val)(fake_mode, meta, val.device)  # type: ignore[call-arg]
 
 
 def fake(arg: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The editor: places and provenance, users and what nobody uses, and fake values of a kind met before."""
+"""The editor: places and provenance, users and what nobody uses, and fake values."""
 
 from __future__ import annotations
 
@@ -28,27 +28,6 @@ def opened(dynamic: bool = False) -> tuple[Editor, Node, Node]:
 def made(edit: Editor, *asked: Any) -> Node:
     with edit.at(edit.graph.output_node(), like=None):
         return edit.call(*asked)
-
-
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda a, b: (aten.mm.default, a, b),
-        lambda a, b: (CAST, a, torch.bfloat16),
-        lambda a, b: (aten.cat.default, [a, a], 1),
-        lambda a, b: (aten.sum.dim_IntList, a, [0], True),
-    ],
-)
-def test_a_value_of_a_kind_met_before_is_as_one_made(ask: Any) -> None:
-    """And has memory of its own."""
-    edit, a, b = opened()
-    first, second = (value(made(edit, *ask(a, b))) for _ in range(2))
-    assert type(first) is type(second)
-    assert first.fake_mode is second.fake_mode
-    for what in ("shape", "dtype", "device", "layout"):
-        assert getattr(first, what) == getattr(second, what)
-    assert first.stride() == second.stride()
-    assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
 
 
 def test_numbers_and_dtypes_tell_kinds_apart() -> None:
