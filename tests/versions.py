@@ -28,6 +28,7 @@ SETS = {
     "oldest of all": ["torch==2.11.0", "transformers==4.57.1", "peft==0.17.0"],
     "tested": ["-c", str(ROOT / "constraints.txt")],
     "newest libraries": ["torch==2.13.0"],
+    "newest torch": ["torch==2.14.1"],
     "newest of all": [],
 }
 TESTS = ["compat", "backend", "explain", "peft", "main_job", "trainers", "distributed", "examples"]
