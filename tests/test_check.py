@@ -73,7 +73,7 @@ def wrong() -> Iterator[None]:
     real = merge_sums.Rewriter._merge
 
     def merge(self: Any, weight: Any, inner: Any, terms: Any, dtype: Any) -> Any:
-        return self.build.call(torch.ops.aten.mul.Tensor, real(self, weight, inner, terms, dtype), 1.01)
+        return self.edit.call(torch.ops.aten.mul.Tensor, real(self, weight, inner, terms, dtype), 1.01)
 
     with patch.object(merge_sums.Rewriter, "_merge", merge):
         yield
