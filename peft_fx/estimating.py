@@ -176,7 +176,7 @@ def estimate(
             rows += [tracer.row(name, T, traced) for (name, T), traced in found.items()]
         except LeftOut as reason:
             if variants is not None:
-                raise LeftOut(f"{', '.join(names)}: {reason}") from None
+                raise LeftOut(f"{', '.join(names)}: {reason}") from reason
             left_out |= dict.fromkeys(names, str(reason))
     order = list(variants or EXACT)
     return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         require("A figure", "matplotlib", extra="bench")
     groups = list(by_preparation(names or EXACT).values())
     with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) * len(groups)) as say:  # at most
-        found = dict(_estimates(args, groups, asked=names is not None, say=say))
+        found = list(_estimates(args, groups, asked=names is not None, say=say))
     whole = _joined(found, list(names or EXACT))
     print(whole)
     print(_conclusions(whole, args.memory))
@@ -105,25 +105,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _estimates(
-    args: argparse.Namespace, groups: Sequence[list[str]], asked: bool, say: Say
-) -> Iterator[tuple[str, Estimate]]:
-    """Estimates of groups of variants, under the name of the first of each, on as many processors as there are.
+def _estimates(args: argparse.Namespace, groups: Sequence[list[str]], asked: bool, say: Say) -> Iterator[Estimate]:
+    """Estimates of groups of variants, on as many processors as there are.
     `asked`: a variant that the model does not allow is a Problem, else it is left out."""
     workers = min(len(os.sched_getaffinity(0)), len(groups))
     if workers == 1:
-        yield from ((names[0], _estimate(args, names, asked, say)) for names in groups)
+        yield from (_estimate(args, names, asked, say) for names in groups)
         return
     context = multiprocessing.get_context("spawn")  # a forked process would have torch's threads' locks without them
     lines = context.SimpleQueue()
     with futures.ProcessPoolExecutor(workers, context, initializer=_tell, initargs=(lines,)) as pool:
-        todo = {pool.submit(_estimate, args, names, asked): names for names in groups}
+        todo = {pool.submit(_estimate, args, names, asked) for names in groups}
         try:
             while todo:
-                done, _ = futures.wait(todo, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                done, todo = futures.wait(todo, timeout=0.2, return_when=futures.FIRST_COMPLETED)
                 while not lines.empty():
                     say(lines.get())
-                yield from ((todo.pop(future)[0], future.result()) for future in done)
+                yield from (future.result() for future in done)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -150,17 +148,16 @@ def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: 
     except LeftOut as why:
         if asked:
             raise Problem(str(why)) from why
-        reason = str(why).removeprefix(f"{', '.join(names)}: ")
-        return Estimate([], "", dict.fromkeys(names, reason))
+        return Estimate([], "", dict.fromkeys(names, str(why.__cause__)))
     except ValueError as error:
         raise Problem(str(error)) from error
 
 
-def _joined(found: dict[str, Estimate], order: Sequence[str]) -> Estimate:
+def _joined(found: Sequence[Estimate], order: Sequence[str]) -> Estimate:
     """One estimate of the variants of several."""
-    rows = sorted((r for e in found.values() for r in e.rows), key=lambda r: (r.tokens, order.index(r.name)))
-    left_out = {name: e.left_out[name] for name in order for e in found.values() if name in e.left_out}
-    return Estimate(rows, next((e.machine for e in found.values() if e.rows), ""), left_out)
+    rows = sorted((r for e in found for r in e.rows), key=lambda r: (r.tokens, order.index(r.name)))
+    left_out = {name: e.left_out[name] for name in order for e in found if name in e.left_out}
+    return Estimate(rows, next((e.machine for e in found if e.rows), ""), left_out)
 
 
 def without_mask(model: Any) -> Any:

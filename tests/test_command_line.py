@@ -214,7 +214,7 @@ def test_an_estimate_is_one_on_however_many_processors(llama, monkeypatch, capsy
 def test_what_a_model_does_not_allow_is_left_out_unless_it_is_asked_for(llama, monkeypatch, capsys) -> None:
     def estimate(model: Any, variants: list[str], **kwargs: Any) -> Estimate:
         if variants == ["full"]:
-            raise LeftOut("full: all of it is frozen")
+            raise LeftOut("full: all of it is frozen") from LeftOut("all of it is frozen")
         return Estimate([Row(name, 64, 1, 1, 1, 1, 1, 1.0) for name in variants], "h100")
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
