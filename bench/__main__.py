@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from bench import (
-    budget,
-    commands,
-    compiling,
-    coverage,
-    estimating,
-    kernels,
-    long_context,
-    report,
-    study,
-    suites,
-    sweep,
-)
+from bench.experiments import COMMANDS
+from bench.report import REPORT
+from peft_fx.terminal import Problem
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\
@@ -44,32 +35,24 @@ sample goes to bench/results/ with the command, device, versions and commit that
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """A sub-command is a function `run(args) -> exit status` and one that declares its arguments."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(
-        prog="python -m bench", description=DESCRIPTION, epilog=EPILOG, formatter_class=formatter
-    )
+def parser() -> ArgumentParser:
+    top = ArgumentParser("python -m bench", description=DESCRIPTION, epilog=EPILOG)
+    top.formatter_class = RawDescriptionHelpFormatter
     found = top.add_subparsers(title="commands", metavar="command", required=True)
-    commands.add_commands(found)
-    suites.add_command(found)
-    budget.add_command(found)
-    compiling.add_command(found)
-    coverage.add_command(found)
-    estimating.add_command(found)
-    kernels.add_command(found)
-    long_context.add_command(found)
-    study.add_command(found)
-    sweep.add_command(found)
-    report.add_command(found)
+    for command in (*COMMANDS, REPORT):
+        command.add_to(found)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 2 where something that it needs is missing."""
     args = parser().parse_args(argv)
-    status: int = args.run(args)
-    return status
+    try:
+        args.run(args)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

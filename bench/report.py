@@ -1,152 +1,71 @@
-"""`python -m bench report`: tables in Markdown and figures, from the results that are there. Nothing is measured."""
+"""`python -m bench report`: tables in Markdown and figures, from the results of suites. Nothing is measured."""
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.results import FOLDER, ROOT, Results
+from bench.experiment import DOCS, Command, option, publish
+from bench.figures import COLOURS, figure_of, places, save
+from bench.results import FOLDER, provenance
+from bench.running import Row
+from bench.tables import of_kind
 from bench.variants import VARIANTS
+from peft_fx.terminal import Problem
 
-Row = dict[str, Any]
-COLOURS = {
-    "eager": "#9aa0a6",
-    "inductor": "#e8710a",
-    "peft_fx": "#1a73e8",
-    "frozen": "#202124",
-    "full": "#a142f4",
-    "paper": "#f9ab00",
-    "handwritten": "#12a4af",
-}
-
-PAGE = ROOT.parent / "docs" / "benchmarks.md"
-
-REPORT = """\
-Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
-
-  tables.md            every table, each with the command, device, versions and commit of its numbers
-  kept_per_layer.png   bytes that a layer keeps for backward, by variant
-  against_tokens.png   what a step keeps for backward, and its peak, against T
-
-and, between its `<!-- bench: ... -->` marks, the tables of docs/benchmarks.md.
-"""
+KNOWN = ("gpu", "cpu", "methods", "loss")  # of two that have the same table for a page the first one stands there
 
 
-def add_command(commands: Any) -> None:
-    """Adds `report` to the sub-commands of an argument parser."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    report = commands.add_parser(
-        "report", help="tables and figures from the results", description=REPORT, formatter_class=formatter
-    )
-    report.add_argument("files", nargs="*", type=Path, metavar="FILE", help="results (default: the suites')")
-    report.add_argument("--folder", type=Path, default=FOLDER, help="where to write (default: bench/results)")
-    report.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    known = [FOLDER / f"{suite}.json" for suite in ("gpu", "cpu", "methods", "loss")]
-    paths = [path for path in args.files or known if path.exists()]
-    if not paths:
-        print("There are no results yet. Measure some: python -m bench suite cpu")
-        return 2
-    stored = [(path, json.loads(path.read_text())) for path in paths]
-    args.folder.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(section(path.stem, content) for path, content in stored)
-    (args.folder / "tables.md").write_text(text)
-    print(text)
-    if args.folder == FOLDER:
-        PAGE.write_text(with_tables(PAGE.read_text(), {path.stem: content for path, content in stored}))
-    _draw_kept(next(({"rows": r} for _, c in stored if (r := _of_kind(c["rows"], "memory"))), None), args.folder)
-    _draw_tokens(next((c for _, c in stored if _series(c["rows"])), None), args.folder)
-    return 0
-
-
-# -------------------------------------------------------------------------------------------------------- tables
+class Report(Command):
+    def run(self, args: Namespace) -> None:
+        paths = [path for path in args.files or (FOLDER / f"{name}.json" for name in KNOWN) if path.exists()]
+        if not paths:
+            raise Problem("There are no results yet. Measure some: python -m bench suite cpu")
+        stored = {path.stem: json.loads(path.read_text()) for path in paths}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(section(name, content) for name, content in stored.items())
+        (args.folder / "tables.md").write_text(text)
+        print(text)
+        if args.folder == FOLDER:
+            for name, content in reversed(stored.items()):
+                made = {mark: table(content["rows"]) for mark, table in PAGE_TABLES.get(name, {}).items()}
+                publish(DOCS / "benchmarks.md", name, made, content["runs"])
+        draw_kept(next((rows for c in stored.values() if (rows := of_kind(c["rows"], "memory"))), []), args.folder)
+        draw_tokens(next((rows for c in stored.values() if (rows := series(c["rows"]))), []), args.folder)
 
 
 def section(name: str, content: dict[str, Any]) -> str:
     """All tables of one file of results, in Markdown."""
     parts = [f"## {name}\n", *(f"{provenance(run)}\n" for run in content["runs"])]
-    return "\n".join([*parts, *_tables(content["rows"], "github", "### ")])
+    return "\n".join([*parts, tables.listing(content["rows"], "github")])
 
 
-def print_rows(rows: Iterable[Row]) -> None:
-    """The same tables for a terminal."""
-    print("\n".join(["", *_tables(list(rows), "simple", "")]))
+# ---------------------------------------------------------------------------------------------- tables for a page
 
 
-def provenance(run: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "transformers", "peft", "peft_fx"))
-    commit = f", commit {run['commit'][:10]}" if run["commit"] else ""
-    return f"`{run['command']}` on {run['device']}, {run['threads']} threads; {versions}{commit}; {run['date']}."
+def _done(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in of_kind(rows, "step") if "error" not in row]
 
 
-def _tables(rows: list[Row], style: str, heading: str) -> list[str]:
-    parts = []
-    if memory := _of_kind(rows, "memory"):
-        memories = tables.Memories(memory)
-        parts += [f"{heading}Kept for backward per layer, × the floor\n", tables.kept_table(memories, style), ""]
-        parts += [f"{heading}Peak of a step, × the frozen model\n", tables.peak_table(memories, style), ""]
-        parts += _breakdown(memories, style, heading)
-    for row in _of_kind(rows, "step"):
-        body = row["error"] if "error" in row else tables.step_table(row, style)
-        parts += [f"{heading}A step of {tables.step_title(row)}\n", body, ""]
-    return parts
-
-
-def _breakdown(memories: tables.Memories, style: str, heading: str) -> list[str]:
-    """What a layer keeps, by tensor, of the first setup measured."""
-    setup = next(iter(memories.setups()), None)
-    parts = []
-    for name in ("inductor", "peft_fx", "frozen") if setup else ():
-        if len(memories.samples(setup, name)) > 1:
-            title = f"{heading}What a layer keeps, {name}: {setup.model}, T = {setup.tokens}, {setup.dtype}\n"
-            parts += [title, tables.kept_tensors_table(memories, setup, name, style), ""]
-    return parts
-
-
-def with_tables(text: str, stored: dict[str, dict[str, Any]]) -> str:
-    """A page with the tables between its marks made anew, each followed by where its numbers come from."""
-    for name, (suites, make) in PAGE_TABLES.items():
-        content = next((stored[suite] for suite in suites if suite in stored), None)
-        body = make(content["rows"]) if content else ""
-        if content and body:
-            text = page_with(text, name, "\n\n".join([body, *(provenance(run) for run in content["runs"])]))
-    return text
-
-
-def page_with(text: str, name: str, made: str) -> str:
-    """A page with what is between the marks of that name replaced; the same page where it has no such marks."""
-    before, mark, rest = text.partition(f"<!-- bench: {name} -->")
-    return f"{before}{mark}\n{made}\n<!-- end -->{rest.partition('<!-- end -->')[2]}" if mark else text
-
-
-def publish(page: Path, name: str, table: str, results: Results) -> None:
-    """Puts a table and where it comes from between a page's marks of that name."""
-    page.write_text(page_with(page.read_text(), name, "\n\n".join([table, *(provenance(r) for r in results.runs)])))
-
-
-def _headline(rows: Iterable[Row]) -> str:
+def _headline(rows: Sequence[Row]) -> str:
     """The step with the most variants, in the columns that matter most."""
-    steps = [row for row in _of_kind(rows, "step") if "error" not in row]
-    if not steps:
-        return ""
-    row = max(steps, key=lambda row: len(row["variants"]))
-    return f"A step of {tables.step_title(row)}:\n\n{tables.headline_table(row)}"
+    row = max(_done(rows), key=lambda row: len(row["variants"]), default=None)
+    made = row and tables.beside_table(row, "frozen", "× frozen", "inductor")
+    return f"A step of {tables.step_title(row)}:\n\n{made}" if row else ""
 
 
-def _kept(rows: Iterable[Row]) -> str:
-    memory = _of_kind(rows, "memory")
+def _kept(rows: Sequence[Row]) -> str:
+    memory = of_kind(rows, "memory")
     return tables.kept_table(tables.Memories(memory), "github") if memory else ""
 
 
-def _methods(rows: Iterable[Row]) -> str:
-    steps = _of_kind(rows, "step")
+def _methods(rows: Sequence[Row]) -> str:
+    steps = of_kind(rows, "step")
     if not steps:
         return ""
     s = tables.setup_in(steps[0])
@@ -154,54 +73,45 @@ def _methods(rows: Iterable[Row]) -> str:
     return f"{size}; memory and step × the frozen model's:\n\n{tables.methods_table(steps)}"
 
 
-def _loss(rows: Iterable[Row]) -> str:
-    row = next((row for row in _of_kind(rows, "step") if "error" not in row), None)
-    return f"A step of {tables.step_title(row)}:\n\n{tables.loss_table(row)}" if row else ""
+def _loss(rows: Sequence[Row]) -> str:
+    row = next(iter(_done(rows)), None)
+    made = row and tables.beside_table(row, "inductor-loss", "× Inductor")
+    return f"A step of {tables.step_title(row)}:\n\n{made}" if row else ""
 
 
-PAGE_TABLES = {
-    "step": (("gpu", "cpu"), _headline),
-    "kept": (("gpu", "cpu"), _kept),
-    "methods": (("methods",), _methods),
-    "loss": (("loss",), _loss),
-}
+_STEPS = {"step": _headline, "kept": _kept}
+PAGE_TABLES = {"cpu": _STEPS, "gpu": _STEPS, "methods": {"methods": _methods}, "loss": {"loss": _loss}}
+
+# -------------------------------------------------------------------------------------------------------- figures
 
 
-def _of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
-    return [row for row in rows if row["kind"] == kind]
-
-
-# ------------------------------------------------------------------------------------------------------- figures
-
-
-def _draw_kept(content: dict[str, Any] | None, folder: Path) -> None:
+def draw_kept(rows: Sequence[Row], folder: Path) -> None:
     """Bars of bytes kept per layer, as a ratio to the floor: one group for each setup."""
-    if content is None:
-        return
-    memories = tables.Memories(content["rows"])
+    memories = tables.Memories(rows)
     setups = memories.setups()
     names = [n for n in ("eager", "inductor", "peft_fx") if any(memories.per_layer(s, n) for s in setups)]
-    figure, (axes,) = figure_of(1, 1, (max(6.0, 1.1 * len(setups)), 4.0))
+    if not setups:
+        return
+    figure, ((axes,),) = figure_of(1, 1, (max(6.0, 1.1 * len(setups)), 4.0))
     for i, name in enumerate(names):
         heights = [memories.per_layer(s, name) / (memories.floor(s)[1] or float("inf")) for s in setups]
-        places = [j + 0.8 * (i + 0.5) / len(names) - 0.4 for j in range(len(setups))]
-        axes[0].bar(places, heights, 0.8 / len(names), label=VARIANTS[name].title, color=COLOURS[name])
-    axes[0].axhline(1, color=COLOURS["frozen"], linewidth=1, label="floor: the frozen model")
+        look = {"label": VARIANTS[name].title, "color": COLOURS[name]}
+        axes.bar(places(len(setups), i, len(names)), heights, 0.8 / len(names), **look)
+    axes.axhline(1, color=COLOURS["frozen"], linewidth=1, label="floor: the frozen model")
     labels = [
         f"{s.model}\n{s.dtype if s.method == 'lora' else s.method}" + (f"\ndropout {s.dropout:g}" if s.dropout else "")
         for s in setups
     ]
-    axes[0].set_xticks(range(len(setups)), labels, fontsize=8)
-    axes[0].set_ylabel("bytes kept per layer, × the floor")
+    axes.set_xticks(range(len(setups)), labels, fontsize=8)
+    axes.set_ylabel("bytes kept per layer, × the floor")
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
     save(figure, folder / "kept_per_layer.png")
 
 
-def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
+def draw_tokens(rows: Sequence[Row], folder: Path) -> None:
     """Two panels over T: bytes kept for backward, and the peak of a step."""
-    if content is None:
+    if not rows:
         return
-    rows = _series(content["rows"])
     figure, ((left, right),) = figure_of(1, 2, (11.0, 4.0))
     T = [row["setup"]["tokens"] for row in rows]
     most = max(m["peak"] for row in rows for m in row["results"].values() if "peak" in m)
@@ -226,33 +136,31 @@ def _draw_tokens(content: dict[str, Any] | None, folder: Path) -> None:
     save(figure, folder / "against_tokens.png")
 
 
-def _series(rows: Iterable[Row]) -> list[Row]:
+def series(rows: Iterable[Row]) -> list[Row]:
     """The rows of steps that differ in T alone, most of them first found, shortest first, merged by T."""
     groups: dict[Any, dict[int, Row]] = {}
-    for row in _of_kind(rows, "step"):
-        if "error" in row:
-            continue
+    for row in _done(rows):
         T = row["setup"]["tokens"]
         group = groups.setdefault(replace(tables.setup_in(row), tokens=0), {})
-        merged = {**row, "results": {**row["results"], **group.get(T, {}).get("results", {})}}
-        group[T] = merged
+        group[T] = {**row, "results": {**row["results"], **group.get(T, {}).get("results", {})}}
     longest = max(groups.values(), key=len, default={})
     return [longest[T] for T in sorted(longest)] if len(longest) > 1 else []
 
 
-def figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its panels, row by row."""
-    import matplotlib
+REPORT = Report(
+    name="report",
+    help="tables and figures from the results",
+    text="""\
+Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+  tables.md            every table, each with the command, device, versions and commit of its numbers
+  kept_per_layer.png   bytes that a layer keeps for backward, by variant
+  against_tokens.png   what a step keeps for backward, and its peak, against T
 
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for panel in axes.flat:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save(figure: Any, path: Path) -> None:
-    """Without the date and version that would make equal figures differ."""
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+and, between its `<!-- bench: ... -->` marks, the tables of docs/benchmarks.md.
+""",
+    arguments=(
+        option("files", nargs="*", type=Path, metavar="FILE", help="results (default: the suites')"),
+        option("--folder", type=Path, default=FOLDER, help="where to write (default: bench/results)"),
+    ),
+)

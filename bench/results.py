@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,18 +41,17 @@ class Results:
         """The row of the same request, if it would come out the same today: same device, versions and, where our code
         is in it, same source."""
         for row in self.rows:
-            if all(row.get(k) == v for k, v in asked(request).items()):
-                run = self.runs[row["run"]]
+            if _answers(row, asked(request)):
                 ours = any("peft_fx" in name for name in row["variants"])
                 same = (*SAME, "source") if ours else SAME
-                if "error" not in row and all(run[k] == self.run[k] for k in same):
+                if "error" not in row and all(self.runs[row["run"]][k] == self.run[k] for k in same):
                     return row
         return None
 
     def add(self, request: Mapping[str, Any], measured: Mapping[str, Any]) -> dict[str, Any]:
         """Stores a row in place of any of the same request."""
         key = asked(request)
-        self.rows = [row for row in self.rows if any(row.get(k) != v for k, v in key.items())]
+        self.rows = [row for row in self.rows if not _answers(row, key)]
         if self.run not in self.runs:
             self.runs.append(self.run)
         row = {**key, **measured, "run": self.runs.index(self.run)}
@@ -61,7 +62,7 @@ class Results:
     def keep_only(self, requests: Sequence[Mapping[str, Any]]) -> None:
         """Drops the rows of other requests: those that a suite no longer asks for."""
         keys = [asked(request) for request in requests]
-        kept = [row for row in self.rows if any(all(row.get(k) == v for k, v in key.items()) for key in keys)]
+        kept = [row for row in self.rows if any(_answers(row, key) for key in keys)]
         if len(kept) < len(self.rows):
             self.rows = kept
             self._write()
@@ -75,6 +76,10 @@ class Results:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({"runs": self.runs, "rows": self.rows}, indent=1, default=str) + "\n")
         partial.replace(self.path)
+
+
+def _answers(row: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    return all(row.get(k) == v for k, v in key.items())
 
 
 def asked(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,28 +116,23 @@ def device_name(device: str) -> str:
     """The GPU's name, or the processor's model and number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    named = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else None
+    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:
-    """The commit checked out, read from .git; empty where there is none. It does not tell of changes since: `source`
-    does, a hash of the project's files."""
-    folder = ROOT.parent / ".git"
-    if folder.is_file():  # a worktree's: names its own folder, which names that of all
-        folder = Path(folder.read_text().removeprefix("gitdir:").strip())
-    if not (folder / "HEAD").is_file():
+    """The commit checked out; empty where there is none. It does not tell of changes since: `source` does, a hash of
+    the project's files."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
         return ""
-    head = (folder / "HEAD").read_text().strip()
-    folder = folder / Path(*_lines(str(folder / "commondir"))[:1])
-    if not head.startswith("ref: "):
-        return head
-    name = head.removeprefix("ref: ")
-    if (folder / name).is_file():
-        return (folder / name).read_text().strip()
-    packed = [line.split() for line in _lines(str(folder / "packed-refs"))]
-    return next((line[0] for line in packed if line[1:] == [name]), "")
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
+def provenance(run: Mapping[str, Any]) -> str:
+    """Where numbers come from, in a line under their table."""
+    versions = ", ".join(f"{name} {run[name]}" for name in ("torch", "transformers", "peft", "peft_fx"))
+    commit = f", commit {run['commit'][:10]}" if run["commit"] else ""
+    return f"`{run['command']}` on {run['device']}, {run['threads']} threads; {versions}{commit}; {run['date']}."

@@ -1,16 +1,21 @@
-"""Takes measurements one by one, each in a fresh process, with a progress bar on stderr."""
+"""Takes measurements one by one, each in a fresh process where nothing else is said, with a progress bar on stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -18,68 +23,17 @@ from bench.results import ROOT, Results, asked
 
 Request = Mapping[str, Any]
 Row = dict[str, Any]
+Say = Callable[[str], None]
+Kind = Callable[[Request, Say], Row]  # answers requests of one kind, and says how far it is
 
 
-def measure_all(requests: Sequence[Request], results: Results, *, again: bool, minutes: float = 0) -> list[Row]:
-    """The rows of all requests; one that `results` has already is measured only if `again`.
-
-    After `minutes` (0: no limit) no further measurement starts, and the rest is left for the next call.
-    """
-    end = time.monotonic() + 60 * minutes if minutes else float("inf")
-    rows: list[Row] = []
-    with progress_bar() as bar:
-        task = bar.add_task("", total=len(requests))
-        for request in requests:
-            row = None if again else results.find(request)
-            if row is None and time.monotonic() < end:
-                label = describe(request)
-                bar.update(task, description=label)
-                measured = _measure(request, lambda text, label=label: bar.update(task, description=f"{label} {text}"))
-                row = results.add(request, measured)
-            if row is not None:
-                rows.append(row)
-                bar.advance(task)
-    if len(rows) < len(requests):
-        left = len(requests) - len(rows)
-        print(f"Out of time with {left} measurements left: the same command again goes on.", file=sys.stderr)
-    return rows
-
-
-def measure_here(
-    requests: Sequence[Request],
-    results: Results,
-    measure: Callable[[Request], Row],
-    describe: Callable[[Request], str],
-    *,
-    again: bool,
-) -> None:
-    """The same in this process, for measurements that share what they prepare."""
-    with progress_bar() as bar:
-        task = bar.add_task("", total=len(requests))
-        for request in requests:
-            bar.update(task, description=describe(request))
-            if again or results.find(request) is None:
-                results.add(request, measure(request))
-            bar.advance(task)
-
-
-def describe(request: Request) -> str:
-    """A request in a few words, for the progress bar."""
-    if request["kind"] == "sweep":
-        return "K={K} N={N} r={r} {dtype}".format(**request["layer"])
-    setup, names = request["setup"], request["variants"]
-    dropout = f" dropout {setup['dropout']}" if setup["dropout"] else ""
-    who = names[0] if len(names) == 1 else f"{len(names)} variants"
-    return f"{request['kind']} {setup['model']} T={setup['tokens']} {setup['dtype']}{dropout}: {who}"
-
-
-def _measure(request: Request, say: Any) -> Row:
+def in_a_worker(request: Request, say: Say) -> Row:
     """One worker's answer; where it dies, an error in place of the measurements, and what it wrote to stderr shown."""
     row: Row = {"error": "the process ended without an answer"}
     with tempfile.TemporaryFile("w+") as errors:
         command = [sys.executable, "-m", "bench.worker"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, text=True, cwd=ROOT.parent, **pipes) as worker:  # type: ignore[call-overload]
+        with subprocess.Popen(command, text=True, cwd=ROOT.parent, **pipes) as worker:
             json.dump(asked(request), worker.stdin)
             worker.stdin.close()
             for line in worker.stdout:
@@ -87,8 +41,18 @@ def _measure(request: Request, say: Any) -> Row:
                 row = answer.get("row", row)
                 say(answer.get("progress", ""))
         if failed(row):
-            _show(request, row, errors)
+            errors.seek(0)
+            print(f"failed: {describe(request)}\n{errors.read()[-4000:]}", file=sys.stderr)
     return row
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was measured, or the kind of error: one variant that fails leaves the others be."""
+    try:
+        return measure()
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": type(error).__name__}
 
 
 def failed(row: Row) -> bool:
@@ -96,14 +60,67 @@ def failed(row: Row) -> bool:
     return "error" in row or any("error" in result for result in row.get("results", {}).values())
 
 
-def _show(request: Request, row: Row, errors: TextIO) -> None:
-    errors.seek(0)
-    print(f"failed: {describe(request)}\n{errors.read()[-4000:]}", file=sys.stderr)
+@dataclass
+class Session:
+    """One run of a command: where rows go, whether known ones are measured `again`, and the time (of the monotonic
+    clock) after which no further measurement starts."""
+
+    results: Results
+    again: bool
+    end: float = float("inf")
+
+    def known(self, request: Request) -> Row | None:
+        return None if self.again else self.results.find(request)
+
+    def measure(
+        self, requests: Iterable[Request], by: Kind = in_a_worker, only: Sequence[Request] | None = None
+    ) -> list[Row]:
+        """The rows of all requests, without those for which there is no time left.
+
+        `only` are the requests whose rows the file may hold: others are dropped from it.
+        """
+        requests, rows = list(requests), []
+        if only is not None:
+            self.results.keep_only(only)
+        columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=len(requests))
+            for request in requests:
+                row = self.known(request)
+                if row is None and time.monotonic() < self.end:
+                    label = describe(request)
+                    bar.update(task, description=label)
+                    measured = by(request, lambda text, label=label: bar.update(task, description=f"{label} {text}"))
+                    row = self.results.add(request, measured)
+                if row is not None:
+                    rows.append(row)
+                    bar.advance(task)
+        if left := len(requests) - len(rows):
+            print(f"Out of time with {left} measurements left: the same command again goes on.", file=sys.stderr)
+        return rows
 
 
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """On stderr, so that what goes to a file are the tables alone."""
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield bar
+def describe(request: Request) -> str:
+    """A request in a few words: its sizes, and whom it is of."""
+    names, sizes = request["variants"], {**request, **request.get("layer", {})}
+    if "setup" in request:
+        setup = request["setup"]
+        sizes |= {"model": setup["model"], "T": setup["tokens"], "dtype": setup["dtype"]}
+        sizes |= {"dropout": setup["dropout"]} if setup["dropout"] else {}
+    told = [f"{k}={v}" for k, v in sizes.items() if isinstance(v, (str, int, float)) and k != "kind"]
+    who = names[0] if len(names) == 1 else f"{len(names)} variants"
+    return f"{request['kind']} {' '.join(told)}: {who}"
+
+
+def quieten() -> None:
+    """Third parties' warnings off, and no silent fall-back of Dynamo's or ours: a variant is what it says, or an
+    error."""
+    os.environ.pop("PEFT_FX_DISABLE", None)
+    torch._dynamo.config.disable = False
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", message="peft_fx")
+    warnings.filterwarnings("ignore", message="peft_fx cannot hold")  # the least is measured too
+    for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -11,9 +11,9 @@ from tabulate import tabulate
 from bench import kept
 from bench.models import Setup
 from bench.results import request
+from bench.running import Row
 from bench.variants import VARIANTS
 
-Row = dict[str, Any]
 RELU = "frozen + ReLU outputs"
 
 
@@ -23,8 +23,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str, left: 
     return tabulate(rows, headers=head, tablefmt=style, disable_numparse=True, colalign=align if rows else None)
 
 
+def of_columns(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any], style: str, left: int = 1) -> str:
+    """A column each: its head, and its cell of a row."""
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], style, left)
+
+
 def setup_in(row: Row) -> Setup:
     return Setup(**row["setup"])
+
+
+def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == kind]
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -71,26 +80,24 @@ def _slope(samples: Sequence[dict[str, Any]], value: Any) -> float:
     return (value(last) - value(first)) / (last["layers"] - first["layers"])
 
 
-def kept_table(memories: Memories, style: str = "simple") -> str:
+def kept_table(memories: Memories, style: str) -> str:
     """Bytes kept per layer, as a ratio to the floor."""
-    names = _named(memories)
-    rows = []
+    names, lines = _named(memories), []
     for setup in memories.setups():
         name, floor = memories.floor(setup)
         ratios = [_ratio(memories.per_layer(setup, n), floor) for n in names]
-        rows.append([*_label(setup), name, _megabytes(floor), *ratios])
-    return table(["model", "T", "dtype", "dropout", "floor", "floor, MB", *names], rows, style, left=5)
+        lines.append([*_label(setup), name, _megabytes(floor), *ratios])
+    return table(["model", "T", "dtype", "dropout", "floor", "floor, MB", *names], lines, style, left=5)
 
 
-def peak_table(memories: Memories, style: str = "simple") -> str:
+def peak_table(memories: Memories, style: str) -> str:
     """Most bytes allocated in a step at the larger depth, as a ratio to the frozen model's."""
-    names = _named(memories)
-    rows = []
+    names, lines = _named(memories), []
     for setup in memories.setups():
         peaks = {n: s[-1]["peak"] for n in ("frozen", *names) if (s := memories.samples(setup, n))}
         floor = peaks.get("frozen", 0)
-        rows.append([*_label(setup), _megabytes(floor), *(_ratio(peaks.get(n, 0), floor) for n in names)])
-    return table(["model", "T", "dtype", "dropout", "frozen, MB", *names], rows, style, left=4)
+        lines.append([*_label(setup), _megabytes(floor), *(_ratio(peaks.get(n, 0), floor) for n in names)])
+    return table(["model", "T", "dtype", "dropout", "frozen, MB", *names], lines, style, left=4)
 
 
 def _named(memories: Memories) -> list[str]:
@@ -104,99 +111,75 @@ def _label(setup: Setup) -> tuple[str, ...]:
     return size, str(setup.tokens * setup.batch), setup.dtype, f"{setup.dropout:g}"
 
 
-def kept_tensors_table(memories: Memories, setup: Setup, name: str, style: str = "simple", most: int = 12) -> str:
+def kept_tensors(memories: Memories, setup: Setup, name: str, style: str, most: int = 12) -> str:
     """What one more layer keeps, by dtype and shape: the difference between the two depths."""
     shallow, *_, deep = memories.samples(setup, name)
     layers = deep["layers"] - shallow["layers"]
     before = {(t["dtype"], tuple(t["shape"])): t for t in shallow["tensors"]}
-    none = {"count": 0, "bytes": 0}
-    rows = []
+    lines = []
     for t in deep["tensors"]:
-        old = before.get((t["dtype"], tuple(t["shape"])), none)
+        old = before.get((t["dtype"], tuple(t["shape"])), {"count": 0, "bytes": 0})
         count, size = (t["count"] - old["count"]) / layers, (t["bytes"] - old["bytes"]) / layers
         if size > 0.001 * deep["kept"] / layers:  # not the handful of single numbers
-            rows.append((size, [t["dtype"], "×".join(map(str, t["shape"])), f"{count:g}", _megabytes(size)]))
-    rows.sort(key=lambda row: -row[0])
-    return table(["dtype", "shape", "a layer", "MB a layer"], [row for _, row in rows[:most]], style, left=2)
+            lines.append((size, [t["dtype"], "×".join(map(str, t["shape"])), f"{count:g}", _megabytes(size)]))
+    lines.sort(key=lambda line: -line[0])
+    return table(["dtype", "shape", "a layer", "MB a layer"], [line for _, line in lines[:most]], style, left=2)
 
 
-# ---------------------------------------------------------------------------------------------------------- time
+def breakdown(memories: Memories, setups: Iterable[Setup], names: Iterable[str], style: str) -> Iterator[str]:
+    """What a layer keeps, by tensor."""
+    for setup in setups:
+        for name in names:
+            samples = memories.samples(setup, name)
+            if len(samples) > 1 and "tensors" in samples[0]:
+                size = f"{setup.model}, T = {setup.tokens}, {setup.dtype}"
+                size += f", dropout {setup.dropout:g}" if setup.dropout else ""
+                yield titled(f"What a layer keeps, {name}: {size}", kept_tensors(memories, setup, name, style), style)
 
 
-def step_table(row: Row, style: str = "simple") -> str:
-    """Memory, time and compile time of each variant of one `time` row; ratios are medians of paired rounds."""
+# ---------------------------------------------------------------------------------------------------------- steps
+
+
+def step_table(row: Row, style: str) -> str:
+    """Memory, time and compile time of each variant of one row; ratios are medians of paired rounds."""
     setup, results = setup_in(row), row["results"]
     frozen, inductor = results.get("frozen", {}), results.get("inductor", results.get("inductor-loss", {}))
-    rows = []
-    for name in row["variants"]:
-        measured = results[name]
-        if "error" in measured:
-            rows.append([name, measured["error"], *[""] * 10])
-            continue
-        seconds = statistics.median(measured["times"])
-        peak, kept_bytes = measured["peak"], measured["kept"]
-        own = frozen.get("peak", 0) + measured["gradients"]
-        rows.append(
-            [
-                name,
-                _megabytes(kept_bytes),
-                _ratio(kept_bytes, frozen.get("kept", 0)),
-                _megabytes(peak),
-                _ratio(peak, frozen.get("peak", 0)),
-                _ratio(peak, own if frozen else 0),
-                f"{1e3 * seconds:.0f}",
-                _paired(measured, frozen),
-                _paired(measured, inductor),
-                f"{setup.tokens * setup.batch / seconds:.0f}",
-                f"{measured['first_step_s']:.1f}",
-                f"{measured['passes_s']:.2f}" if "passes_s" in measured else "",
-            ]
-        )
-    head = ("", "kept, MB", "× frozen", "peak, MB", "× frozen", "× frozen + own gradients", "step, ms", "× frozen")
-    return table([*head, "× inductor", "tokens/s", "first step, s", "our passes, s"], rows, style)
-
-
-def headline_table(row: Row) -> str:
-    """Of a `time` row, for a page: memory kept, peak, and time, each with its ratio."""
-    results = row["results"]
-    frozen, inductor = results.get("frozen", {}), results.get("inductor", {})
     lines = []
-    for name in row["variants"]:
-        m = results[name]
+    for name, m in ((name, results[name]) for name in row["variants"]):
         if "error" in m:
+            lines.append([name, m["error"], *[""] * 10])
             continue
-        kept_ratio, peak_ratio = (_ratio(m[k], frozen.get(k, 0)) for k in ("kept", "peak"))
-        times = f"{1e3 * statistics.median(m['times']):.0f} ms"
-        sizes = [f"{_megabytes(m['kept'])} MB", kept_ratio, f"{_megabytes(m['peak'])} MB", peak_ratio]
-        lines.append([VARIANTS[name].title, *sizes, times, _paired(m, frozen), _paired(m, inductor)])
-    head = ["", "kept", "× frozen", "peak", "× frozen", "step", "× frozen", "× Inductor"]
-    return table(head, lines, "github")
+        seconds = statistics.median(m["times"])
+        own = frozen["peak"] + m["gradients"] if frozen else 0
+        memory = [_megabytes(m["kept"]), _ratio(m["kept"], frozen.get("kept", 0)), _megabytes(m["peak"])]
+        memory += [_ratio(m["peak"], frozen.get("peak", 0)), _ratio(m["peak"], own)]
+        speed = [f"{1e3 * seconds:.0f}", _paired(m, frozen), _paired(m, inductor)]
+        speed += [f"{setup.tokens * setup.batch / seconds:.0f}", f"{m['first_step_s']:.1f}"]
+        lines.append([name, *memory, *speed, f"{m['passes_s']:.2f}" if "passes_s" in m else ""])
+    head = ("", "kept, MB", "× frozen", "peak, MB", "× frozen", "× frozen + own gradients", "step, ms", "× frozen")
+    return table([*head, "× inductor", "tokens/s", "first step, s", "our passes, s"], lines, style)
 
 
-def loss_table(row: Row) -> str:
-    """Of a `step` row of losses, for a page: memory kept, peak, and time, each beside Inductor alone."""
-    results = row["results"]
-    plain = results["inductor-loss"]
-    lines = []
-    for name in row["variants"]:
-        m = results[name]
-        if "error" not in m:
-            sizes = [text for k in ("kept", "peak") for text in (f"{_megabytes(m[k])} MB", _ratio(m[k], plain[k]))]
-            times = [f"{1e3 * statistics.median(m['times']):.0f} ms", _paired(m, plain)]
-            lines.append([VARIANTS[name].title, *sizes, *times])
-    return table(["", "kept", "× Inductor", "peak", "× Inductor", "step", "× Inductor"], lines, "github")
+def beside_table(row: Row, base: str, told: str, *also: str) -> str:
+    """Of a row of steps, for a page: memory kept, peak, and time, each beside the base's; `also` others' time."""
+    results, lines = row["results"], []
+    floor = results.get(base, {})
+    for name, m in ((name, results[name]) for name in row["variants"] if "error" not in results[name]):
+        sizes = [s for k in ("kept", "peak") for s in (f"{_megabytes(m[k])} MB", _ratio(m[k], floor.get(k, 0)))]
+        ratios = [_paired(m, results.get(other, {})) for other in (base, *also)]
+        lines.append([VARIANTS[name].title, *sizes, f"{1e3 * statistics.median(m['times']):.0f} ms", *ratios])
+    return table(["", "kept", told, "peak", told, "step", told, *["× Inductor"] * len(also)], lines, "github")
 
 
 def methods_table(rows: Iterable[Row]) -> str:
-    """Of `time` rows of several methods, for a page: what Inductor and peft_fx keep, and peft_fx's time."""
+    """Of rows of steps of several methods, for a page: what Inductor and peft_fx keep, and peft_fx's time."""
     lines = []
     for row in rows:
         frozen, inductor, ours = (row["results"].get(name, {}) for name in ("frozen", "inductor", "peft_fx"))
-        if not all("times" in m for m in (frozen, inductor, ours)):
-            continue
-        memory = [_ratio(m[k], frozen[k]) for k in ("kept", "peak") for m in (inductor, ours)]
-        lines.append([setup_in(row).method, *memory, _paired(inductor, frozen), _paired(ours, frozen)])
-        lines[-1].append(_paired(inductor, ours))
+        if all("times" in m for m in (frozen, inductor, ours)):
+            memory = [_ratio(m[k], frozen[k]) for k in ("kept", "peak") for m in (inductor, ours)]
+            times = [_paired(inductor, frozen), _paired(ours, frozen), _paired(inductor, ours)]
+            lines.append([setup_in(row).method, *memory, *times])
     head = ["", "Inductor keeps", "peft_fx keeps", "Inductor's peak", "peft_fx's peak", "Inductor's step"]
     return table([*head, "peft_fx's step", "faster by"], lines, "github") if lines else ""
 
@@ -208,14 +191,37 @@ def step_title(row: Row) -> str:
     return f"{s.model}, {s.layers} layers × {s.hidden}, T = {s.tokens * s.batch}, {s.dtype}, {adapters}, {s.optimizer}"
 
 
+# ------------------------------------------------------------------------------------------------------- listings
+
+
+def titled(title: str, body: str, style: str) -> str:
+    return f"{'### ' if style == 'github' else ''}{title}\n\n{body}\n"
+
+
+def of_steps(rows: Sequence[Row], style: str, tensors_of: Sequence[str] = ()) -> str:
+    """Every table of rows of memory and of steps; what a layer keeps, of the first setup by `tensors_of` variants."""
+    parts = []
+    if memory := of_kind(rows, "memory"):
+        memories = Memories(memory)
+        parts.append(titled("Kept for backward per layer, × the floor", kept_table(memories, style), style))
+        parts.append(titled("Peak of a step, × the frozen model", peak_table(memories, style), style))
+        parts += breakdown(memories, memories.setups()[:1], tensors_of, style)
+    for row in of_kind(rows, "step"):
+        body = row["error"] if "error" in row else step_table(row, style)
+        parts.append(titled(f"A step of {step_title(row)}", body, style))
+    return "\n".join(parts)
+
+
+def listing(rows: Sequence[Row], style: str) -> str:
+    return of_steps(rows, style, ("inductor", "peft_fx", "frozen"))
+
+
 def _paired(measured: dict[str, Any], other: dict[str, Any]) -> str:
-    """Median over the rounds of the ratio of two variants' seconds in the same round."""
-    if "times" not in other:
-        return ""
-    return f"{paired(measured['times'], other['times']):.2f}×"
+    return f"{paired(measured['times'], other['times']):.2f}×" if "times" in other else ""
 
 
 def paired(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over the rounds of the ratio of two variants' seconds in the same round."""
     return statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
 
 

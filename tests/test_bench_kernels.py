@@ -14,7 +14,7 @@ import pytest
 
 from bench.models import setup_of
 from bench.results import ROOT, request
-from bench.running import _measure
+from bench.running import in_a_worker
 
 TOOL = ROOT.parent.parent / "shared" / "offline_cuda" / "model_kernels.py"
 SIDES = ("forward", "backward")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def measured(name: str, attention: str, **sizes: Any) -> dict[str, Any]:
     setup = setup_of("llama-3.2-1b", vocab=512, device="cpu", **sizes)
-    return _measure(request("kernels", setup, [name], machine="h100", attention=attention), lambda text: None)
+    return in_a_worker(request("kernels", setup, [name], machine="h100", attention=attention), lambda text: None)
 
 
 @pytest.mark.skipif(not TOOL.exists(), reason="the other tool is not here")

@@ -45,7 +45,8 @@ def test_what_is_told_falsely_has_a_column() -> None:
     """Of the rows that were asked."""
     row = {"table": "architectures", "adapters": 1, "in_weights": 0, "graphs": 1, "forward": 1, "input_grad": 1}
     row |= {"refusals": {}, "kept": {}}
-    text = page.text([], [row | {"name": "Llama", "plain": 3}, row | {"name": "BERT"}])
+    rows = [row | {"name": "Llama", "plain": 3}, row | {"name": "BERT"}]
+    text = page.table("architectures", rows, "github")
     cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in text.splitlines() if "|" in line}
     assert (cells[""], cells["Llama"], cells["BERT"]) == ("false", "3", "")
 

@@ -9,8 +9,8 @@ import torch
 from torch.fx import Graph
 
 import peft_fx
-from bench import sweep
-from bench.sweep import AGAIN, INDUCTOR, Cell, Layer
+from bench.experiments import sweep
+from bench.experiments.sweep import AGAIN, INDUCTOR, Cell, Layer
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import MACHINES
 from tests import joint
@@ -103,7 +103,7 @@ def test_the_tables_and_the_figure_of_a_sweep(tmp_path: Any) -> None:
     cells = sweep.cells_of(rows, MACHINES["cpu"])
     assert [c.chosen for c in cells] == ["activation", "weight"]
     assert [c.regret for c in cells] == [1, 1]
-    said = sweep.summary(cells, MACHINES["cpu"])
+    said = sweep.summary(cells)
     assert "2 cells, 100.0 %" in said
     assert "more than 5 %: 0 cells" in said
     assert sweep.table(cells).count("\n") == 3

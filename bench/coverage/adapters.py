@@ -42,6 +42,10 @@ class Method:
         return called, inputs | self.inputs
 
     @property
+    def described(self) -> str:
+        return self.formula
+
+    @property
     def packages(self) -> tuple[str, ...]:
         return ("scikit-learn",) if self.config == "AdamssConfig" else ()
 
@@ -294,11 +298,4 @@ METHODS = {
     "vera": Method("VeraConfig", "xW + ((xA)∘d B)∘b, A and B frozen", {"r": 16}),
     "vera+dropout": Method("VeraConfig", "VeRA, its adapter reads drop(x)", {"r": 16, "vera_dropout": 0.1}),
     "waveft": Method("WaveFTConfig", "xW + x·D(wavelets)", {"n_frequency": 64}),
-}
-
-LEFT_OUT = {
-    "CPT, cartridge": "tokens or keys are added; no layer is changed",
-    "adaption_prompt, shadow": "a branch beside whole layers; no delta of a weight",
-    "xlora, arrow": "weigh several adapters for each token by a router: need trained adapters on disk",
-    "loftq, eva, corda, lora_ga": "LoRA from data or from a quantised weight: afterwards plain LoRA",
 }

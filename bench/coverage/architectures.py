@@ -70,6 +70,10 @@ class Architecture:
         return model.train()  # type: ignore[no-any-return]
 
     @property
+    def described(self) -> str:
+        return self.note
+
+    @property
     def packages(self) -> tuple[str, ...]:
         return (self.library,)
 

@@ -32,6 +32,10 @@ class Module:
         return model, inputs
 
     @property
+    def described(self) -> str:
+        return f"{self.formula} ({self.package})"
+
+    @property
     def packages(self) -> tuple[str, ...]:
         return (self.package, "torchao") if self.package == "torchtune" else (self.package,)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import math
 import random
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,29 +16,16 @@ from typing import Any
 import torch
 
 import peft_fx
-from bench import report, tables
-from bench.results import FOLDER, Results
-from bench.running import measure_all
+from bench import tables
+from bench.experiment import Experiment, option
+from bench.figures import figure_of, save
+from bench.running import Request, Row, Say, Session
 from peft_fx import machines
 from peft_fx.measuring import clock_of
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.decide.shapes import Shape
 
-SWEEP = """\
-Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,
-in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and both forms asked for. Which of them
-`auto` takes is reckoned, not compiled: activation form everywhere is plain Inductor's own graph.
-
-  measured   median of the variants' seconds, taking turns; plain Inductor twice, for the noise
-  predicted  by the price, with this machine's constants: python -m peft_fx calibrate
-  regret     chosen form / best form, of the measured medians
-
-One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
-activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
-thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
-steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
-"""
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
 SIZES = (  # K, N, r
     (128, 128, 1),
@@ -54,11 +41,10 @@ SIZES = (  # K, N, r
 )
 DTYPES = {"fp32": torch.float32, "peft": torch.bfloat16}  # of the base; adapters are float32
 VARIANTS = ("inductor", "inductor again", "peft_fx activation", "peft_fx weight")
-INDUCTOR, AGAIN = VARIANTS[:2]
+INDUCTOR, AGAIN, ACTIVATION, WEIGHT = VARIANTS
 NEAR = 1.05  # a form is as good as the best if it takes so much longer at most
 SHORT = 0.02  # seconds of a step that is timed the second time
 MOST = 25  # rounds of a cell
-Row = dict[str, Any]
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
@@ -87,7 +73,7 @@ def request(layer: Layer, tokens: Sequence[int], threads: int, seconds: float, m
     return {"kind": "sweep", **fields, "machine": machine.to_dict(), "variants": list(VARIANTS)}
 
 
-def sweep(request: dict[str, Any], say: Callable[[str], None]) -> Row:
+def sweep(request: Request, say: Say) -> Row:
     """All cells of one layer: seconds of each step of each variant, by T."""
     keep_memory()
     torch.set_num_threads(request["threads"])
@@ -97,10 +83,10 @@ def sweep(request: dict[str, Any], say: Callable[[str], None]) -> Row:
     for regime in _regimes(layer, request["tokens"], Machine.from_dict(request["machine"])):
         for name in VARIANTS:
             say(f"compiling {name}")
-            again = name == "inductor again"
-            ours = name.startswith("peft_fx") or name not in steps
-            if again or ours:
-                steps[name] = steps["inductor"] if again else _compiled(layer, name, regime[-1])
+            if name == AGAIN:
+                steps[name] = steps[INDUCTOR]
+            elif name != INDUCTOR or name not in steps:
+                steps[name] = _compiled(layer, name, regime[-1])
         for T in regime:
             say(f"T = {T}")
             cells.append({"T": T, "times": _cell(layer, T, steps, request["seconds"])})
@@ -189,20 +175,10 @@ def _cell(layer: Layer, T: int, steps: dict[str, Step], seconds: float) -> dict[
 # -------------------------------------------------------------------------------------------------- predicting
 
 
-def predicted(layer: Layer, T: int, machine: Machine) -> dict[str, float]:
-    """Seconds of a step in each form by the price: what differs between the forms, and what does not."""
-    decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
-    same = price.Price()
-    for shape in layer.shapes(T):
-        same += price.base(machine, shape)
-        if shape.base_dtype == shape.adapter_dtype:  # else the decision has them
-            same += price.reads(machine, shape, in_place=False)
-    return {form: decision.seconds[form, form] + same.seconds for form in price.FORMS}
-
-
 @dataclass(frozen=True)
 class Cell:
-    """One layer at one T: what was measured, in medians, and what was predicted; `chosen` is what `auto` takes."""
+    """One layer at one T: seconds measured, in medians, and predicted by the price, of a step in each form;
+    `chosen` is what `auto` takes."""
 
     layer: Layer
     T: int
@@ -211,6 +187,7 @@ class Cell:
     noise: float  # the same of plain Inductor to itself
     predicted: dict[str, float]
     chosen: str
+    machine: str = ""  # that predicts
 
     @property
     def taken(self) -> float:
@@ -229,12 +206,22 @@ def cells_of(rows: Sequence[Row], machine: Machine) -> list[Cell]:
         for cell in row.get("cells", ()):
             times, T = cell["times"], cell["T"]
             measured = {name: statistics.median(taken) for name, taken in times.items()}
-            decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
-            forms = {decision.forward, decision.input_grad}
-            ratio, noise = (tables.paired(times[name], times[INDUCTOR]) for name in ("peft_fx weight", AGAIN))
-            chosen = forms.pop() if len(forms) == 1 else "mix"
-            found.append(Cell(layer, T, measured, ratio, noise, predicted(layer, T, machine), chosen))
+            ratio, noise = (tables.paired(times[name], times[INDUCTOR]) for name in (WEIGHT, AGAIN))
+            found.append(Cell(layer, T, measured, ratio, noise, *predicted(layer, T, machine), machine.name))
     return found
+
+
+def predicted(layer: Layer, T: int, machine: Machine) -> tuple[dict[str, float], str]:
+    """Seconds of a step in each form: what differs between the forms, and what does not; and the form chosen."""
+    decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
+    same = price.Price()
+    for shape in layer.shapes(T):
+        same += price.base(machine, shape)
+        if shape.base_dtype == shape.adapter_dtype:  # else the decision has them
+            same += price.reads(machine, shape, in_place=False)
+    forms = {decision.forward, decision.input_grad}
+    seconds = {form: decision.seconds[form, form] + same.seconds for form in price.FORMS}
+    return seconds, forms.pop() if len(forms) == 1 else "mix"
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -250,112 +237,76 @@ def _ranks(values: Sequence[float]) -> list[float]:
 # --------------------------------------------------------------------------------------------------- reporting
 
 
-def add_command(commands: Any) -> None:
-    """Adds `sweep` to the sub-commands of an argument parser."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser(
-        "sweep", help="each form of one layer, measured and predicted", description=SWEEP, formatter_class=formatter
-    )
-    command.add_argument("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="(default: 16 to 8192)")
-    command.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: both)")
-    command.add_argument("--layers", type=int, default=len(SIZES), metavar="N", help="only the first N sizes")
-    command.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
-    command.add_argument("--seconds", type=float, default=1.5, metavar="S", help="for each cell (default: 1.5)")
-    command.add_argument("--machine", default="auto", help="as the option peft_fx.machine (default: auto)")
-    command.add_argument("--resume", action="store_true", help="keep what was measured before from the same source")
-    command.add_argument("--report", action="store_true", help="measure nothing")
-    command.add_argument("--output", type=Path, default=FOLDER / "sweep.json", metavar="FILE")
-    command.set_defaults(run=run)
-
-
-def run(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
+def _measured(args: Namespace, session: Session) -> list[Row]:
     machines.check(args.machine)
     machine = machines.resolve(args.machine, torch.device("cpu"))
-    results = Results(args.output, "cpu")
-    rows = results.rows
-    if not args.report:
-        layers = [Layer(*sizes, dtype) for sizes in SIZES[: args.layers] for dtype in args.dtype]
-        requests = [request(layer, args.tokens, args.threads, args.seconds, machine) for layer in layers]
-        results.keep_only(requests)
-        rows = measure_all(requests, results, again=not args.resume)
-    elif rows and args.machine == "auto":
-        machine = Machine.from_dict(rows[-1]["machine"])
-    cells = cells_of(rows, machine)
-    if not cells:
-        print("There are no results yet. Measure some: python -m bench sweep")
-        return 2
-    print(f"{table(cells)}\n\n{summary(cells, machine)}")
-    draw(cells, args.output.with_suffix(".png"))
-    return 0
+    layers = [Layer(*sizes, dtype) for sizes in SIZES[: args.layers] for dtype in args.dtype]
+    requests = [request(layer, args.tokens, args.threads, args.seconds, machine) for layer in layers]
+    return session.measure(requests, only=requests)
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Each cell: milliseconds measured and predicted, and the chosen form against the others."""
-    lines = []
-    for c in cells:
-        names = (INDUCTOR, "peft_fx activation", "peft_fx weight")
-        measured = [f"{1e3 * c.measured[name]:.2f}" for name in names]
-        guessed = [f"{1e3 * c.predicted[form]:.2f}" for form in ("activation", "weight")]
-        sizes = map(str, (c.layer.K, c.layer.N, c.layer.r, c.T))
-        marks = [f"{c.ratio:.3f}", f"{c.noise:.3f}", c.chosen, f"{c.regret:.3f}"]
-        lines.append([c.layer.dtype, *sizes, *measured, *guessed, *marks])
-    head = [
-        "dtype",
-        "K",
-        "N",
-        "r",
-        "T",
-        "Inductor, ms",
-        "activation, ms",
-        "weight, ms",
-        "predicted: activation",
-        "weight",
-    ]
-    return tables.table([*head, "weight / Inductor", "Inductor / itself", "auto", "regret"], lines, "simple")
+def _read(args: Namespace, rows: Sequence[Row]) -> list[Cell]:
+    """Predicted by the machine that is named, or else the one that they were measured for."""
+    if args.machine == "auto":
+        return cells_of(rows, Machine.from_dict(rows[-1]["machine"]))
+    return cells_of(rows, machines.resolve(args.machine, torch.device("cpu")))
 
 
-def summary(cells: Sequence[Cell], machine: Machine) -> str:
+COLUMNS = {
+    "dtype": lambda c: c.layer.dtype,
+    "K": lambda c: str(c.layer.K),
+    "N": lambda c: str(c.layer.N),
+    "r": lambda c: str(c.layer.r),
+    "T": lambda c: str(c.T),
+    "Inductor, ms": lambda c: f"{1e3 * c.measured[INDUCTOR]:.2f}",
+    "activation, ms": lambda c: f"{1e3 * c.measured[ACTIVATION]:.2f}",
+    "weight, ms": lambda c: f"{1e3 * c.measured[WEIGHT]:.2f}",
+    "predicted: activation": lambda c: f"{1e3 * c.predicted['activation']:.2f}",
+    "weight": lambda c: f"{1e3 * c.predicted['weight']:.2f}",
+    "weight / Inductor": lambda c: f"{c.ratio:.3f}",
+    "Inductor / itself": lambda c: f"{c.noise:.3f}",
+    "auto": lambda c: c.chosen,
+    "regret": lambda c: f"{c.regret:.3f}",
+}
+
+
+def table(cells: Sequence[Cell], style: str = "simple") -> str:
+    return tables.of_columns(COLUMNS, cells, style)
+
+
+def summary(cells: Sequence[Cell]) -> str:
     """What must hold of all cells, and how far it does."""
     near = sum(c.regret <= NEAR for c in cells)
     slower = [c for c in cells if c.taken > NEAR]
     noise = sorted(abs(c.noise - 1) for c in cells)
-    pairs = [
-        (c.predicted[f], c.measured[n]) for c in cells for f, n in (("activation", INDUCTOR), ("weight", VARIANTS[3]))
-    ]
-    ratios = [(c.predicted["weight"] / c.predicted["activation"], c.ratio) for c in cells]
-    worst = max(c.taken for c in cells)
-    return "\n".join(
-        [
-            f"{len(cells)} cells, predicted by {machine.name}",
-            f"chosen form within 5 % of the best: {near} cells, {100 * near / len(cells):.1f} %",
-            f"slower than plain Inductor by more than 5 %: {len(slower)} cells, the worst by {100 * (worst - 1):.1f} %",
-            f"Spearman correlation, seconds: {spearman(*zip(*pairs, strict=True)):.3f}; "
-            f"weight / Inductor: {spearman(*zip(*ratios, strict=True)):.3f}",
-            f"Inductor against itself: off by {100 * statistics.median(noise):.1f} % in the median, "
-            f"{100 * noise[int(0.95 * len(noise))]:.1f} % in one of 20, {100 * noise[-1]:.1f} % at most",
-        ]
-    )
+    measured = [c.measured[name] for c in cells for name in (INDUCTOR, WEIGHT)]
+    guessed = [c.predicted[form] for c in cells for form in ("activation", "weight")]
+    seconds = spearman(guessed, measured)
+    ratios = spearman([c.predicted["weight"] / c.predicted["activation"] for c in cells], [c.ratio for c in cells])
+    return f"""\
+{len(cells)} cells, predicted by {cells[0].machine}
+chosen form within 5 % of the best: {near} cells, {100 * near / len(cells):.1f} %
+slower than plain Inductor by more than 5 %: {len(slower)} cells, the worst by \
+{100 * (max(c.taken for c in cells) - 1):.1f} %
+Spearman correlation, seconds: {seconds:.3f}; weight / Inductor: {ratios:.3f}
+Inductor against itself: off by {100 * statistics.median(noise):.1f} % in the median, \
+{100 * noise[int(0.95 * len(noise))]:.1f} % in one of 20, {100 * noise[-1]:.1f} % at most"""
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
     """Maps of weight over activation form, measured above predicted: a column for each dtype, a row of cells for each
     layer, T along x; a line where each crosses 1."""
     dtypes = list(dict.fromkeys(c.layer.dtype for c in cells))
-    figure, axes = report.figure_of(2, len(dtypes), (5.5 * len(dtypes), 7.5))
+    shown = {"measured": lambda c: c.ratio, "predicted": lambda c: c.predicted["weight"] / c.predicted["activation"]}
+    figure, axes = figure_of(2, len(dtypes), (5.5 * len(dtypes), 7.5))
     for column, dtype in enumerate(dtypes):
         mine = [c for c in cells if c.layer.dtype == dtype]
         layers, tokens = list(dict.fromkeys(c.layer for c in mine)), sorted({c.T for c in mine})
-        for row, (title, value) in enumerate(
-            (
-                ("measured", lambda c: c.ratio),
-                ("predicted", lambda c: c.predicted["weight"] / c.predicted["activation"]),
-            )
-        ):
+        for row, (title, value) in zip(axes, shown.items(), strict=True):
             grid = [[float("nan")] * len(tokens) for _ in layers]
             for c in mine:
                 grid[layers.index(c.layer)][tokens.index(c.T)] = math.log2(value(c))
-            panel = axes[row][column]
+            panel = row[column]
             image = panel.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
             panel.plot(*_crossing(grid), color="black", linewidth=1.5)
             panel.set_title(f"{title}, {dtype}", fontsize=10)
@@ -365,7 +316,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["½", "1", "2"])
     bar.set_label("seconds of a step: weight form / plain Inductor")
-    report.save(figure, path)
+    save(figure, path)
 
 
 def _crossing(grid: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -376,3 +327,37 @@ def _crossing(grid: Sequence[Sequence[float]]) -> tuple[list[float], list[float]
         x += [last + 0.5, last + 0.5]
         y += [i - 0.5, i + 0.5]
     return x, y
+
+
+SWEEP = Experiment(
+    name="sweep",
+    help="each form of one layer, measured and predicted",
+    text="""\
+Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,
+in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and both forms asked for. Which of them
+`auto` takes is reckoned, not compiled: activation form everywhere is plain Inductor's own graph.
+
+  measured   median of the variants' seconds, taking turns; plain Inductor twice, for the noise
+  predicted  by the price, with this machine's constants: python -m peft_fx calibrate
+  regret     chosen form / best form, of the measured medians
+
+One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
+activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
+thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
+steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
+""",
+    arguments=(
+        option("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="(default: 16 to 8192)"),
+        option("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: both)"),
+        option("--layers", type=int, default=len(SIZES), metavar="N", help="only the first N sizes"),
+        option("--threads", type=int, default=1, metavar="N", help="(default: 1)"),
+        option("--seconds", type=float, default=1.5, metavar="S", help="for each cell (default: 1.5)"),
+        option("--machine", default="auto", help="as the option peft_fx.machine (default: auto)"),
+    ),
+    measured=_measured,
+    read=_read,
+    tables={"": table},
+    more=lambda args, cells: [summary(cells)],
+    figure=draw,
+    kinds={"sweep": sweep},
+)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,34 +15,20 @@ from torch._inductor import ir, scheduler
 from torch._inductor.graph import GraphLowering
 
 from bench import offline, tables
-from bench.commands import setup_arguments, setups_of
+from bench.experiment import Experiment, option
+from bench.experiments.steps import setup_options, setups_of
+from bench.experiments.suites import unique
+from bench.figures import COLOURS, figure_of, places, save
 from bench.models import Setup, make_base, make_batch, setup_of
-from bench.report import COLOURS, figure_of, publish, save
-from bench.results import FOLDER, ROOT, Results, request
-from bench.running import measure_all
-from bench.suites import unique
+from bench.results import request
+from bench.running import Request, Row, Say, Session
 from bench.variants import VARIANTS
 from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine
 from peft_fx.sizing import without_mask
+from peft_fx.terminal import Problem
 
-Row = dict[str, Any]
 Kernel = dict[str, Any]
-
-KERNELS = """\
-Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
-forward and backward apart:
-
-  launches  kernels that are started; an op of our own may be two
-  products  of those, matrix products by a library, and attention
-  GB        bytes that the kernels read and write, each value once a kernel
-  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
-
-With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
-Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
-bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
-"""
-PAGE = ROOT.parent / "docs" / "benchmarks.md"
 NAMES = ("frozen", "inductor", "peft_fx")
 LENGTHS = (256, 2048, 8192, 32768)
 DEAREST = 10
@@ -54,39 +40,12 @@ ATTENTION = {
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
-def add_command(commands: Any) -> None:
-    """Adds `kernels` to the sub-commands of an argument parser."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    kernels = commands.add_parser(
-        "kernels",
-        help="kernels and bytes of a step on a GPU that is not there",
-        description=KERNELS,
-        formatter_class=formatter,
-    )
-    setup_arguments(kernels, many=True, variants=NAMES)
-    told = "; ".join(f"{name}: {text}" for name, text in ATTENTION.items())
-    kernels.add_argument("--machine", default="h100", choices=MACHINES, metavar="NAME", help="(default: h100)")
-    kernels.add_argument("--attention", default="flash", choices=ATTENTION, help=f"{told} (default: flash)")
-    kernels.set_defaults(run=run, command="kernels", model=[])
-
-
-def run(args: argparse.Namespace) -> int:
+def _measured(args: Namespace, session: Session) -> list[Row]:
     if importlib.util.find_spec("triton") is None:
-        print("Inductor's code for a GPU needs Triton: pip install --no-deps triton==3.7.1")
-        return 2
-    args.device = "cpu"
-    setups = list(setups_of(args) if args.model else committed())
+        raise Problem("Inductor's code for a GPU needs Triton: pip install --no-deps triton==3.7.1")
+    setups = setups_of(args) if args.model else committed()
     more = {"machine": args.machine, "attention": args.attention}
-    asked = unique(request("kernels", setup, [name], **more) for setup in setups for name in args.variants)
-    results = Results(args.output or FOLDER / "kernels.json", "cpu")
-    rows = [row for row in measure_all(asked, results, again=not args.resume) if "error" not in row]
-    print(f"\n{table(rows, 'simple')}")
-    if args.model:
-        print(f"\n{dearest_table(rows, 'simple')}")
-    elif args.output is None:
-        publish(PAGE, "kernels", table(rows, "github"), results)
-        draw(rows, FOLDER / "kernels.png")
-    return 0
+    return session.measure(unique(request("kernels", setup, [n], **more) for setup in setups for n in args.variants))
 
 
 def committed() -> Iterator[Setup]:
@@ -102,7 +61,7 @@ def committed() -> Iterator[Setup]:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def kernels(asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def kernels(asked: Request, say: Say) -> dict[str, Any]:
     """The kernels of one variant's step, by direction."""
     setup, (name,) = Setup(**asked["setup"]), asked["variants"]
     machine = MACHINES[asked["machine"]]
@@ -230,10 +189,10 @@ def whole(row: Row, what: str) -> float:
 
 def _grouped(rows: Iterable[Row]) -> dict[Setup, dict[str, Row]]:
     """Rows by setup; the frozen model's, without adapters, in each of those that it is the floor of."""
-    known = {(tables.setup_in(row), row["variants"][0]): row for row in rows}
+    known = {(tables.setup_in(row), row["variants"][0]): row for row in rows if "error" not in row}
     found: dict[Setup, dict[str, Row]] = {}
     for setup in dict.fromkeys(s for s, _ in known if s.rank):
-        for name in VARIANTS:
+        for name in ("frozen", *(name for name in VARIANTS if name != "frozen")):
             asked = Setup(**request("kernels", setup, [name])["setup"])
             if (asked, name) in known:
                 found.setdefault(setup, {})[name] = known[asked, name]
@@ -249,11 +208,11 @@ def label(setup: Setup) -> str:
 def table(rows: Iterable[Row], style: str) -> str:
     lines = []
     for setup, group in _grouped(rows).items():
-        for name, row in sorted(group.items(), key=lambda one: one[0] != "frozen"):
+        for name, row in group.items():
             kinds = Counter(row["forward"]["kinds"]) + Counter(row["backward"]["kinds"])
             counts = [f"{whole(row, 'launches'):.0f}", str(kinds["product"] + kinds["attention"])]
             sides = [f"{row[side]['seconds'] * 1e3:.2f}" for side in ("forward", "backward")]
-            beside = _ratio(row, group.get("frozen"), "bytes"), _ratio(row, group.get("frozen"), "seconds")
+            beside = [_ratio(row, group.get("frozen"), what) for what in ("bytes", "seconds")]
             faster = _ratio(group.get("inductor"), row, "seconds") if name == "peft_fx" else ""
             size = f"{whole(row, 'bytes') / 1e9:.2f}"
             lines.append([label(setup), name, *counts, size, beside[0], *sides, beside[1], faster])
@@ -265,15 +224,16 @@ def _ratio(mine: Row | None, other: Row | None, what: str) -> str:
     return f"{whole(mine, what) / whole(other, what):.2f}×" if mine and other else ""
 
 
-def dearest_table(rows: Iterable[Row], style: str) -> str:
-    """The kernels of each variant's step that take longest."""
+def dearest(args: Namespace, rows: Iterable[Row]) -> Iterator[str]:
+    """The kernels of each variant's step that take longest, where a model was named."""
     lines = []
     for setup, name, row in ((s, n, r) for s, group in _grouped(rows).items() for n, r in group.items()):
         both = [(one, side) for side in ("forward", "backward") for one in row[side]["dearest"]]
         for one, side in sorted(both, key=lambda pair: -pair[0]["seconds"])[:DEAREST]:
             what = [one["kind"], one["shape"][:40], one["of"][:60]]
             lines.append([label(setup), name, side, *what, f"{one['bytes'] / 1e6:.0f}", f"{one['seconds'] * 1e6:.0f}"])
-    return tables.table(["", "", "", "", "shape", "of", "MB", "µs"], lines, style, left=6)
+    if args.model:
+        yield tables.table(["", "", "", "", "shape", "of", "MB", "µs"], lines, "simple", left=6)
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:
@@ -281,14 +241,44 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     groups = {s: g for s, g in _grouped(rows).items() if len(g) == len(NAMES)}
     figure, ((axes,),) = figure_of(1, 1, (max(6.0, 1.2 * len(groups)), 4.0))
     for i, name in enumerate(NAMES):
-        places = [j + 0.8 * (i + 0.5) / len(NAMES) - 0.4 for j in range(len(groups))]
         below = [0.0] * len(groups)
         for side, alpha in (("forward", 1.0), ("backward", 0.6)):
             heights = [g[name][side]["seconds"] / whole(g["frozen"], "seconds") for g in groups.values()]
-            text = f"{VARIANTS[name].title}, {side}"
-            axes.bar(places, heights, 0.8 / len(NAMES), bottom=below, label=text, color=COLOURS[name], alpha=alpha)
+            look = {"label": f"{VARIANTS[name].title}, {side}", "color": COLOURS[name], "alpha": alpha}
+            axes.bar(places(len(groups), i, len(NAMES)), heights, 0.8 / len(NAMES), bottom=below, **look)
             below = [a + b for a, b in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(groups)), [label(s).replace(", ", "\n") for s in groups], fontsize=8)
     axes.set_ylabel("a step by the roofline, × the frozen model's")
     figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=8)
     save(figure, path)
+
+
+_ATTENTIONS = "; ".join(f"{name}: {text}" for name, text in ATTENTION.items())
+KERNELS = Experiment(
+    name="kernels",
+    help="kernels and bytes of a step on a GPU that is not there",
+    text="""\
+Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
+forward and backward apart:
+
+  launches  kernels that are started; an op of our own may be two
+  products  of those, matrix products by a library, and attention
+  GB        bytes that the kernels read and write, each value once a kernel
+  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
+
+With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
+Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
+bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
+""",
+    arguments=(
+        *setup_options(NAMES, many=True, device=False, model=None),
+        option("--machine", default="h100", choices=MACHINES, metavar="NAME", help="(default: h100)"),
+        option("--attention", default="flash", choices=ATTENTION, help=f"{_ATTENTIONS} (default: flash)"),
+    ),
+    measured=_measured,
+    tables={"kernels": table},
+    more=dearest,
+    page="benchmarks.md",
+    figure=draw,
+    kinds={"kernels": kernels},
+)

@@ -1,0 +1,136 @@
+"""The one shape of all that is measured here: a command, what it measures, and what is made of the rows."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.results import FOLDER, ROOT, Results, provenance
+from bench.running import Kind, Row, Session
+from peft_fx.terminal import Problem
+
+DOCS = ROOT.parent / "docs"
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+Table = Callable[[Sequence[Any], str], str]  # of rows, in a style of tabulate's; empty where they do not make one
+
+
+def option(*names: str, **settings: Any) -> Argument:
+    """An argument of a command, as `add_argument` takes it."""
+    return names, settings
+
+
+DEVICE = option("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+RESUME = option("--resume", action="store_false", dest="again", help="keep what was measured before, and is the same")
+FRESH = option("--fresh", action="store_true", dest="again", help="measure everything again")
+REPORT = option("--report", action="store_true", help="measure nothing: tables and figure of what is there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A sub-command of `python -m bench`; with `members`, the name of several: `python -m bench suite cpu`."""
+
+    name: str
+    help: str
+    text: str
+    arguments: Sequence[Argument] = ()
+    members: Sequence[Command] = ()
+
+    def declared(self) -> Sequence[Argument]:
+        return self.arguments
+
+    def add_to(self, commands: Any) -> None:
+        """Adds it to the sub-commands of an argument parser."""
+        added: ArgumentParser = commands.add_parser(
+            self.name, help=self.help, description=self.text, formatter_class=RawDescriptionHelpFormatter
+        )
+        added.set_defaults(run=self.run)
+        for names, settings in self.declared():
+            added.add_argument(*names, **settings)
+        if self.members:
+            inside = added.add_subparsers(title=self.name, metavar=self.name, required=True)
+            for member in self.members:
+                member.add_to(inside)
+
+    def run(self, args: Namespace) -> None:
+        """Raises a Problem where something that it needs is missing."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Command):
+    """A command that measures. Results are in bench/results/<name>.json, a figure in a PNG beside them.
+
+    `measured` gives rows, by a session. Of these, or of what they are `read` as, `tables` are made and printed, then
+    `more`; where all that is committed was measured, those of a `page` of docs/ are put between its marks of their
+    names. `kinds` answer the requests that go to a process of their own. `fresh`: what is known is measured again,
+    unless --resume. `threads`: 0 for all.
+    """
+
+    measured: Callable[[Namespace, Session], Sequence[Row]]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    more: Callable[[Namespace, Sequence[Any]], Iterable[str]] = lambda args, rows: ()
+    read: Callable[[Namespace, Sequence[Row]], Sequence[Any]] = lambda args, rows: rows
+    page: str = ""
+    figure: Callable[[Sequence[Any], Path], None] | None = None
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    fresh: bool = True
+    threads: int = 0
+
+    def declared(self) -> Sequence[Argument]:
+        output = option("--output", type=Path, metavar="FILE", help=f"(default: {self.file.relative_to(ROOT.parent)})")
+        page = option("--page", type=Path, metavar="FILE", help=f"for the tables (default: docs/{self.page})")
+        report = [REPORT] if self.page or self.figure else []
+        return [*self.arguments, RESUME if self.fresh else FRESH, *report, *[page] * bool(self.page), output]
+
+    @property
+    def file(self) -> Path:
+        return FOLDER / f"{self.name}.json"
+
+    def run(self, args: Namespace) -> None:
+        if threads := getattr(args, "threads", self.threads):
+            torch.set_num_threads(threads)
+        results = Results(args.output or self.file, device_of(args))
+        rows = results.rows
+        if not getattr(args, "report", False):
+            minutes = getattr(args, "minutes", 0) or float("inf")
+            rows = self.measured(args, Session(results, args.again, time.monotonic() + 60 * minutes))
+        if not rows:
+            raise Problem(f"There are no results yet. Measure some: python -m bench {self.name}")
+        rows = self.read(args, rows)
+        told = [*(table(rows, "simple") for table in self.tables.values()), *self.more(args, rows)]
+        print("\n\n".join(["", *filter(None, told)]))
+        of_some = getattr(args, "model", None)
+        if self.page and (args.page or not (args.output or of_some)):
+            made = {name: table(rows, "github") for name, table in self.tables.items()}
+            publish(args.page or DOCS / self.page, self.name, made, results.runs)
+        if self.figure and not of_some:
+            self.figure(rows, results.path.with_suffix(".png"))
+
+
+def device_of(args: Namespace) -> str:
+    return getattr(args, "device", "cpu") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def publish(page: Path, name: str, made: Mapping[str, str], runs: Iterable[Row]) -> None:
+    """Puts tables between a page's marks of their names, each with where its numbers come from; of a page with a mark
+    for that, `<name> runs`, all of them there."""
+    text, told = page.read_text(), list(map(provenance, runs))
+    apart = f"{name} runs"
+    once = f"<!-- bench: {apart} -->" in text
+    text = _between(text, apart, "\n\n".join(told))
+    for mark, table in made.items():
+        if table:
+            text = _between(text, mark, "\n\n".join([table, *([] if once else told)]))
+    page.write_text(text)
+
+
+def _between(text: str, name: str, body: str) -> str:
+    """The page with what is between the marks of a name replaced."""
+    before, mark, rest = text.partition(f"<!-- bench: {name} -->")
+    return f"{before}{mark}\n{body}\n<!-- end -->{rest.partition('<!-- end -->')[2]}" if mark else text

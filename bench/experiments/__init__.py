@@ -1,0 +1,36 @@
+"""What is measured, an `Experiment` each:
+
+steps.py       memory, time, fit: bytes and seconds of a training step
+suites.py      suite: lists of those, whose results are committed
+budget.py      budget: time against memory, within budgets
+estimating.py  estimate, long-context: what `peft_fx.estimate` says
+compiling.py   compile: seconds of the passes
+kernels.py     kernels: what a step consists of on a GPU that is not there
+sweep.py       sweep: the forms of one layer
+training.py    small models pretrained, adapted and trained in each of several forms
+rounding.py    study rounding: what the rounding of W' is worth in that
+keeping.py     study keep: what lossy keeps cost in that
+"""
+
+from bench.coverage import COVERAGE
+from bench.experiment import Command, Experiment
+from bench.experiments import budget, compiling, estimating, keeping, kernels, rounding, steps, suites, sweep
+
+STUDY = Command(
+    name="study",
+    help="what rounding, and lossy keeps, do to training",
+    text="Trains small models in each of several forms, and compares what they learn.",
+    members=(rounding.ROUNDING, keeping.KEEP),
+)
+COMMANDS: tuple[Command, ...] = (
+    *(steps.MEMORY, steps.TIME, steps.FIT),
+    suites.SUITE,
+    budget.BUDGET,
+    compiling.COMPILE,
+    COVERAGE,
+    *(estimating.ESTIMATE, estimating.LONG),
+    kernels.KERNELS,
+    STUDY,
+    sweep.SWEEP,
+)
+KINDS = {kind: run for c in COMMANDS if isinstance(c, Experiment) for kind, run in c.kinds.items()}
