@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import peft_fx
-from bench.models import Setup
 from bench.variants import FLOORS
 from peft_fx.compiling import source_digest
+from zoo.models import Setup
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "results"

@@ -9,10 +9,10 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import kept
-from bench.models import Setup
 from bench.results import request
 from bench.running import Row
 from bench.variants import VARIANTS
+from zoo.models import Setup
 
 RELU = "frozen + ReLU outputs"
 

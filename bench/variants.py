@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 import peft_fx
-from bench.models import Setup, precision, with_adapters
+from zoo.models import Setup, precision, with_adapters
 
 FLOORS = ("frozen", "full")  # without adapters: the adapters' settings do not matter to them
 

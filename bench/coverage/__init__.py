@@ -1,8 +1,7 @@
 """`python -m bench coverage`: which adapters, on which architectures, become weights, and how exact that is.
 
-adapters.py       PEFT's configurations, each on a block of two layers
-architectures.py  tiny models of transformers and diffusers, LoRA on all their layers
-packages.py       adapters of other packages, each on a block of two layers
+Of all that is in zoo/:
+
 rows.py           what is measured of each
 numerics.py       how far the results are from exact
 page.py           the tables of docs/coverage.md

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from bench.coverage.adapters import NOISE, disturb
 from peft_fx.checking import Widening
 from peft_fx.copying import Casts
 from tests.oracle import GATE, Run, errors, leaves, pooled, run, to_dtype
+from zoo.methods import NOISE, disturb
 
 __all__ = ["GATE", "draws_random_numbers", "gate", "step"]
 

@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import peft_fx
 from bench.coverage import numerics
-from bench.coverage.adapters import METHODS, NOISE, Method
-from bench.coverage.architectures import ARCHITECTURES, Architecture
-from bench.coverage.packages import MODULES, Module
 from peft_fx.measuring import median_times
 from peft_fx.passes.analyse.merged import ALREADY
+from zoo.architectures import ARCHITECTURES, Architecture
+from zoo.methods import METHODS, NOISE, Method
+from zoo.packages import MODULES, Module
 
 Entry = Method | Architecture | Module
 TABLES: dict[str, Mapping[str, Entry]] = {"peft": METHODS, "architectures": ARCHITECTURES, "packages": MODULES}

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from bench.experiment import Experiment, option
 from bench.experiments.steps import step_request
 from bench.figures import figure_of, save
-from bench.models import setup_of
 from bench.running import Row, Session
 from bench.tables import table
+from zoo.models import setup_of
 
 MODELS = ("llama-256", "vit", "t5", "gpt2", "opt")
 SHARES = (0.9, 0.75, 0.6, 0.45)

@@ -14,7 +14,6 @@ from typing import Any
 import peft_fx
 from bench import tables
 from bench.experiment import Experiment, option
-from bench.models import Setup, make_base, make_batch, precision, with_adapters
 from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
 from bench.running import Request, Row, Say, Session
@@ -23,6 +22,7 @@ from peft_fx import configs, estimates
 from peft_fx.estimating import VARIANTS
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import without_mask
+from zoo.models import Setup, make_base, make_batch, precision, with_adapters
 
 # ---------------------------------------------------------------------------------------------- what was measured
 

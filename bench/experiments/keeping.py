@@ -17,9 +17,9 @@ from bench import tables
 from bench.experiment import Experiment, option
 from bench.experiments.training import Batch, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
 from bench.figures import figure_of, save
-from bench.models import setup_of
 from bench.running import Request, Row, Say, Session
 from peft_fx import measuring
+from zoo.models import setup_of
 
 
 def _ours(keep: str, **more: Any) -> dict[str, Any]:

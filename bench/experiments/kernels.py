@@ -19,7 +19,6 @@ from bench.experiment import Experiment, option
 from bench.experiments.steps import setup_options, setups_of
 from bench.experiments.suites import unique
 from bench.figures import COLOURS, figure_of, places, save
-from bench.models import Setup, make_base, make_batch, setup_of
 from bench.results import request
 from bench.running import Request, Row, Say, Session
 from bench.variants import VARIANTS
@@ -27,6 +26,7 @@ from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine
 from peft_fx.sizing import without_mask
 from peft_fx.terminal import Problem
+from zoo.models import Setup, make_base, make_batch, setup_of
 
 Kernel = dict[str, Any]
 NAMES = ("frozen", "inductor", "peft_fx")

@@ -18,8 +18,8 @@ from bench import tables
 from bench.experiment import Experiment, option
 from bench.experiments.training import BATCH, Form, loss_on_others, model_of, on_bytes, train
 from bench.figures import figure_of, save
-from bench.models import setup_of
 from bench.running import Request, Row, Say, Session
+from zoo.models import setup_of
 
 WEIGHT = {"peft_fx.form": "weight"}
 FORMS = {  # by name as the results have it, which know so where our code is in it

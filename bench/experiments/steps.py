@@ -18,12 +18,12 @@ from torch._inductor.utils import fresh_cache
 
 from bench import kept, tables
 from bench.experiment import DEVICE, Argument, Experiment, device_of, option
-from bench.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
 from bench.results import request
 from bench.running import Row, Say, Session, attempt
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS, Trainee, make
 from peft_fx.compiling import records_of
 from peft_fx.measuring import memory_of, times_in_turn
+from zoo.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
 
 SIZES = {
     "layers": "layers of the model",

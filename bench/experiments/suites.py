@@ -11,11 +11,11 @@ from typing import Any
 from bench import tables
 from bench.experiment import DEVICE, Argument, Command, Experiment, device_of, option
 from bench.experiments.steps import memory_requests, step_request
-from bench.models import METHODS, setup_of
 from bench.results import FOLDER, Results
 from bench.running import Row, Session, describe
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
 from peft_fx.terminal import Problem
+from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)
 LENGTHS = (2048, 8192, 16384, 32768)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.coverage.adapters import BLOCKS, Block, K, N, disturb
+from zoo.methods import BLOCKS, Block, K, N, disturb
 
 
 @dataclass(frozen=True)

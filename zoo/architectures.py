@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_fx
-from bench.coverage.adapters import disturb
+from zoo.methods import disturb
 
 T, K, VOCAB = 256, 64, 128  # tokens of each of two sequences
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
