@@ -33,10 +33,12 @@ REPORT = option("--report", action="store_true", help="measure nothing: tables a
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A sub-command of `python -m bench`; with `members`, the name of several: `python -m bench suite cpu`."""
+    """A sub-command of `python -m bench`; with `members`, the name of several: `python -m bench suite cpu`.
+
+    `text` is its help, the first line that in the list of commands.
+    """
 
     name: str
-    help: str
     text: str
     arguments: Sequence[Argument] = ()
     members: Sequence[Command] = ()
@@ -46,9 +48,8 @@ class Command:
 
     def add_to(self, commands: Any) -> None:
         """Adds it to the sub-commands of an argument parser."""
-        added: ArgumentParser = commands.add_parser(
-            self.name, help=self.help, description=self.text, formatter_class=RawDescriptionHelpFormatter
-        )
+        told = {"help": self.text.splitlines()[0].rstrip(".:"), "description": self.text}
+        added: ArgumentParser = commands.add_parser(self.name, **told, formatter_class=RawDescriptionHelpFormatter)
         added.set_defaults(run=self.run)
         for names, settings in self.declared():
             added.add_argument(*names, **settings)

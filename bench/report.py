@@ -149,8 +149,9 @@ def series(rows: Iterable[Row]) -> list[Row]:
 
 REPORT = Report(
     name="report",
-    help="tables and figures from the results",
     text="""\
+Tables and figures from the results of suites.
+
 Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench.results import ROOT, Results, asked
+from bench.results import Results, asked
 
 Request = Mapping[str, Any]
 Row = dict[str, Any]
 Say = Callable[[str], None]
 Kind = Callable[[Request, Say], Row]  # answers requests of one kind, and says how far it is
+SPAWN = get_context("spawn")
 
 
 def in_a_worker(request: Request, say: Say) -> Row:
-    """One worker's answer; where it dies, an error in place of the measurements, and what it wrote to stderr shown."""
+    """The answer of a process of its own; where that dies, an error in place of the measurements. What it wrote, it and
+    what it called, is shown where something failed."""
     row: Row = {"error": "the process ended without an answer"}
-    with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", "bench.worker"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, text=True, cwd=ROOT.parent, **pipes) as worker:
-            json.dump(asked(request), worker.stdin)
-            worker.stdin.close()
-            for line in worker.stdout:
-                answer = json.loads(line)
-                row = answer.get("row", row)
-                say(answer.get("progress", ""))
+    here, there = SPAWN.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r+") as written:
+        worker = SPAWN.Process(target=_answer, args=(asked(request), there, written.name))
+        worker.start()
+        there.close()
+        for found in _received(here):
+            if isinstance(found, str):
+                say(found)
+            else:
+                row = asked(found)
+        worker.join()
         if failed(row):
-            errors.seek(0)
-            print(f"failed: {describe(request)}\n{errors.read()[-4000:]}", file=sys.stderr)
+            print(f"failed: {describe(request)}\n{written.read()[-4000:]}", file=sys.stderr)
     return row
+
+
+def _received(pipe: Connection) -> Iterator[Any]:
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while True:
+            yield pipe.recv()
+
+
+def _answer(request: Request, there: Connection, written: str) -> None:
+    """In the worker: progress as text, then the row. All sizes are bytes, all times seconds."""
+    from bench.experiments import KINDS
+
+    file = os.open(written, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    quieten()
+    there.send(attempt(lambda: KINDS[request["kind"]](request, there.send)))
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -6,15 +6,15 @@ more; T5 has as many tokens in the encoder as in the decoder, and a layer of it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import transformers
 
 import peft_fx
+from zoo.architectures import made
 
 DTYPES = {
     "peft": "bf16 base, fp32 adapters (what PEFT does by default)",
@@ -22,20 +22,21 @@ DTYPES = {
     "fp32": "fp32 base and adapters",
     "autocast": "fp32 base and adapters under bf16 autocast",
 }
+BASES = dict.fromkeys(("peft", "bf16"), torch.bfloat16) | dict.fromkeys(("fp32", "autocast"), torch.float32)
 TARGETS = ("all-linear", "attention")
-METHODS = {
-    "lora": "LoraConfig",
-    "dora": "LoraConfig",
-    "ia3": "IA3Config",
-    "vera": "VeraConfig",
-    "loha": "LoHaConfig",
-    "lokr": "LoKrConfig",
-    "hira": "HiraConfig",
-    "fourierft": "FourierFTConfig",
-    "oft": "OFTConfig",
-    "boft": "BOFTConfig",
-    "miss": "MissConfig",
-}  # PEFT's classes
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # PEFT's classes, and options besides the rank
+    "lora": ("LoraConfig", {}),
+    "dora": ("LoraConfig", {"use_dora": True}),
+    "ia3": ("IA3Config", {"feedforward_modules": []}),
+    "vera": ("VeraConfig", {}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "hira": ("HiraConfig", {}),
+    "fourierft": ("FourierFTConfig", {}),
+    "oft": ("OFTConfig", {"oft_block_size": 32, "r": 0}),
+    "boft": ("BOFTConfig", {"boft_block_size": 64}),  # of PEFT's 4 there are 352, which Inductor compiles for minutes
+    "miss": ("MissConfig", {}),
+}
 PATCH = 16  # pixels of ViT's patches, each way
 
 
@@ -78,9 +79,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture and its defaults; `ffn` in units of hidden, `head` the width of a head, `kv` queries per key."""
+    """A class of transformers' and its defaults; `ffn` in units of hidden, `head` the width of a head, `kv` queries per
+    key, `options` of its config."""
 
-    build: Callable[[Setup], Any]
+    name: str
     layers: int
     hidden: int
     tokens: int
@@ -90,6 +92,17 @@ class Family:
     kv: int = 1
     attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")  # names of attention's layers
     relu: bool = False
+    more_positions: int = 0  # than tokens
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, setup: Setup) -> Any:
+        """The model in a setup's sizes, random weights."""
+        sizes = {"vocab": setup.vocab, "hidden": setup.hidden, "ffn": setup.ffn, "layers": setup.layers}
+        sizes |= {"heads": setup.heads, "kv_heads": max(1, setup.heads // self.kv), "head": setup.hidden // setup.heads}
+        options = dict(self.options)
+        if self.name.startswith("ViT"):
+            options |= {"image_size": side_of(setup), "patch_size": PATCH, "num_labels": setup.vocab}
+        return made(self.name, sizes | {"tokens": setup.tokens + self.more_positions}, **options)
 
 
 def setup_of(model: str, **overrides: Any) -> Setup:
@@ -99,114 +112,21 @@ def setup_of(model: str, **overrides: Any) -> Setup:
     return replace(setup, **{k: v for k, v in overrides.items() if v is not None})
 
 
-# ------------------------------------------------------------------------------------------------- architectures
-
-
-def _llama(setup: Setup) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=setup.vocab,
-        hidden_size=setup.hidden,
-        intermediate_size=setup.ffn,
-        num_hidden_layers=setup.layers,
-        num_attention_heads=setup.heads,
-        num_key_value_heads=max(1, setup.heads // setup.family.kv),
-        max_position_embeddings=setup.tokens,
-        tie_word_embeddings=setup.model == "llama-3.2-1b",
-        use_cache=False,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def _roberta(setup: Setup) -> Any:
-    config = transformers.RobertaConfig(
-        vocab_size=setup.vocab,
-        hidden_size=setup.hidden,
-        intermediate_size=setup.ffn,
-        num_hidden_layers=setup.layers,
-        num_attention_heads=setup.heads,
-        max_position_embeddings=setup.tokens + 2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        use_cache=False,
-    )
-    return transformers.RobertaForMaskedLM(config)
-
-
-def _gpt2(setup: Setup) -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=setup.vocab,
-        n_embd=setup.hidden,
-        n_inner=setup.ffn,
-        n_layer=setup.layers,
-        n_head=setup.heads,
-        n_positions=setup.tokens,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _t5(setup: Setup) -> Any:
-    gated = setup.model == "t5-v1.1"
-    config = transformers.T5Config(
-        vocab_size=setup.vocab,
-        d_model=setup.hidden,
-        d_kv=setup.family.head,
-        d_ff=setup.ffn,
-        num_layers=setup.layers,
-        num_heads=setup.heads,
-        feed_forward_proj="gated-gelu" if gated else "relu",
-        tie_word_embeddings=not gated,
-        decoder_start_token_id=0,
-        dropout_rate=0.0,
-        use_cache=False,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _opt(setup: Setup) -> Any:
-    config = transformers.OPTConfig(
-        vocab_size=setup.vocab,
-        hidden_size=setup.hidden,
-        word_embed_proj_dim=setup.hidden,
-        ffn_dim=setup.ffn,
-        num_hidden_layers=setup.layers,
-        num_attention_heads=setup.heads,
-        max_position_embeddings=setup.tokens,
-        dropout=0.0,
-        use_cache=False,
-    )
-    return transformers.OPTForCausalLM(config)
-
-
-def _vit(setup: Setup) -> Any:
-    config = transformers.ViTConfig(
-        hidden_size=setup.hidden,
-        intermediate_size=setup.ffn,
-        num_hidden_layers=setup.layers,
-        num_attention_heads=setup.heads,
-        image_size=_pixels(setup),
-        patch_size=PATCH,
-        num_labels=setup.vocab,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
 _BERT = ("query", "key", "value", "attention.output.dense")
 _T5 = ("q", "k", "v", "o")
+_START = {"decoder_start_token_id": 0}
+_GATED = _START | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 FAMILIES = {
-    "llama-tiny": Family(_llama, 2, 64, 128, 512, ffn=2.75, head=16, kv=2),
-    "llama-256": Family(_llama, 4, 256, 512, 512, ffn=2.75, head=32, kv=2),
-    "llama-512": Family(_llama, 8, 512, 1024, 512, ffn=2.75, head=64, kv=2),
-    "llama-3.2-1b": Family(_llama, 16, 2048, 2048, 128256, kv=4),
-    "roberta": Family(_roberta, 12, 768, 512, 50265, attention=_BERT),
-    "gpt2": Family(_gpt2, 12, 768, 1024, 50257, attention=("c_attn", "attn.c_proj")),
-    "t5": Family(_t5, 6, 512, 512, 32128, attention=_T5, relu=True),
-    "t5-v1.1": Family(_t5, 12, 768, 512, 32128, ffn=8 / 3, attention=_T5),
-    "opt": Family(_opt, 12, 768, 1024, 50272, relu=True),
-    "vit": Family(_vit, 12, 768, 196, 1000),
+    "llama-tiny": Family("LlamaForCausalLM", 2, 64, 128, 512, ffn=2.75, head=16, kv=2),
+    "llama-256": Family("LlamaForCausalLM", 4, 256, 512, 512, ffn=2.75, head=32, kv=2),
+    "llama-512": Family("LlamaForCausalLM", 8, 512, 1024, 512, ffn=2.75, head=64, kv=2),
+    "llama-3.2-1b": Family("LlamaForCausalLM", 16, 2048, 2048, 128256, kv=4, options={"tie_word_embeddings": True}),
+    "roberta": Family("RobertaForMaskedLM", 12, 768, 512, 50265, attention=_BERT, more_positions=2),
+    "gpt2": Family("GPT2LMHeadModel", 12, 768, 1024, 50257, attention=("c_attn", "attn.c_proj")),
+    "t5": Family("T5ForConditionalGeneration", 6, 512, 512, 32128, attention=_T5, relu=True, options=_START),
+    "t5-v1.1": Family("T5ForConditionalGeneration", 12, 768, 512, 32128, ffn=8 / 3, attention=_T5, options=_GATED),
+    "opt": Family("OPTForCausalLM", 12, 768, 1024, 50272, relu=True),
+    "vit": Family("ViTForImageClassification", 12, 768, 196, 1000),
 }
 
 
@@ -218,25 +138,26 @@ def make_base(setup: Setup) -> Any:
     torch.manual_seed(0)
     with torch.device(setup.device):
         model = setup.family.build(setup)
-    dtype = torch.bfloat16 if setup.dtype in ("peft", "bf16") else torch.float32
-    return model.to(dtype).train().requires_grad_(False)
+    return model.to(BASES[setup.dtype]).train().requires_grad_(False)
 
 
 def make_batch(setup: Setup) -> dict[str, torch.Tensor]:
     """A batch of random tokens, or pixels, with labels: the same for every variant."""
     generator = torch.Generator().manual_seed(1)
     if setup.model == "vit":
-        side = _pixels(setup)
+        side = side_of(setup)
         pixels = torch.randn(setup.batch, 3, side, side, generator=generator)
-        pixels = pixels.to(torch.float32 if setup.dtype in ("fp32", "autocast") else torch.bfloat16)
-        batch = {"pixel_values": pixels, "labels": torch.randint(setup.vocab, (setup.batch,), generator=generator)}
+        batch = {
+            "pixel_values": pixels.to(BASES[setup.dtype]),
+            "labels": torch.randint(setup.vocab, (setup.batch,), generator=generator),
+        }
     else:  # ids from 3: below are padding and other special tokens
         ids = torch.randint(3, setup.vocab, (setup.batch, setup.tokens), generator=generator)
         batch = {"input_ids": ids, "labels": ids}
     return {name: tensor.to(setup.device) for name, tensor in batch.items()}
 
 
-def _pixels(setup: Setup) -> int:
+def side_of(setup: Setup) -> int:
     """Side of an image with about `tokens` patches."""
     return PATCH * max(1, round(setup.tokens**0.5))
 
@@ -261,22 +182,14 @@ def _config(setup: Setup) -> Any:
     """PEFT's configuration of a method: its own defaults, but for the rank where it has one."""
     import peft
 
-    chosen: dict[str, Any] = {
-        "target_modules": "all-linear" if setup.targets == "all-linear" else _attention(setup),
-    }
-    if setup.method in ("lora", "dora"):
-        chosen |= {"lora_alpha": 2 * setup.rank, "lora_dropout": setup.dropout, "use_dora": setup.method == "dora"}
-    elif setup.dropout:
+    name, options = METHODS[setup.method]
+    config, is_lora = getattr(peft, name), name == "LoraConfig"
+    if setup.dropout and not is_lora:
         raise ValueError(f"dropout is for lora and dora, not for {setup.method}")
-    if setup.method == "oft":
-        chosen |= {"oft_block_size": 32, "r": 0}
-    elif setup.method == "ia3":
-        chosen |= {"feedforward_modules": []}
-    elif setup.method == "boft":  # in PEFT's own of 4 there are 352, over which Inductor alone compiles for minutes
-        chosen |= {"boft_block_size": 64}
-    elif setup.method != "fourierft":
-        chosen |= {"r": setup.rank}
-    return getattr(peft, METHODS[setup.method])(**chosen)
+    chosen = {"r": setup.rank} if "r" in config.__dataclass_fields__ else {}
+    chosen |= {"lora_alpha": 2 * setup.rank, "lora_dropout": setup.dropout} if is_lora else {}
+    targets = "all-linear" if setup.targets == "all-linear" else _attention(setup)
+    return config(target_modules=targets, **chosen | options)
 
 
 def _attention(setup: Setup) -> str:
@@ -291,3 +204,33 @@ def precision(setup: Setup) -> Iterator[None]:
     enabled = setup.dtype == "autocast"
     with torch.autocast(torch.device(setup.device).type, dtype=torch.bfloat16, enabled=enabled):
         yield
+
+
+# ----------------------------------------------------------------------------------------------------------- one layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer [K,N] with a float32 adapter of rank r; `dtype` is the base's, a key of `BASES`."""
+
+    K: int
+    N: int
+    r: int
+    dtype: str
+
+    def build(self) -> Any:
+        """The layer under PEFT, with a B that is not zero."""
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(self.K, self.N, bias=False, dtype=BASES[self.dtype]))
+        model = get_peft_model(base, LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=["0"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.02)
+        return model
+
+    def batch(self, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T,K], which wants a gradient, and dy [T,N]."""
+        dtype = BASES[self.dtype]
+        return torch.randn(T, self.K, dtype=dtype, requires_grad=True), torch.randn(T, self.N, dtype=dtype)

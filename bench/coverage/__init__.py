@@ -54,8 +54,9 @@ def _row(asked: Row, draws: int, timed: bool) -> Row:
 
 COVERAGE = Experiment(
     name="coverage",
-    help="what is rewritten, of every adapter and architecture",
     text="""\
+What is rewritten, of every adapter and architecture.
+
 Every configuration of PEFT's that a layer can carry, on a small block; LoRA on tiny models of every architecture; the
 adapters of other packages. Each in training mode, prepared, forward and backward, with the weight form asked for and
 the graphs run op by op: about 15 minutes on two cores. What is not installed gets a row that says so:

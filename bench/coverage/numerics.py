@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from peft_fx.checking import Widening
 from peft_fx.copying import Casts
 from tests.oracle import GATE, Run, errors, leaves, pooled, run, to_dtype
-from zoo.methods import NOISE, disturb
+from zoo.noise import NOISE, disturb
 
 __all__ = ["GATE", "draws_random_numbers", "gate", "step"]
 

@@ -19,7 +19,8 @@ from bench.coverage import numerics
 from peft_fx.measuring import median_times
 from peft_fx.passes.analyse.merged import ALREADY
 from zoo.architectures import ARCHITECTURES, Architecture
-from zoo.methods import METHODS, NOISE, Method
+from zoo.methods import METHODS, Method
+from zoo.noise import NOISE
 from zoo.packages import MODULES, Module
 
 Entry = Method | Architecture | Module

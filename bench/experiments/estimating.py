@@ -86,8 +86,9 @@ def _off(rows: Sequence[Row], style: str) -> str:
 
 ESTIMATE = Experiment(
     name="estimate",
-    help="estimated memory against measured",
     text="""\
+Estimated memory against measured.
+
 Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every
 setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
 measured. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
@@ -164,8 +165,9 @@ def _fits(rows: Iterable[Row], style: str) -> str:
 
 LONG = Experiment(
     name="long-context",
-    help="memory at up to 131072 tokens, estimated",
     text="""\
+Memory at up to 131072 tokens, estimated.
+
 The memory of a training step of Llamas of 1, 3 and 8 billion parameters, LoRA of rank 16 on all linear layers or on
 attention's alone, one sequence, by `peft_fx.estimate`: no weight exists, nothing is computed. Results:
 bench/results/long-context.json, and the tables of docs/long-context.md. What was estimated already, from the same

@@ -1,4 +1,17 @@
-"""`python -m bench kernels`: what a step consists of on a GPU, by the code that Inductor generates for it."""
+"""Kernels and bytes of a step on a GPU that is not there, by the code that Inductor generates for it.
+
+Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
+forward and backward apart:
+
+  launches  kernels that are started; an op of our own may be two
+  products  of those, matrix products by a library, and attention
+  GB        bytes that the kernels read and write, each value once a kernel
+  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
+
+With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
+Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
+bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -256,20 +269,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
 _ATTENTIONS = "; ".join(f"{name}: {text}" for name, text in ATTENTION.items())
 KERNELS = Experiment(
     name="kernels",
-    help="kernels and bytes of a step on a GPU that is not there",
-    text="""\
-Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
-forward and backward apart:
-
-  launches  kernels that are started; an op of our own may be two
-  products  of those, matrix products by a library, and attention
-  GB        bytes that the kernels read and write, each value once a kernel
-  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
-
-With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
-Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
-bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
-""",
+    text=__doc__,
     arguments=(
         *setup_options(NAMES, many=True, device=False, model=None),
         option("--machine", default="h100", choices=MACHINES, metavar="NAME", help="(default: h100)"),

@@ -7,9 +7,11 @@ import gc
 import itertools
 import time
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from statistics import linear_regression
 from typing import Any
 
 import torch
@@ -117,45 +119,27 @@ def _fit(args: Namespace, session: Session) -> list[Row]:
 
     for name in args.variants:
         samples = sorted(args.samples or (setup.tokens // 2, setup.tokens))[-2:]
-        line = line_through([(T, need(name, T, session)) for T in samples])
-        most = bisect(lambda T, line=line: line(T) <= memory, STEP)
+        points = [(T, need(name, T, session)) for T in samples]
+        slope, start = linear_regression(*zip(*(points if len(points) > 1 else [(0, 0.0), *points]), strict=True))
+        most = largest(lambda T, slope=slope, start=start: start + slope * T <= memory, STEP)
         if args.measured:  # to within a sixteenth
             known = replace(session, again=False)
             coarse = max(STEP, most // 16 // STEP * STEP)
-            most = bisect(lambda T, name=name, known=known: need(name, T, known) <= memory, coarse)
-        of_line = {"slope": line(1) - line(0), "start": line(0)}
-        fitting.append({"setup": setup, "memory": args.memory, "name": name, "T": most, **of_line})
+            most = largest(lambda T, name=name, known=known: need(name, T, known) <= memory, coarse, 2 * most)
+        fitting.append({"setup": setup, "memory": args.memory, "name": name, "T": most, "slope": slope, "start": start})
     return fitting
 
 
 STEP = 64  # T is a multiple of it
 
 
-def line_through(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:
-    """The straight line through the first and the last point; of a single one, through the origin.
+def largest(fits: Callable[[int], bool], step: int, most: int = 2**24) -> int:
+    """The largest multiple of `step`, up to `most`, that fits; 0 where not even `step` does.
 
-    >>> line_through([(1, 3.0), (2, 5.0)])(10)
-    21.0
-    """
-    (x0, y0), (x1, y1) = points[0] if len(points) > 1 else (0, 0.0), points[-1]
-    slope = (y1 - y0) / (x1 - x0)
-    return lambda x: y0 + slope * (x - x0)
-
-
-def bisect(fits: Callable[[int], bool], step: int, most: int = 2**24) -> int:
-    """The largest multiple of `step`, up to about `most`, that fits; 0 where not even `step` does.
-
-    >>> bisect(lambda T: T <= 1000, 64)
+    >>> largest(lambda T: T <= 1000, 64)
     960
     """
-    high = 1
-    while high * step < most and fits(high * step):
-        high *= 2
-    low, high = high // 2, high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step
+    return step * bisect_left(range(step, most + 1, step), True, key=lambda T: not fits(T))
 
 
 def _fits(rows: Sequence[Row], style: str) -> str:
@@ -274,8 +258,9 @@ def _release() -> None:
 
 MEMORY = Experiment(
     name="memory",
-    help="bytes kept per layer, and peak, against a frozen model",
     text="""\
+Bytes kept per layer, and peak, against a frozen model.
+
 Bytes that one layer of the model keeps for backward, and the peak of a step, each variant in a fresh process.
 
   kept   bytes that forward leaves for backward. Per layer: measured at two depths (--depths), the difference divided
@@ -298,8 +283,9 @@ Bytes that one layer of the model keeps for backward, and the peak of a step, ea
 )
 TIME = Experiment(
     name="time",
-    help="seconds of a step against the frozen model and Inductor",
     text="""\
+Seconds of a step against the frozen model and Inductor.
+
 Seconds of a training step, all variants in one process and taking turns; the median of each, and the median over the
 rounds of its ratio to the frozen model and to Inductor in the same round. Also memory, the seconds of the first step,
 which compiles (caches empty, unless --warm), and the seconds of peft_fx's own passes in it.
@@ -315,8 +301,9 @@ which compiles (caches empty, unless --warm), and the seconds of peft_fx's own p
 )
 FIT = Experiment(
     name="fit",
-    help="the longest sequence that fits in a given memory",
     text="""\
+The longest sequence that fits in a given memory.
+
 The largest T whose training step fits in a given memory: weights, optimiser's state and peak of a step. The peak is
 measured at the lengths of --samples and extended from the last two in a straight line; --measured instead tries each
 length for real (on a GPU, where memory is what it is).
