@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Row, Session, option
 from bench.experiments.steps import step_request
 from bench.figures import figure_of, save
-from bench.running import Row, Session
 from bench.tables import table
 from zoo.models import setup_of
 

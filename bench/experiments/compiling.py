@@ -27,9 +27,8 @@ import torch
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Row, Say, Session, option
 from bench.results import request
-from bench.running import Row, Say, Session
 from peft_fx import budgeting, compat
 from peft_fx.passes import pipeline
 from zoo.models import FAMILIES, Setup, make_base, make_batch, setup_of, with_adapters

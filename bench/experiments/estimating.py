@@ -13,10 +13,9 @@ from typing import Any
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
-from bench.running import Request, Row, Say, Session
 from bench.variants import FLOORS
 from peft_fx import configs, estimates
 from peft_fx.estimating import VARIANTS

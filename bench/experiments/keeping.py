@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import tables
-from bench.experiment import Experiment, option
-from bench.experiments.training import Batch, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
+from bench.experiment import Experiment, Request, Row, Say, Session, option
+from bench.experiments.training import Batch, Call, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
 from bench.figures import figure_of, save
-from bench.running import Request, Row, Say, Session
 from peft_fx import measuring
 from zoo.architectures import made
 from zoo.models import setup_of
@@ -140,20 +139,22 @@ def _costs(task: Task) -> dict[str, dict[str, float]]:
     device, steps, found = torch.device("cpu"), {}, {}
     for name, form in FORMS.items():
         model, compiled, _ = model_of(task, form)
+        forward = partial(_loss, compiled, batch)
         clear = partial(model.zero_grad, set_to_none=True)
-
-        def forward(compiled: Any = compiled) -> Tensor:
-            return compiled(**batch).loss
-
-        def step(forward: Any = forward, clear: Any = clear) -> None:
-            forward().backward()
-            clear()
-
         memory = measuring.memory_of(forward, clear, device)
-        steps[name], found[name] = step, {"kept": memory.kept, "peak": memory.peak}
+        steps[name], found[name] = partial(_step, forward, clear), {"kept": memory.kept, "peak": memory.peak}
     for name, seconds in measuring.median_times(steps, device, rounds=15).items():
         found[name]["seconds"] = seconds
     return found
+
+
+def _loss(call: Call, batch: Batch) -> Tensor:
+    return call(**batch).loss
+
+
+def _step(forward: Call, clear: Call) -> None:
+    forward().backward()
+    clear()
 
 
 # ------------------------------------------------------------------------------------------------ table and figure

@@ -29,10 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.experiments.training import BATCH, Form, loss_on_others, model_of, on_bytes, train
 from bench.figures import figure_of, save
-from bench.running import Request, Row, Say, Session
 from zoo.models import setup_of
 
 WEIGHT = {"peft_fx.form": "weight"}

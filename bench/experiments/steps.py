@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import time
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +17,12 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from bench import kept, tables
-from bench.experiment import DEVICE, Argument, Experiment, device_of, option
-from bench.results import request
-from bench.running import Row, Say, Session, attempt
+from bench import tables
+from bench.experiment import DEVICE, Argument, Experiment, Row, Say, Session, attempt, device_of, option
+from bench.results import request, unique
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS, Trainee, make
 from peft_fx.compiling import records_of
-from peft_fx.measuring import memory_of, times_in_turn
+from peft_fx.measuring import kept_tensors, memory_of, times_in_turn
 from zoo.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
 
 SIZES = {
@@ -76,13 +74,9 @@ def setups_of(args: Namespace) -> list[Setup]:
 
 def memory_requests(setups: Iterable[Setup], variants: Iterable[str], depths: Sequence[int]) -> list[dict[str, Any]]:
     """One request for each setup and variant, a variant without adapters once for all setups that share it."""
-    found = []
-    for setup in setups:
-        for name in variants:
-            asked = request("memory", replace(setup, layers=max(depths)), [name], depths=sorted(depths))
-            if not VARIANTS[name].refuses(setup) and asked not in found:
-                found.append(asked)
-    return found
+    pairs = ((s, name) for s in setups for name in variants if not VARIANTS[name].refuses(s))
+    deepest, depths = max(depths), sorted(depths)
+    return unique(request("memory", replace(s, layers=deepest), [name], depths=depths) for s, name in pairs)
 
 
 def step_request(setup: Setup, variants: Iterable[str], rounds: int, cold: bool = True) -> dict[str, Any]:
@@ -173,9 +167,9 @@ def memory(request: dict[str, Any], say: Say) -> dict[str, Any]:
 
 def _memory_of(name: str, setup: Setup) -> dict[str, Any]:
     trainee = make(name, make_base(setup), setup, make_batch(setup))
-    measured = first_step(trainee) | sizes(trainee) | passes_of(trainee)
+    measured = measured_of(trainee)
     if name not in CHECKPOINTED:  # reading what a checkpoint keeps would compute it
-        measured["tensors"] = kept.tensors_of(trainee.loss(), trainee.model)
+        measured["tensors"] = kept_tensors(trainee.loss(), trainee.model)
     return measured
 
 
@@ -203,7 +197,7 @@ def _prepare(name: str, base: Any, setup: Setup, batch: Any, cold: bool, trainee
     trainee = make(name, _sharing(base, name), setup, batch)
     cache: AbstractContextManager[Any] = fresh_cache() if cold and VARIANTS[name].compiled else nullcontext()
     with cache:
-        measured = first_step(trainee) | sizes(trainee) | passes_of(trainee)
+        measured = measured_of(trainee)
     trainees[name] = trainee
     return measured
 
@@ -214,27 +208,23 @@ def _sharing(base: Any, name: str) -> Any:
     return copy.deepcopy(base, memo=shared)
 
 
-def first_step(trainee: Trainee) -> dict[str, Any]:
-    """Seconds of the first step, which compiles, and how many graphs it compiled."""
-    graphs = counters["stats"]["unique_graphs"]
-    start = time.perf_counter()
-    trainee.step()
-    if trainee.setup.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return {"first_step_s": seconds, "graphs": counters["stats"]["unique_graphs"] - graphs}
-
-
-def sizes(trainee: Trainee) -> dict[str, int]:
-    """Bytes of a step on top of the weights and the optimiser's state, and theirs."""
-    measured = memory_of(trainee.loss, trainee.finish, torch.device(trainee.setup.device))
+def measured_of(trainee: Trainee) -> dict[str, Any]:
+    """Seconds of the first step, which compiles, and how many graphs it compiled; bytes of a step on top of the weights
+    and the optimiser's state, and theirs; and what our own passes tell."""
+    device, graphs = torch.device(trainee.setup.device), counters["stats"]["unique_graphs"]
+    (seconds,) = times_in_turn({"": trainee.step}, device, rounds=1)[""]
+    graphs = counters["stats"]["unique_graphs"] - graphs
+    memory = memory_of(trainee.loss, trainee.finish, device)
     states = [t for state in trainee.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return {
-        "kept": measured.kept,
-        "peak": measured.peak,
+        "first_step_s": seconds,
+        "graphs": graphs,
+        "kept": memory.kept,
+        "peak": memory.peak,
         "weights": _bytes([*trainee.model.parameters(), *trainee.model.buffers()]),
         "gradients": _bytes(trainee.trained),
         "optimizer": _bytes(states),
+        **passes_of(trainee),
     }
 
 

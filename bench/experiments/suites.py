@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from bench import tables
-from bench.experiment import DEVICE, Argument, Command, Experiment, device_of, option
+from bench.experiment import DEVICE, Argument, Command, Experiment, Row, Session, describe, device_of, option
 from bench.experiments.steps import memory_requests, step_request
-from bench.results import FOLDER, Results
-from bench.running import Row, Session, describe
+from bench.results import FOLDER, Results, unique
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
 from peft_fx.terminal import Problem
 from zoo.models import METHODS, setup_of
@@ -22,14 +21,6 @@ DEPTHS = (1, 2)
 LENGTHS = (2048, 8192, 16384, 32768)
 PLAIN = ("frozen", "eager", "inductor", "peft_fx", "paper", "handwritten")
 OTHERS = ("frozen", "full", *CHECKPOINTED)  # apart from PLAIN: one process of all would not fit in one call's time
-
-
-def unique(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for request in requests:
-        if request not in found:
-            found.append(request)
-    return found
 
 
 def cpu(args: Namespace) -> Iterable[dict[str, Any]]:

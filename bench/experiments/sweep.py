@@ -32,9 +32,8 @@ import torch
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.figures import figure_of, save
-from bench.running import Request, Row, Say, Session
 from peft_fx import machines
 from peft_fx.measuring import clock_of
 from peft_fx.passes.decide import price
@@ -71,11 +70,6 @@ def shapes(layer: Layer, T: int) -> list[Shape]:
 
 
 # --------------------------------------------------------------------------------------------------- measuring
-
-
-def request(layer: Layer, tokens: Sequence[int], threads: int, seconds: float, machine: Machine) -> dict[str, Any]:
-    fields = {"layer": asdict(layer), "tokens": list(tokens), "threads": threads, "seconds": seconds}
-    return {"kind": "sweep", **fields, "machine": machine.to_dict(), "variants": list(VARIANTS)}
 
 
 def sweep(request: Request, say: Say) -> Row:
@@ -227,8 +221,10 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def _measured(args: Namespace, session: Session) -> list[Row]:
     machines.check(args.machine)
     machine = machines.resolve(args.machine, torch.device("cpu"))
-    layers = [Layer(*sizes, dtype) for sizes in SIZES[: args.layers] for dtype in args.dtype]
-    requests = [request(layer, args.tokens, args.threads, args.seconds, machine) for layer in layers]
+    fields = {"tokens": list(args.tokens), "threads": args.threads, "seconds": args.seconds}
+    fields |= {"machine": machine.to_dict(), "variants": list(VARIANTS)}
+    layers = [asdict(Layer(*sizes, dtype)) for sizes in SIZES[: args.layers] for dtype in args.dtype]
+    requests = [{"kind": "sweep", "layer": layer, **fields} for layer in layers]
     return session.measure(requests, only=requests)
 
 
