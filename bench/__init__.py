@@ -2,6 +2,7 @@
 
     python -m bench --help
 
-Each measurement is a `Setup` (models.py) under a variant (variants.py), taken in a fresh process (worker.py) and stored
-with every raw sample in bench/results/*.json (results.py), of which `python -m bench report` makes tables and figures.
+Each measurement is a request (results.py), answered in a fresh process by an experiment (experiment.py and
+one each in experiments/), of a model of zoo/ under a variant (variants.py), and stored with every raw sample in
+bench/results/*.json, of which tables (tables.py) and figures (figures.py) are made.
 """

@@ -20,14 +20,6 @@ examples:
   python -m bench fit --model llama-256 --memory 0.5           the longest sequence in 0.5 GB
   python -m bench suite cpu && python -m bench report          what is committed, and its tables and figures
   python -m bench suite gpu --minutes 9                        in parts: the same command again goes on
-  python -m bench coverage                                     what is rewritten, of every adapter and architecture
-  python -m bench study rounding                               nearest or dithered, by learning rate: 15 minutes
-  python -m bench study keep                                   LoRA-FA, VeLoRA and quantised keeps in training
-  python -m bench sweep                                        the forms of one layer, measured and predicted
-  python -m bench estimate                                     what estimate says of the models that were measured
-  python -m bench long-context                                 Llamas at up to 131072 tokens, estimated
-  python -m bench budget                                       time against memory, within budgets
-  python -m bench kernels                                      a step's kernels and bytes on a GPU that is not there
   python -m bench compile --layers 8 80                        seconds of the passes, by depth
 
 Needs: pip install -e '.[bench]', and a C++ compiler. A progress bar goes to stderr, tables go to stdout, and every raw

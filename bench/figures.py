@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,16 @@ def figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
     return figure, axes
 
 
-def places(groups: int, i: int, n: int) -> list[float]:
-    """Where the i-th of n bars of each group stands."""
-    return [j + 0.8 * (i + 0.5) / n - 0.4 for j in range(groups)]
+def bars_of(groups: Sequence[str], width: float) -> tuple[Any, Any]:
+    """A figure of one panel, with the names of groups of bars, each so many inches wide."""
+    figure, ((axes,),) = figure_of(1, 1, (max(6.0, width * len(groups)), 4.0))
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    return figure, axes
+
+
+def bars(axes: Any, i: int, n: int, heights: Sequence[float], **look: Any) -> None:
+    """The i-th of n bars of each group."""
+    axes.bar([j + 0.8 * (i + 0.5) / n - 0.4 for j in range(len(heights))], heights, 0.8 / n, **look)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -7,10 +7,11 @@ would be asked is answered here, for an H100. For a process that does nothing el
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -22,7 +23,7 @@ from torch._subclasses import fake_tensor
 
 from peft_fx import compat
 from peft_fx.retargeting import GPU, Retarget
-from peft_fx.tracing import CPU
+from peft_fx.tracing import CPU, Ghosts
 
 SIZES = {"major": 9, "minor": 0, "multi_processor_count": 132, "warp_size": 32, "is_integrated": 0}
 SIZES |= {"regs_per_multiprocessor": 65536, "max_threads_per_multi_processor": 2048, "max_threads_per_block": 1024}
@@ -113,25 +114,17 @@ def step(model: Any, batch: dict[str, Any], backend: str, options: dict[str, Any
     """Compiles a training step of a model on fake or meta tensors by a backend; `read` gets what Inductor made of
     forward and of backward, after its code is there and before it would be loaded."""
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True, shape_env=compat.ShapeEnv())
-    patches = dict(_patches(read))
-    model = _fake(model, mode)
+    ghost = Ghosts(mode, "bench").of(model)
     torch._dynamo.reset()
-    real = {name: getattr(owner, name) for name, (owner, _) in patches.items()}
-    for name, (owner, other) in patches.items():
-        setattr(owner, name, other)
-    try:
-        with mode:
-            given = {k: torch.zeros_like(t, device="cpu") for k, t in batch.items()}
-            compiled = torch.compile(
-                model, backend=backend, dynamic=False, options={"joint_custom_pre_pass": Moved(), **options}
-            )
-            compiled(**given).loss.backward()
-    finally:
-        for name, (owner, _) in patches.items():
-            setattr(owner, name, real[name])
+    options = {"joint_custom_pre_pass": Moved(), **options}
+    with mode, _generating(read):
+        given = {k: torch.zeros_like(t, device="cpu") for k, t in batch.items()}
+        compiled = torch.compile(ghost, backend=backend, dynamic=False, options=options)
+        compiled(**given).loss.backward()
 
 
-def _patches(read: Read) -> Iterator[tuple[str, tuple[Any, Any]]]:
+@contextlib.contextmanager
+def _generating(read: Read) -> Iterator[None]:
     """Each half is moved before it is lowered, and what would compile and load it gives empty CPU tensors."""
     inner = compile_fx._InProcessFxCompile
     lower = inner.codegen_and_compile
@@ -145,18 +138,15 @@ def _patches(read: Read) -> Iterator[tuple[str, tuple[Any, Any]]]:
         self.text = getattr(text := self.codegen()[0], "value", text)
         read(self)
         results = [_layout(output) for output in self.graph_outputs]
-        module: Any = types.ModuleType("offline")
-        module.__file__, module.key = "/dev/null", "offline"
 
         def call(args: list[Any]) -> list[Any]:
             args.clear()
             return [r and torch.empty_strided(r[0], r[1], dtype=r[2]) for r in results]
 
-        module.call = call
-        return module
+        return types.SimpleNamespace(__file__="/dev/null", key="offline", call=call)
 
-    yield "codegen_and_compile", (inner, moved)
-    yield "compile_to_module", (GraphLowering, unloaded)
+    with patch.object(inner, "codegen_and_compile", moved), patch.object(GraphLowering, "compile_to_module", unloaded):
+        yield
 
 
 def _layout(output: Any) -> Any:
@@ -164,17 +154,6 @@ def _layout(output: Any) -> Any:
         return tuple(map(int, output.get_size())), tuple(map(int, output.get_stride())), output.get_dtype()
     except (AttributeError, NotImplementedError, TypeError):  # no tensor: a number or nothing
         return None
-
-
-def _fake(model: Any, mode: Any) -> Any:
-    """A copy of a model whose parameters and buffers are fake CPU tensors."""
-    memo: dict[int, Any] = {}
-    for t in [*model.parameters(), *model.buffers()]:
-        with mode, torch.no_grad():
-            fake = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
-        is_parameter = isinstance(t, torch.nn.Parameter)
-        memo[id(t)] = torch.nn.Parameter(fake, requires_grad=t.requires_grad) if is_parameter else fake
-    return copy.deepcopy(model, memo)
 
 
 def pointwise_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import tables
-from bench.experiment import DOCS, Command, option, publish
-from bench.figures import COLOURS, figure_of, places, save
+from bench.experiment import DOCS, Command, Row, option, publish
+from bench.figures import COLOURS, bars, bars_of, figure_of, save
 from bench.results import FOLDER, provenance
-from bench.running import Row
 from bench.tables import of_kind
 from bench.variants import VARIANTS
 from peft_fx.terminal import Problem
@@ -92,17 +91,15 @@ def draw_kept(rows: Sequence[Row], folder: Path) -> None:
     names = [n for n in ("eager", "inductor", "peft_fx") if any(memories.per_layer(s, n) for s in setups)]
     if not setups:
         return
-    figure, ((axes,),) = figure_of(1, 1, (max(6.0, 1.1 * len(setups)), 4.0))
-    for i, name in enumerate(names):
-        heights = [memories.per_layer(s, name) / (memories.floor(s)[1] or float("inf")) for s in setups]
-        look = {"label": VARIANTS[name].title, "color": COLOURS[name]}
-        axes.bar(places(len(setups), i, len(names)), heights, 0.8 / len(names), **look)
-    axes.axhline(1, color=COLOURS["frozen"], linewidth=1, label="floor: the frozen model")
     labels = [
         f"{s.model}\n{s.dtype if s.method == 'lora' else s.method}" + (f"\ndropout {s.dropout:g}" if s.dropout else "")
         for s in setups
     ]
-    axes.set_xticks(range(len(setups)), labels, fontsize=8)
+    figure, axes = bars_of(labels, 1.1)
+    for i, name in enumerate(names):
+        heights = [memories.per_layer(s, name) / (memories.floor(s)[1] or float("inf")) for s in setups]
+        bars(axes, i, len(names), heights, label=VARIANTS[name].title, color=COLOURS[name])
+    axes.axhline(1, color=COLOURS["frozen"], linewidth=1, label="floor: the frozen model")
     axes.set_ylabel("bytes kept per layer, × the floor")
     figure.legend(frameon=False, loc="outside upper center", ncols=4)
     save(figure, folder / "kept_per_layer.png")
@@ -149,8 +146,9 @@ def series(rows: Iterable[Row]) -> list[Row]:
 
 REPORT = Report(
     name="report",
-    help="tables and figures from the results",
     text="""\
+Tables and figures from the results of suites.
+
 Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers

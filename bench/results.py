@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import peft_fx
-from bench.models import Setup
 from bench.variants import FLOORS
 from peft_fx.compiling import source_digest
+from zoo.models import Setup
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "results"
@@ -94,6 +94,11 @@ def request(kind: str, setup: Setup, variants: Sequence[str], **more: Any) -> di
         fields |= {"rank": 0, "dropout": 0.0, "method": "none", "targets": "none"}
         fields["dtype"] = "bf16" if setup.dtype == "peft" else setup.dtype
     return {"kind": kind, "setup": fields, "variants": list(variants), **more}
+
+
+def unique(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Each request once."""
+    return list({json.dumps(request): request for request in requests}.values())
 
 
 def environment(device: str) -> dict[str, Any]:

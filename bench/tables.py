@@ -8,11 +8,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import kept
-from bench.models import Setup
+from bench.experiment import Row
 from bench.results import request
-from bench.running import Row
 from bench.variants import VARIANTS
+from zoo.models import Setup
 
 RELU = "frozen + ReLU outputs"
 
@@ -39,21 +38,30 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
 # -------------------------------------------------------------------------------------------------------- memory
 
 
-class Memories:
-    """Rows of the `memory` command, found by setup and variant."""
+class BySetup:
+    """Rows of one kind, each of one variant; those without adapters serve every setup that they are the floor of."""
 
-    def __init__(self, rows: Iterable[Row]):
-        self.rows = {(setup_in(r), *r["variants"]): r for r in rows if r["kind"] == "memory"}
+    def __init__(self, rows: Iterable[Row], kind: str):
+        self.kind = kind
+        self.rows = {(setup_in(r), *r["variants"]): r for r in of_kind(rows, kind) if "error" not in r}
 
     def setups(self) -> list[Setup]:
         """Those of adapters, in the order measured."""
-        return list(dict.fromkeys(setup for setup, *_ in self.rows if setup.rank))
+        return list(dict.fromkeys(setup for setup, _ in self.rows if setup.rank))
+
+    def row(self, setup: Setup, name: str) -> Row | None:
+        return self.rows.get((Setup(**request(self.kind, setup, [name])["setup"]), name))
+
+
+class Memories(BySetup):
+    """Rows of memory."""
+
+    def __init__(self, rows: Iterable[Row]):
+        super().__init__(rows, "memory")
 
     def samples(self, setup: Setup, name: str) -> list[dict[str, Any]]:
         """One sample for each depth, shallowest first; none where it was not measured, or failed."""
-        asked = Setup(**request("memory", setup, [name])["setup"])
-        found = self.rows.get((asked, name), {}).get("samples", [])
-        return sorted(found, key=lambda s: s["layers"])
+        return sorted((self.row(setup, name) or {}).get("samples", []), key=lambda s: s["layers"])
 
     def per_layer(self, setup: Setup, name: str) -> float:
         """Bytes that one more layer keeps for backward; 0 where not known."""
@@ -70,7 +78,12 @@ class Memories:
         if not (setup.family.relu and setup.targets == "all-linear"):
             return "frozen", _slope(samples, lambda s: s["kept"])
         more = setup.itemsize - 1
-        return RELU, _slope(samples, lambda s: s["kept"] + more * kept.masks(s["tensors"], setup.ffn))
+        return RELU, _slope(samples, lambda s: s["kept"] + more * _masks(s["tensors"], setup.ffn))
+
+
+def _masks(tensors: Iterable[dict[str, Any]], width: int) -> int:
+    """Elements of the bool tensors [..., width] among kept tensors: where a ReLU of that width keeps its sign alone."""
+    return sum(t["bytes"] for t in tensors if t["dtype"] == "bool" and list(t["shape"][-1:]) == [width])
 
 
 def _slope(samples: Sequence[dict[str, Any]], value: Any) -> float:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch._functorch import config as functorch_config
 
 import peft_fx
-from bench.models import Setup, precision, with_adapters
+from zoo import handwritten
+from zoo.models import Setup, precision, with_adapters
 
 FLOORS = ("frozen", "full")  # without adapters: the adapters' settings do not matter to them
 
@@ -54,8 +53,11 @@ class Variant:
     title: str
     prepare: Callable[[Any, Setup], Any]
     compile: Callable[[Any], Callable[..., Any]]
-    compiled: bool = True
     plain_lora: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        return self.compile is not eagerly
 
     def refuses(self, setup: Setup) -> str:
         """Why this variant cannot be had in a setup, or nothing."""
@@ -122,67 +124,12 @@ def liger(base: Any, setup: Setup) -> Any:
 
 def paper(base: Any, setup: Setup) -> Any:
     """The weight form as published: W + s·A·B by eager autograd, which derives dA and dB from the gradient [K, N]."""
-    return _forward_by(with_adapters(base, setup), _weight_form)
+    return handwritten.forward_by(with_adapters(base, setup), handwritten.weight_form)
 
 
-def handwritten(base: Any, setup: Setup) -> Any:
+def autograd_function(base: Any, setup: Setup) -> Any:
     """An autograd function in the manner of fused kernels: see `LowRankLinear`."""
-    return _forward_by(with_adapters(base, setup), _low_rank_form)
-
-
-def _forward_by(model: Any, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
-    """The model with its LoRA layers computed by another function of (layer, x)."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        layer.forward = types.MethodType(forward, layer)
-    return model
-
-
-def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float]:
-    """W [N, K], bias, A [r, K], B [N, r] as PyTorch's linear layers store them, and s."""
-    base = layer.get_base_layer()
-    W = base.weight.T if layer.fan_in_fan_out else base.weight  # GPT-2's Conv1D stores [K, N]
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return W, base.bias, A, B, layer.scaling["default"]
-
-
-def _weight_form(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    W, bias, A, B, s = _factors(layer)
-    return F.linear(x, W + (s * (B @ A)).to(W.dtype), bias)
-
-
-def _low_rank_form(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    W, bias, A, B, s = _factors(layer)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else W.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        y = LowRankLinear.apply(x.reshape(-1, x.shape[-1]).to(dtype), W, bias, A, B, s)
-    return y.view(*x.shape[:-1], -1)
-
-
-class LowRankLinear(torch.autograd.Function):
-    """y = x·Wᵀ + bias + s·(x·Aᵀ)·Bᵀ, x [T,K], in x's dtype: adds by addmm, keeps x alone, computes x·Aᵀ again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, W: Any, bias: Any, A: Any, B: Any, s: float) -> Any:
-        ctx.save_for_backward(x, W, A, B)
-        ctx.s = s
-        W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
-        y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
-        return y.addmm_(x @ A.T, B.T, alpha=s)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Any) -> Any:
-        x, W, A, B = ctx.saved_tensors
-        s, kept_dtype = ctx.s, A.dtype
-        W, A, B = W.to(x.dtype), A.to(x.dtype), B.to(x.dtype)
-        dy_B = dy @ B  # [T, r]
-        dA = (s * (dy_B.T @ x)).to(kept_dtype)
-        dB = (s * (dy.T @ (x @ A.T))).to(kept_dtype)
-        dx = (dy @ W).addmm_(dy_B, A, alpha=s) if ctx.needs_input_grad[0] else None
-        return dx, None, None, dA, dB, None
+    return handwritten.forward_by(with_adapters(base, setup), handwritten.low_rank_form)
 
 
 # ----------------------------------------------------------------------------------------------------- compiling
@@ -192,61 +139,53 @@ def eagerly(model: Any) -> Any:
     return model
 
 
-def by_inductor(model: Any) -> Any:
-    return torch.compile(model, dynamic=False)
-
-
-def by_peft_fx(model: Any) -> Any:
-    return torch.compile(model, dynamic=False, backend=peft_fx.backend)
-
-
-def by_peft_fx_whole(model: Any) -> Any:
-    """With all the logits at once."""
-    options = {"peft_fx.chunk_loss": False}
-    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=options)
-
-
-def by_inductor_within(share: float, model: Any) -> Callable[..., Any]:
-    """With PyTorch's own budget: a share of what its partitioner would keep, read when the first call compiles."""
+def by_inductor(model: Any, budget: float | None = None) -> Callable[..., Any]:
+    """`budget` is PyTorch's own: a share of what its partitioner would keep, read when the first call compiles."""
     compiled = torch.compile(model, dynamic=False)
 
-    def call(**batch: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=share):
+    def within(**batch: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=budget):
             return compiled(**batch)
 
-    return call
+    return compiled if budget is None else within
 
 
-def by_peft_fx_within(budget: float, model: Any) -> Any:
-    """Within so many bytes of a step."""
-    options = {"peft_fx.memory_budget": int(budget), "peft_fx.memory_budget_of": "step"}
-    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=options)
+def by_peft_fx(model: Any, budget: float | None = None, **options: Any) -> Any:
+    """`budget` is in bytes of a step."""
+    options |= {"memory_budget": int(budget), "memory_budget_of": "step"} if budget is not None else {}
+    ours = {f"peft_fx.{name}": value for name, value in options.items()}
+    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=ours or None)
+
+
+by_peft_fx_whole = partial(by_peft_fx, chunk_loss=False)  # all the logits at once
 
 
 class Variants(dict[str, Variant]):
     """By name; after an "@" stands the memory budget of one that has one."""
 
     def __missing__(self, name: str) -> Variant:
-        base, _, budget = name.partition("@")
-        within = {"inductor": by_inductor_within, "peft_fx": by_peft_fx_within}[base]
-        title = f"{self[base].title}, budget {float(budget):g}"
-        return replace(self[base], title=title, compile=partial(within, float(budget)))
+        plain, _, budget = name.partition("@")
+        base = self[plain]
+        title = f"{base.title}, budget {float(budget):g}"
+        return replace(base, title=title, compile=partial(base.compile, budget=float(budget)))
 
 
 VARIANTS = Variants(
     {
-        "eager": Variant("PEFT, eager", with_adapters, eagerly, compiled=False),
+        "eager": Variant("PEFT, eager", with_adapters, eagerly),
         "inductor": Variant("PEFT, Inductor", with_adapters, by_inductor),
         "peft_fx": Variant("PEFT, peft_fx", with_adapters, by_peft_fx),
         "frozen": Variant("no adapter, Inductor", frozen, by_inductor),
         "full": Variant("full fine-tuning, Inductor", full, by_inductor),
-        "paper": Variant("weight form, eager", paper, eagerly, compiled=False, plain_lora=True),
-        "handwritten": Variant("autograd function, eager", handwritten, eagerly, compiled=False, plain_lora=True),
-        "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly, compiled=False),
+        "paper": Variant("weight form, eager", paper, eagerly, plain_lora=True),
+        "handwritten": Variant("autograd function, eager", autograd_function, eagerly, plain_lora=True),
+        "eager-ckpt": Variant("PEFT, eager, checkpointed", checkpointed, eagerly),
         "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
         "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
         "inductor-loss": Variant("PEFT, Inductor, loss only", losing, by_inductor),
-        "peft_fx-whole-loss": Variant("PEFT, peft_fx, loss only, logits whole", losing, by_peft_fx_whole),
+        "peft_fx-whole-loss": Variant(
+            "PEFT, peft_fx, loss only, logits whole", losing, partial(by_peft_fx, chunk_loss=False)
+        ),
         "peft_fx-loss": Variant("PEFT, peft_fx, loss only", losing, by_peft_fx),
         "liger-loss": Variant("PEFT, Inductor, Liger's loss", liger, by_inductor),
     }

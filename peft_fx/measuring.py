@@ -9,7 +9,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,48 @@ def _allocated_on_cuda(run: Step) -> tuple[int, int]:
     alive, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     del result
     return alive, peak
+
+
+def kept_tensors(loss: torch.Tensor, model: torch.nn.Module) -> list[dict[str, Any]]:
+    """What a loss keeps for backward, read off the autograd graph: one entry for each dtype and shape, with how many
+    such tensors there are, and their bytes in all; the largest first.
+
+    Parameters and buffers are left out, and so is a second view of the same storage. A few bytes in `Memory.kept` are
+    not here: a loss function's own, say.
+    """
+    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    sizes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for tensor in _saved(loss):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and storage.nbytes():
+            seen.add(storage.data_ptr())
+            key = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+            sizes.setdefault(key, []).append(storage.nbytes())
+    found = [{"dtype": d, "shape": shape, "count": len(n), "bytes": sum(n)} for (d, shape), n in sizes.items()]
+    return sorted(found, key=lambda entry: entry["bytes"], reverse=True)
+
+
+def _saved(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Every tensor that a node of the autograd graph below the loss has saved."""
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+        yield from (value for value in _values(node) if isinstance(value, torch.Tensor))
+
+
+def _values(node: Any) -> Iterator[Any]:
+    """What one node holds: C++ nodes have an attribute for each, Python's and AOTAutograd's a list or two."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            value = getattr(node, name)
+            yield from value if isinstance(value, (list, tuple)) else (value,)
+    yield from getattr(node, "saved_tensors", ())
+    yield from getattr(node, "_tensors_no_vc_check", None) or ()
 
 
 def times_in_turn(

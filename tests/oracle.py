@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import peft_fx
+from peft_fx.checking import Widening
+from peft_fx.copying import Casts
 
 EAGER = {"peft_fx.lowering": "aot_eager"}
 WEIGHT = EAGER | {"peft_fx.form": "weight"}
@@ -184,6 +186,38 @@ def exact(module: nn.Module) -> nn.Module:
     return ref
 
 
+class Double(Widening):
+    """Casts that a module is written with become casts to fp64."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        widened = {torch.complex64: torch.complex128}
+        args, kwargs = tree_map_only(torch.dtype, lambda d: widened.get(d, d), (args, kwargs or {}))
+        if getattr(func, "__name__", "") in ("_grouped_mm", "grouped_mm"):  # has no fp64
+            return grouped(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def grouped(x: Tensor, W: Tensor, offs: Tensor, **_: object) -> Tensor:
+    """x's rows times W [groups, K, N], each by the W of its group; `offs` are where the groups end."""
+    ends = offs.tolist()
+    return torch.cat([x[a:b] @ w for a, b, w in zip([0, *ends], ends, W, strict=False)])
+
+
+def run_exactly(module: nn.Module, inputs: Inputs, cotangent: int = 7, draw: Draw = signs) -> Run:
+    """The same step in fp64, whatever the module casts to."""
+    ref = Casts(torch.float64)(module).double()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            return run(ref, ref, to_dtype(inputs, torch.float64), cotangent, draw)
+    finally:
+        torch.set_default_dtype(default)
+
+
 @torch.no_grad()
 def shuffle(module: nn.Module, seed: int) -> None:
     """New parameters of the same distribution: each one's elements in another order."""
@@ -225,8 +259,8 @@ def gate(
 
     def once(seed: int) -> tuple[Run, ...]:
         shuffle(module, seed)
-        ref = exact(module)
-        ref64 = run(ref, ref, to_dtype(inputs, torch.float64), seed, draw)
-        return ref64, *(run(g, module, inputs, seed, draw) for g in (eager or module, f))
+        return run_exactly(module, inputs, seed, draw), *(
+            run(g, module, inputs, seed, draw) for g in (eager or module, f)
+        )
 
     return assert_no_worse(*pooled(once, seeds), factor, resolution=resolution)

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.oracle import Inputs, apply
+from zoo.architectures import made, named
 
 VOCAB = 128
 
@@ -67,33 +68,18 @@ def tokens(batch: int = 2, length: int = 256) -> torch.Tensor:
 
 def llama_config(hidden: int, ffn: int, layers: int, vocab: int = VOCAB, heads: int = 4) -> tf.LlamaConfig:
     """Two query heads for each head of keys."""
-    return tf.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        vocab_size=vocab,
-        use_cache=False,
-    )
+    sizes = {"hidden": hidden, "ffn": ffn, "layers": layers, "vocab": vocab, "heads": heads, "kv_heads": heads // 2}
+    return tf.LlamaConfig(**named(tf.LlamaConfig, sizes))
 
 
 def t5_config(hidden: int, ffn: int, layers: int, vocab: int = VOCAB) -> tf.T5Config:
     """T5 v1.1, gated feed-forward; so many layers in the encoder, and in the decoder."""
-    return tf.T5Config(
-        d_model=hidden,
-        d_kv=hidden // 4,
-        d_ff=ffn,
-        num_layers=layers,
-        num_decoder_layers=layers,
-        num_heads=4,
-        vocab_size=vocab,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-        use_cache=False,
-    )
+    sizes = {"hidden": hidden, "ffn": ffn, "layers": layers, "vocab": vocab, "heads": 4, "head": hidden // 4}
+    options = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+    return tf.T5Config(**named(tf.T5Config, sizes), **options)
+
+
+SIZES = {"hidden": 128, "ffn": 256, "layers": 2, "heads": 4, "vocab": VOCAB, "tokens": 256}
 
 
 def llama() -> tuple[nn.Module, dict]:
@@ -101,41 +87,19 @@ def llama() -> tuple[nn.Module, dict]:
 
 
 def gpt2() -> tuple[nn.Module, dict]:
-    config = tf.GPT2Config(
-        n_embd=128,
-        n_layer=2,
-        n_head=4,
-        vocab_size=VOCAB,
-        n_positions=256,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
-    return tf.GPT2LMHeadModel(config), {"input_ids": tokens()}
-
-
-def encoder(model: type, config: type, **extra) -> tuple[nn.Module, dict]:
-    """BERT and RoBERTa differ by name only."""
-    config = config(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **extra,
-    )
-    return model(config), {"input_ids": tokens(), "attention_mask": torch.ones(2, 256, dtype=torch.long)}
+    return made("GPT2LMHeadModel", SIZES, n_inner=None), {"input_ids": tokens()}
 
 
 def bert() -> tuple[nn.Module, dict]:
-    return encoder(tf.BertForMaskedLM, tf.BertConfig)
+    return made("BertForMaskedLM", SIZES | {"tokens": 512}), attended()
 
 
 def roberta() -> tuple[nn.Module, dict]:
-    return encoder(tf.RobertaModel, tf.RobertaConfig, max_position_embeddings=258, pad_token_id=1)
+    return made("RobertaModel", SIZES | {"tokens": 258}, pad_token_id=1), attended()
+
+
+def attended() -> dict[str, torch.Tensor]:
+    return {"input_ids": tokens(), "attention_mask": torch.ones(2, 256, dtype=torch.long)}
 
 
 def t5() -> tuple[nn.Module, dict]:
@@ -145,15 +109,5 @@ def t5() -> tuple[nn.Module, dict]:
 
 def vit() -> tuple[nn.Module, dict]:
     """2 images of 256 patches and a class token."""
-    config = tf.ViTConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    return tf.ViTModel(config), {"pixel_values": pixels}
+    return made("ViTModel", SIZES, image_size=64, patch_size=4), {"pixel_values": pixels}

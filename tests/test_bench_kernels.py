@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.models import setup_of
+from bench.experiment import in_a_worker
 from bench.results import ROOT, request
-from bench.running import in_a_worker
+from zoo.models import setup_of
 
 TOOL = ROOT.parent.parent / "shared" / "offline_cuda" / "model_kernels.py"
 SIDES = ("forward", "backward")

@@ -10,16 +10,15 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fx
 from peft_fx import checking
 from peft_fx.passes.rewrite import merge_sums
 from tests.oracle import EAGER, WEIGHT
 from tests.spellings import BF16, Lora, linear, peft_casts
+from zoo.architectures import ARCHITECTURES
 
 
 class Dropped(Lora):
@@ -111,22 +110,14 @@ def test_a_model_without_adapters() -> None:
     assert "no adapter" in peft_fx.check(nn.Linear(4, 4), torch.randn(3, 4), options=EAGER).verdict
 
 
-PROMPTS = {
-    "prompt_tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
-    "prefix_tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
-    "p_tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=8, encoder_hidden_size=32),
-}
+PROMPTS = [name for name, architecture in ARCHITECTURES.items() if architecture.prompt]
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_keep_less_by_the_loss_in_chunks(name: str) -> None:
     """No layer is changed, and logits need not be kept: where the vocabulary is large, that is most of a step."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(num_key_value_heads=4, vocab_size=1 << 14, **sizes))
-    model = peft_fx.loss_only(get_peft_model(base, PROMPTS[name]))
-    ids = torch.randint(0, 1 << 14, (1, 256))
-    found = peft_fx.check(model, input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), options=EAGER)
+    model, batch = ARCHITECTURES[name].build()
+    found = peft_fx.check(model, **batch, options=EAGER)
     assert found.ok, found
     _, inductor, ours = found.variants
     assert ours.kept < 0.3 * inductor.kept

@@ -96,3 +96,14 @@ def test_nothing_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PEFT_FX_DISABLE", "1")
     with pytest.raises(Problem, match="PEFT_FX_DISABLE"):
         demo.run(args())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kept_tensors_are_what_is_kept(compiled: bool) -> None:
+    """By dtype and shape; of a parameter and of a second view of a value nothing is told."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Sigmoid(), torch.nn.Linear(16, 4))
+    call = torch.compile(layers, backend="aot_eager") if compiled else layers
+    x = torch.randn(3, 8)
+    found = measuring.kept_tensors(call(x).sum(), layers)
+    told = {(t["dtype"], tuple(t["shape"])): (t["count"], t["bytes"]) for t in found}
+    assert told == {("float32", (3, 16)): (1, 3 * 16 * 4), ("float32", (3, 8)): (1, 3 * 8 * 4)}

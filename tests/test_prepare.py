@@ -18,7 +18,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.loha.layer import Linear as LoHaLinear
-from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
+from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
@@ -29,15 +29,12 @@ from peft_fx.preparing import TABLE, curable
 from tests import joint
 from tests.oracle import weight_form
 from tests.peft_models import adapt, llama_config
+from zoo import methods
 
 
-class Block(nn.Module):
+class Block(methods.Block):
     def __init__(self, linear: Callable[[int, int], nn.Module] = nn.Linear):
-        super().__init__()
-        self.up, self.down = linear(64, 128), linear(128, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.nn.functional.gelu(self.up(x)))
+        super().__init__(linear(64, 128), linear(128, 64))
 
 
 class Invoked(Block):
@@ -100,27 +97,32 @@ def other(name: str, **options: Any) -> Callable[[], peft.PeftConfig]:
     return lambda: getattr(peft, name)(target_modules=["up", "down"], **options)
 
 
+def of(name: str) -> Callable[[], peft.PeftConfig]:
+    """As bench coverage has it."""
+    return methods.METHODS[name].configured
+
+
 def velora(init_type: str) -> Callable[[], LoraConfig]:
     return lora(velora_config=VeloraConfig(num_groups=8, init_type=init_type))
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]] = {
-    "dora": (Block, lora(use_dora=True)),
-    "dora, dropout": (Block, lora(use_dora=True, lora_dropout=0.1)),
-    "dora, Conv1D": (lambda: Block(lambda K, N: Conv1D(N, K)), lora(use_dora=True, fan_in_fan_out=True)),
+    "dora": (Block, of("dora")),
+    "dora, dropout": (Block, of("dora+dropout")),
+    "dora, Conv1D": (lambda: Block(lambda K, N: Conv1D(N, K)), of("dora, Conv1D")),
     "dora, embedding": (Words, lora(use_dora=True, target_modules=["table"])),
-    "loha": (Block, other("LoHaConfig", r=4)),
-    "loha, rank_dropout": (Block, other("LoHaConfig", r=4, rank_dropout=0.2)),
-    "lokr": (Block, other("LoKrConfig", r=4)),
+    "loha": (Block, of("loha")),
+    "loha, rank_dropout": (Block, of("loha, rank dropout")),
+    "lokr": (Block, of("lokr")),
     "velora": (Block, velora("batch_average")),
     "velora, once": (Block, velora("batch_average_once")),
     "velora, dropout": (Block, lora(velora_config=VeloraConfig(num_groups=8), lora_dropout=0.1)),
-    "alora": (Invoked, lora(alora_invocation_tokens=[1])),
-    "poly": (Tasks, other("PolyConfig", r=8, n_tasks=2, n_skills=2)),
-    "shira": (Block, other("ShiraConfig", r=8)),
-    "vblora": (Block, other("VBLoRAConfig", r=4, vector_length=16, num_vectors=32)),
-    "frod": (Block, other("FrodConfig")),
-    "waveft": (Block, other("WaveFTConfig", n_frequency=64)),
+    "alora": (Invoked, of("alora")),
+    "poly": (Tasks, of("poly")),
+    "shira": (Block, of("shira")),
+    "vblora": (Block, of("vblora")),
+    "frod": (Block, of("frod")),
+    "waveft": (Block, of("waveft")),
     "waveft, coif2": (Block, other("WaveFTConfig", n_frequency=64, wavelet_family="coif2")),
     "parameters": (Block, lora(target_modules=[], target_parameters=["up.weight", "down.weight"])),
     "experts": (Mixture, lora(target_modules=[], target_parameters=["experts.up", "experts.down"])),
@@ -233,7 +235,7 @@ def test_explain_tells_of_prepare(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------- what stays
 
 LEFT = {
-    "monteclora": lora(monteclora_config=MontecloraConfig()),
+    "monteclora": of("monteclora"),
     "loha": other("LoHaConfig", r=4, module_dropout=0.5),
     "lokr": other("LoKrConfig", r=4, module_dropout=0.5),
     "parameters": CASES["parameters"][1],
@@ -270,7 +272,7 @@ def test_what_is_left_is_told(name: str, caplog: pytest.LogCaptureFixture) -> No
     assert peft_fx.cures(model) == curable(model) == []
 
 
-@pytest.mark.parametrize("config", [None, lora(), velora("random"), other("IA3Config", feedforward_modules=[])])
+@pytest.mark.parametrize("config", [None, lora(), velora("random"), of("ia3")])
 def test_nothing_to_cure(config: Callable[[], peft.PeftConfig] | None, caplog: pytest.LogCaptureFixture) -> None:
     """The same model, not touched."""
     model = get_peft_model(Block(), config()) if config else Block()

@@ -10,10 +10,11 @@ from torch.fx import Graph
 
 import peft_fx
 from bench.experiments import sweep
-from bench.experiments.sweep import AGAIN, INDUCTOR, Cell, Layer
+from bench.experiments.sweep import AGAIN, INDUCTOR, Cell
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import MACHINES
 from tests import joint
+from zoo.models import Layer
 
 
 def described(graph: Graph) -> list[Any]:
@@ -28,8 +29,8 @@ def test_few_tokens_leave_every_op_as_it_was(dtype: str) -> None:
     """Where `auto` leaves every adapter in activation form, the graph is what Inductor would have had, op by op; only
     what backward rebuilds is marked."""
     layer = Layer(64, 96, 4, dtype)
-    x, _ = sweep.batch(layer, 32)
-    captured = joint.capture(sweep.make(layer), x)
+    x, _ = layer.batch(32)
+    captured = joint.capture(layer.build(), x)
     for form, same in (("auto", True), ("weight", False)):
         graph, outcome = captured.rewritten(form=form)
         assert len(outcome.sites) == 1
@@ -42,9 +43,9 @@ def test_few_tokens_leave_every_op_as_it_was(dtype: str) -> None:
 def test_the_sweep_predicts_what_explain_decides(dtype: str, T: int) -> None:
     """The same sizes, dtypes and prices as the passes find in the graph."""
     layer = Layer(256, 384, 4, dtype)
-    x, _ = sweep.batch(layer, T)
-    (site,) = peft_fx.explain(sweep.make(layer), x).sites
-    decided = price.decide(MACHINES["cpu"], *layer.shapes(T), training=True, in_place=True)
+    x, _ = layer.batch(T)
+    (site,) = peft_fx.explain(layer.build(), x).sites
+    decided = price.decide(MACHINES["cpu"], *sweep.shapes(layer, T), training=True, in_place=True)
     assert (site.forward, site.input_grad, site.reason) == (decided.forward, decided.input_grad, decided.reason)
 
 
@@ -52,7 +53,9 @@ def test_both_forms_are_chosen_in_that() -> None:
     """Else the test above could not tell them apart."""
     for dtype in sweep.DTYPES:
         layer = Layer(256, 384, 4, dtype)
-        decided = [price.decide(MACHINES["cpu"], *layer.shapes(T), training=True, in_place=True) for T in (16, 4096)]
+        decided = [
+            price.decide(MACHINES["cpu"], *sweep.shapes(layer, T), training=True, in_place=True) for T in (16, 4096)
+        ]
         assert [d.forward for d in decided] == ["activation", "weight"]
 
 

@@ -1,11 +1,9 @@
 """`python -m bench coverage`: which adapters, on which architectures, become weights, and how exact that is.
 
-adapters.py       PEFT's configurations, each on a block of two layers
-architectures.py  tiny models of transformers and diffusers, LoRA on all their layers
-packages.py       adapters of other packages, each on a block of two layers
-rows.py           what is measured of each
-numerics.py       how far the results are from exact
-page.py           the tables of docs/coverage.md
+Of all that is in zoo/:
+
+rows.py  what is measured of each, and how far the results are from exact
+page.py  the tables of docs/coverage.md
 """
 
 from __future__ import annotations
@@ -21,9 +19,8 @@ import torch
 
 from bench.coverage import page
 from bench.coverage.rows import TABLES, measure
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Row, Session, option, quieten
 from bench.results import asked
-from bench.running import Row, Session, quieten
 
 
 def request(table: str, name: str) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def _measured(args: Namespace, session: Session) -> list[Row]:
     """All rows that there are then: in processes that measure many each, because of what each has to import."""
     every = [request(table, name) for table, entries in TABLES.items() for name in entries]
     wanted = [r for r in every if r["table"] in args.table and (not args.name or r["name"] in args.name)]
-    jobs = 1 if args.time else args.jobs  # what runs beside it would be timed too
+    jobs = 1 if args.time else min(args.jobs, os.cpu_count() or 1)  # what runs beside it would be timed too
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (jobs,)) as pool:
         due = {r["name"]: pool.submit(_row, r, args.draws, args.time) for r in wanted if session.known(r) is None}
         session.measure(wanted, lambda r, say: due[r["name"]].result(), only=every)
@@ -55,8 +52,9 @@ def _row(asked: Row, draws: int, timed: bool) -> Row:
 
 COVERAGE = Experiment(
     name="coverage",
-    help="what is rewritten, of every adapter and architecture",
     text="""\
+What is rewritten, of every adapter and architecture.
+
 Every configuration of PEFT's that a layer can carry, on a small block; LoRA on tiny models of every architecture; the
 adapters of other packages. Each in training mode, prepared, forward and backward, with the weight form asked for and
 the graphs run op by op: about 15 minutes on two cores. What is not installed gets a row that says so:
@@ -74,13 +72,7 @@ Writes bench/results/coverage.json and, of all rows in it, the tables of docs/co
         option("--name", nargs="+", metavar="NAME", help="rows of these names alone"),
         option("--draws", type=int, default=12, metavar="N", help="for the gate; 0: none (default: 12)"),
         option("--time", action="store_true", help="also seconds of a step, compiled by Inductor: an hour or two"),
-        option(
-            "--jobs",
-            type=int,
-            default=min(2, os.cpu_count() or 1),
-            metavar="N",
-            help="rows at a time (default: 2, timed: 1)",
-        ),
+        option("--jobs", type=int, default=2, metavar="N", help="rows at a time (default: 2, timed: 1)"),
     ),
     measured=_measured,
     tables=page.MARKS,

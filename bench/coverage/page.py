@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from bench import tables
 from bench.coverage.rows import TABLES, Entry
-from bench.running import Row
-from bench.tables import of_columns
+from bench.experiment import Row
 from tests.oracle import GATE
 
 FULL, ALREADY, PART, REFUSED, LEFT, FAILED, MISSING = ORDER = (
@@ -59,11 +59,7 @@ COLUMNS = {
     "input gradient": lambda entry, row: f"{row['input_grad']}" if row["forward"] else "",
     "refused": lambda entry, row: ", ".join(f"{n} {code}" for code, n in row["refusals"].items()),
     "error": lambda entry, row: _gate(row.get("gate", {}), row.get("gate of less", {})),
-    "kept, KB": lambda entry, row: (
-        "{after} / {before}".format(**{k: f"{n / 1e3:.0f}" for k, n in row["kept"].items()})
-        if row["kept"].get("before")
-        else ""
-    ),
+    "kept, KB": lambda entry, row: _kept(**row["kept"]) if row["kept"] else "",
     "graphs": lambda entry, row: str(row["graphs"]),
     "false": lambda entry, row: str(row.get("plain", "")),
     "time": lambda entry, row: _time(row.get("seconds", {})),
@@ -73,23 +69,26 @@ IF_MEASURED = {"false": "plain", "time": "seconds"}  # columns that are there wh
 
 def table(name: str, rows: Sequence[Row], style: str) -> str:
     found = _found(name, rows)
-    there = [c for c in COLUMNS if c not in IF_MEASURED or any(IF_MEASURED[c] in row for _, _, row in found)]
-    columns = {"": lambda one: one[0], "what": lambda one: one[1].described}
-    columns |= {c: partial(_cell, c, c == there[0]) for c in there}
-    return of_columns(columns, found, style, left=2) if found else ""
+    measured = {key for _, _, row in found for key in row}
+    columns = {c: cell for c, cell in COLUMNS.items() if IF_MEASURED.get(c, "name") in measured}
+    lines = [[n, entry.described, *_cells(columns, entry, row)] for n, entry, row in found]
+    return tables.table(["", "what", *columns], lines, style, left=2) if found else ""
 
 
-def _cell(column: str, first: bool, one: tuple[str, Entry, Row]) -> str:
-    _, entry, row = one
+def _cells(columns: dict[str, Any], entry: Entry, row: Row) -> list[str]:
     if "missing" in row or "error" in row:
-        return row.get("missing", "fails, see below") if first else ""
-    return COLUMNS[column](entry, row)
+        return [row.get("missing", "fails, see below"), *[""] * (len(columns) - 1)]
+    return [cell(entry, row) for cell in columns.values()]
 
 
 def _weight(entry: Entry, row: Row) -> str:
     told = f"{row['forward']} of {row['adapters']}" if row["forward"] or not entry.already else ""
     inside = f"{row['in_weights']} by PEFT itself" if row["in_weights"] else ""
     return "; ".join(part for part in (told, inside, entry.already) if part)
+
+
+def _kept(before: int, after: int, **_: Any) -> str:
+    return f"{after / 1e3:.0f} / {before / 1e3:.0f}" if before else ""
 
 
 def _gate(gate: dict[str, Any], less: dict[str, Any]) -> str:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import peft_fx
-from bench.coverage import numerics
-from bench.coverage.adapters import METHODS, NOISE, Method
-from bench.coverage.architectures import ARCHITECTURES, Architecture
-from bench.coverage.packages import MODULES, Module
 from peft_fx.measuring import median_times
 from peft_fx.passes.analyse.merged import ALREADY
+from tests.oracle import GATE, Run, errors, leaves, pooled, run, run_exactly, to_dtype
+from zoo.architectures import ARCHITECTURES, Architecture
+from zoo.methods import METHODS, Method
+from zoo.noise import NOISE, disturb
+from zoo.packages import MODULES, Module
 
 Entry = Method | Architecture | Module
 TABLES: dict[str, Mapping[str, Entry]] = {"peft": METHODS, "architectures": ARCHITECTURES, "packages": MODULES}
@@ -31,19 +34,17 @@ SAME_EVERYWHERE = ("adapters", "in_weights", "graphs", "sites", "forward", "inpu
 
 def measure(entry: Entry, draws: int, timed: bool = False) -> dict[str, Any]:
     """A whole row; `draws` of 0 leaves out the gate. What fails is told as "error", of the row or of the gate."""
-    missing = lacking(entry)
-    if missing:
+    if missing := lacking(entry):
         return {"missing": missing}
-    try:
-        row = explained(entry)
-    except Exception as error:
-        return {"error": said(error)}
+    row = _attempt(lambda: explained(entry))
+    if "error" in row:
+        return row
     if isinstance(entry, Architecture):
         row["plain"] = told_without_adapters(entry)
     row["packages"] = {package: importlib.metadata.version(package) for package in entry.packages}
     if draws:
         row["gate"] = _attempt(lambda: gated(entry, draws))
-        if (row["gate"].get("ratio") or 0) > numerics.GATE:
+        if (row["gate"].get("ratio") or 0) > GATE:
             row["gate of less"] = _attempt(lambda: gated(entry, draws, NOISE * LESS))
     if timed:
         row["seconds"] = _attempt(lambda: seconds(entry))
@@ -100,7 +101,7 @@ def gated(entry: Entry, draws: int, noise: float = NOISE) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message="peft_fx")
-        return numerics.gate(model, compiled, inputs, draws, noise)
+        return gate(model, compiled, inputs, draws, noise)
 
 
 def seconds(entry: Entry, rounds: int = 9) -> dict[str, float]:
@@ -113,11 +114,81 @@ def seconds(entry: Entry, rounds: int = 9) -> dict[str, float]:
         "inductor": (torch.compile(other), other),
         "peft_fx": (torch.compile(model, backend=peft_fx.backend), model),
     }
-    steps = {n: functools.partial(numerics.step, f, of, inputs, 0) for n, (f, of) in compiled.items()}
+    steps = {n: functools.partial(step, f, of, inputs, 0) for n, (f, of) in compiled.items()}
     for step in steps.values():
         step()
     device = next(model.parameters()).device
     return median_times(steps, device, rounds)
+
+
+# -------------------------------------------------------------------------------------------------- how exact it is
+
+
+def gate(
+    model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, Any], draws: int, noise: float = NOISE
+) -> dict[str, Any]:
+    """{"ratio": the worst over the output and every gradient, "tensor": its name}, errors pooled over several draws of
+    the trained parameters and the inputs; {"ratio": None} where the model itself draws random numbers. The model comes
+    with NOISE on its trained parameters, of which `noise` stays.
+
+    Raises AssertionError where a gradient is lost, or where one is not finite that is in eager mode.
+    """
+    if draws_random_numbers(model, inputs):
+        return {"ratio": None}
+    disturb(model, 0, noise - NOISE)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.is_floating_point()}
+
+    def once(seed: int) -> tuple[Run, ...]:
+        draw(model, start, seed, noise)
+        given = shuffled(inputs, seed)
+        torch.manual_seed(seed)
+        exact = run_exactly(model, given, seed)
+        return exact, step(model, model, given, seed), step(compiled, model, given, seed)
+
+    worst = max(errors(*pooled(once, draws)), key=lambda e: e.ratio)
+    return {"ratio": round(worst.ratio, 3), "tensor": worst.name}
+
+
+@torch.no_grad()
+def draw(model: nn.Module, start: Mapping[str, Tensor], seed: int, noise: float = NOISE) -> None:
+    """Other parameters of the same distribution: noise on the trained ones, the frozen ones' elements reordered."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name in start:
+            parameter.copy_(start[name] if parameter.requires_grad else _reordered(start[name], generator))
+    disturb(model, seed, noise)
+
+
+def _reordered(t: Tensor, generator: torch.Generator) -> Tensor:
+    return t.flatten()[torch.randperm(t.numel(), generator=generator)].view_as(t)
+
+
+def shuffled(inputs: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The inputs with their elements in another order, as leaves that need a gradient where the given ones do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffle(t: Tensor) -> Tensor:
+        return _reordered(t.detach(), generator).requires_grad_(t.requires_grad)
+
+    return tree_map_only(Tensor, shuffle, dict(inputs))
+
+
+def step(f: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Run:
+    """Outputs and gradients of one forward and backward, of the inputs too; the cotangents are ±1."""
+    torch.manual_seed(seed)
+    return run(f, model, inputs, seed)
+
+
+def draws_random_numbers(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the seed matters to a forward."""
+    found = []
+    for seed in (0, 0, 1):  # the first call of some methods sets them up
+        torch.manual_seed(seed)
+        found.append(leaves(model(**to_dtype(inputs, None))))
+    return any(not torch.equal(a, b) for a, b in zip(*found[1:], strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- failures
 
 
 def _attempt(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:

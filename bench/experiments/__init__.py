@@ -18,8 +18,7 @@ from bench.experiments import budget, compiling, estimating, keeping, kernels, r
 
 STUDY = Command(
     name="study",
-    help="what rounding, and lossy keeps, do to training",
-    text="Trains small models in each of several forms, and compares what they learn.",
+    text="What rounding, and lossy keeps, do to training: small models, trained in each of several forms.",
     members=(rounding.ROUNDING, keeping.KEEP),
 )
 COMMANDS: tuple[Command, ...] = (

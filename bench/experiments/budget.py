@@ -1,4 +1,9 @@
-"""`python -m bench budget`: time against memory, within budgets."""
+"""Time against memory, within budgets.
+
+Seconds and peak of a step of small models, fp32, on a CPU: by peft_fx within budgets, which are shares of the peak that
+it has without; by Inductor within PyTorch's own, activation_memory_budget; and with HF's gradient checkpointing.
+Results: bench/results/budget.json, a table of docs/benchmarks.md and bench/results/budget.png.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Row, Session, option
 from bench.experiments.steps import step_request
 from bench.figures import figure_of, save
-from bench.models import setup_of
-from bench.running import Row, Session
 from bench.tables import table
+from zoo.models import setup_of
 
 MODELS = ("llama-256", "vit", "t5", "gpt2", "opt")
 SHARES = (0.9, 0.75, 0.6, 0.45)
@@ -88,12 +92,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 BUDGET = Experiment(
     name="budget",
-    help="time against memory, within budgets",
-    text="""\
-Seconds and peak of a step of small models, fp32, on a CPU: by peft_fx within budgets, which are shares of the peak that
-it has without; by Inductor within PyTorch's own, activation_memory_budget; and with HF's gradient checkpointing.
-Results: bench/results/budget.json, a table of docs/benchmarks.md and bench/results/budget.png.
-""",
+    text=__doc__,
     arguments=(
         option("--model", nargs="+", choices=MODELS, metavar="NAME", help="(default: all)"),
         option("--layers", type=int, default=4, metavar="N", help="(default: 4)"),

@@ -1,4 +1,16 @@
-"""`python -m bench compile`: seconds of our own passes, by the depth of the model."""
+"""Seconds of our own passes, by the depth of the model.
+
+The joint graph of a model with adapters, traced on fake weights, at several depths; each in a fresh process. Nothing is
+computed, and nothing lowered: on top of the traced graph, Inductor's own passes and its code come, of which the passes'
+share is therefore smaller yet. `python -m bench time` has the seconds of a whole compile.
+
+  traced    seconds of Dynamo, AOTAutograd and the partitioner, twice: with the passes and without
+  passes    seconds of our own passes, of one form or another
+  per node  of the joint graph, as it comes in
+  memory    most that the process had, and what it had before the passes
+  choice    with --budget: CPU seconds of the choice of what is kept, and those of the passes and of the partitioner, of
+            which it is a share
+"""
 
 from __future__ import annotations
 
@@ -15,12 +27,11 @@ import torch
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
-from bench.models import FAMILIES, Setup, make_base, make_batch, setup_of, with_adapters
+from bench.experiment import Experiment, Row, Say, Session, option
 from bench.results import request
-from bench.running import Row, Say, Session
 from peft_fx import budgeting, compat
 from peft_fx.passes import pipeline
+from zoo.models import FAMILIES, Setup, make_base, make_batch, setup_of, with_adapters
 
 
 def _measured(args: Namespace, session: Session) -> list[Row]:
@@ -115,19 +126,7 @@ def _memory() -> int:
 
 COMPILE = Experiment(
     name="compile",
-    help="seconds of the passes, by the depth of the model",
-    text="""\
-The joint graph of a model with adapters, traced on fake weights, at several depths; each in a fresh process. Nothing is
-computed, and nothing lowered: on top of the traced graph, Inductor's own passes and its code come, of which the passes'
-share is therefore smaller yet. `python -m bench time` has the seconds of a whole compile.
-
-  traced    seconds of Dynamo, AOTAutograd and the partitioner, twice: with the passes and without
-  passes    seconds of our own passes, of one form or another
-  per node  of the joint graph, as it comes in
-  memory    most that the process had, and what it had before the passes
-  choice    with --budget: CPU seconds of the choice of what is kept, and those of the passes and of the partitioner, of
-            which it is a share
-""",
+    text=__doc__,
     arguments=(
         option("--model", choices=FAMILIES, default="llama-3.2-1b", help="(default: llama-3.2-1b)"),
         option("--layers", type=int, nargs="+", default=(8, 80), metavar="N", help="(default: 8 80)"),

@@ -13,16 +13,15 @@ from typing import Any
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
-from bench.models import Setup, make_base, make_batch, precision, with_adapters
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
-from bench.running import Request, Row, Say, Session
 from bench.variants import FLOORS
 from peft_fx import configs, estimates
 from peft_fx.estimating import VARIANTS
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import without_mask
+from zoo.models import Setup, make_base, make_batch, precision, with_adapters
 
 # ---------------------------------------------------------------------------------------------- what was measured
 
@@ -86,8 +85,9 @@ def _off(rows: Sequence[Row], style: str) -> str:
 
 ESTIMATE = Experiment(
     name="estimate",
-    help="estimated memory against measured",
     text="""\
+Estimated memory against measured.
+
 Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every
 setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
 measured. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
@@ -164,8 +164,9 @@ def _fits(rows: Iterable[Row], style: str) -> str:
 
 LONG = Experiment(
     name="long-context",
-    help="memory at up to 131072 tokens, estimated",
     text="""\
+Memory at up to 131072 tokens, estimated.
+
 The memory of a training step of Llamas of 1, 3 and 8 billion parameters, LoRA of rank 16 on all linear layers or on
 attention's alone, one sequence, by `peft_fx.estimate`: no weight exists, nothing is computed. Results:
 bench/results/long-context.json, and the tables of docs/long-context.md. What was estimated already, from the same

@@ -1,4 +1,16 @@
-"""`python -m bench study keep`: LoRA-FA and lossy keeps in training, against exact LoRA and full fine-tuning."""
+"""LoRA-FA and lossy keeps in training, against exact LoRA and full fine-tuning.
+
+Fine-tunes two small models whose MLPs have a ReLU and whose attention is written out, so that the frozen model's
+backward has no use for the inputs of the MLPs' second layers nor for those of the attentions' last: what their adapters
+read is all that lossy keeps can act on.
+
+  bytes    a byte-level OPT, pretrained on Python's documentation, on Python's source code
+  digits   a ViT, pretrained on scikit-learn's digits, on the same digits with rows and columns exchanged
+
+LoRA of rank 8 on all linear layers in fp32, AdamW, a constant learning rate: exact, with A frozen (LoRA-FA), and with
+each lossy keep; and full fine-tuning. Of each the loss on data not trained on, bytes kept and at the peak of a step,
+and its time. Writes bench/results/keep.json and keep.png, and the table of docs/keep-policies.md.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from bench import tables
-from bench.experiment import Experiment, option
-from bench.experiments.training import Batch, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
+from bench.experiment import Experiment, Request, Row, Say, Session, option
+from bench.experiments.training import Batch, Call, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
 from bench.figures import figure_of, save
-from bench.models import setup_of
-from bench.running import Request, Row, Say, Session
 from peft_fx import measuring
+from zoo.architectures import made
+from zoo.models import setup_of
 
 
 def _ours(keep: str, **more: Any) -> dict[str, Any]:
@@ -78,14 +90,10 @@ def _other_digits() -> Sequence[Batch]:
 
 @cache
 def _vit() -> nn.Module:
-    import transformers
-
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
-    dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    config = transformers.ViTConfig(**sizes, **dropout, hidden_act="relu")
-    model = transformers.ViTForImageClassification(config).train()
+    sizes = {"hidden": 64, "ffn": 256, "layers": 2, "heads": 4}
+    images = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    model = made("ViTForImageClassification", sizes, **images, hidden_act="relu").train()
     _plain_attention(model)
     return pretrained(model, _digits(0, 400, turned=False), 400)
 
@@ -131,20 +139,22 @@ def _costs(task: Task) -> dict[str, dict[str, float]]:
     device, steps, found = torch.device("cpu"), {}, {}
     for name, form in FORMS.items():
         model, compiled, _ = model_of(task, form)
+        forward = partial(_loss, compiled, batch)
         clear = partial(model.zero_grad, set_to_none=True)
-
-        def forward(compiled: Any = compiled) -> Tensor:
-            return compiled(**batch).loss
-
-        def step(forward: Any = forward, clear: Any = clear) -> None:
-            forward().backward()
-            clear()
-
         memory = measuring.memory_of(forward, clear, device)
-        steps[name], found[name] = step, {"kept": memory.kept, "peak": memory.peak}
+        steps[name], found[name] = partial(_step, forward, clear), {"kept": memory.kept, "peak": memory.peak}
     for name, seconds in measuring.median_times(steps, device, rounds=15).items():
         found[name]["seconds"] = seconds
     return found
+
+
+def _loss(call: Call, batch: Batch) -> Tensor:
+    return call(**batch).loss
+
+
+def _step(forward: Call, clear: Call) -> None:
+    forward().backward()
+    clear()
 
 
 # ------------------------------------------------------------------------------------------------ table and figure
@@ -203,19 +213,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 KEEP = Experiment(
     name="keep",
-    help="LoRA-FA, VeLoRA and quantised keeps in training",
-    text="""\
-Fine-tunes two small models whose MLPs have a ReLU and whose attention is written out, so that the frozen model's
-backward has no use for the inputs of the MLPs' second layers nor for those of the attentions' last: what their adapters
-read is all that lossy keeps can act on.
-
-  bytes    a byte-level OPT, pretrained on Python's documentation, on Python's source code
-  digits   a ViT, pretrained on scikit-learn's digits, on the same digits with rows and columns exchanged
-
-LoRA of rank 8 on all linear layers in fp32, AdamW, a constant learning rate: exact, with A frozen (LoRA-FA), and with
-each lossy keep; and full fine-tuning. Of each the loss on data not trained on, bytes kept and at the peak of a step,
-and its time. Writes bench/results/keep.json and keep.png, and the table of docs/keep-policies.md.
-""",
+    text=__doc__,
     arguments=(
         option("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each (default: {SEEDS})"),
         option("--steps", type=int, default=STEPS, metavar="N", help=f"of each training (default: {STEPS})"),

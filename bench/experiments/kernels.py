@@ -1,4 +1,17 @@
-"""`python -m bench kernels`: what a step consists of on a GPU, by the code that Inductor generates for it."""
+"""Kernels and bytes of a step on a GPU that is not there, by the code that Inductor generates for it.
+
+Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
+forward and backward apart:
+
+  launches  kernels that are started; an op of our own may be two
+  products  of those, matrix products by a library, and attention
+  GB        bytes that the kernels read and write, each value once a kernel
+  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
+
+With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
+Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
+bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +28,16 @@ from torch._inductor import ir, scheduler
 from torch._inductor.graph import GraphLowering
 
 from bench import offline, tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.experiments.steps import setup_options, setups_of
-from bench.experiments.suites import unique
-from bench.figures import COLOURS, figure_of, places, save
-from bench.models import Setup, make_base, make_batch, setup_of
-from bench.results import request
-from bench.running import Request, Row, Say, Session
+from bench.figures import COLOURS, bars, bars_of, save
+from bench.results import request, unique
 from bench.variants import VARIANTS
 from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine
 from peft_fx.sizing import without_mask
 from peft_fx.terminal import Problem
+from zoo.models import Setup, make_base, make_batch, setup_of
 
 Kernel = dict[str, Any]
 NAMES = ("frozen", "inductor", "peft_fx")
@@ -146,7 +157,7 @@ def _parts(fx: Any) -> tuple[int, int]:
         if not constants["SPLIT"]:
             return 1, 0
         parts = given[1]
-    return 2, sum(2 * p.numel() * p.element_size() for p in parts)
+    return 2, sum(2 * p.nbytes for p in parts)
 
 
 def _on_meta(t: torch.Tensor) -> torch.Tensor:
@@ -188,15 +199,10 @@ def whole(row: Row, what: str) -> float:
 
 
 def _grouped(rows: Iterable[Row]) -> dict[Setup, dict[str, Row]]:
-    """Rows by setup; the frozen model's, without adapters, in each of those that it is the floor of."""
-    known = {(tables.setup_in(row), row["variants"][0]): row for row in rows if "error" not in row}
-    found: dict[Setup, dict[str, Row]] = {}
-    for setup in dict.fromkeys(s for s, _ in known if s.rank):
-        for name in ("frozen", *(name for name in VARIANTS if name != "frozen")):
-            asked = Setup(**request("kernels", setup, [name])["setup"])
-            if (asked, name) in known:
-                found.setdefault(setup, {})[name] = known[asked, name]
-    return found
+    """Rows by setup and variant, the frozen model's first."""
+    known = tables.BySetup(rows, "kernels")
+    names = ("frozen", *(name for name in VARIANTS if name != "frozen"))
+    return {s: {name: row for name in names if (row := known.row(s, name))} for s in known.setups()}
 
 
 def label(setup: Setup) -> str:
@@ -239,15 +245,14 @@ def dearest(args: Namespace, rows: Iterable[Row]) -> Iterator[str]:
 def draw(rows: Iterable[Row], path: Path) -> None:
     """Bars of the seconds of a step, × the frozen model's: forward, and backward on top."""
     groups = {s: g for s, g in _grouped(rows).items() if len(g) == len(NAMES)}
-    figure, ((axes,),) = figure_of(1, 1, (max(6.0, 1.2 * len(groups)), 4.0))
+    figure, axes = bars_of([label(s).replace(", ", "\n") for s in groups], 1.2)
     for i, name in enumerate(NAMES):
         below = [0.0] * len(groups)
         for side, alpha in (("forward", 1.0), ("backward", 0.6)):
             heights = [g[name][side]["seconds"] / whole(g["frozen"], "seconds") for g in groups.values()]
             look = {"label": f"{VARIANTS[name].title}, {side}", "color": COLOURS[name], "alpha": alpha}
-            axes.bar(places(len(groups), i, len(NAMES)), heights, 0.8 / len(NAMES), bottom=below, **look)
+            bars(axes, i, len(NAMES), heights, bottom=below, **look)
             below = [a + b for a, b in zip(below, heights, strict=True)]
-    axes.set_xticks(range(len(groups)), [label(s).replace(", ", "\n") for s in groups], fontsize=8)
     axes.set_ylabel("a step by the roofline, × the frozen model's")
     figure.legend(frameon=False, loc="outside upper center", ncols=3, fontsize=8)
     save(figure, path)
@@ -256,20 +261,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
 _ATTENTIONS = "; ".join(f"{name}: {text}" for name, text in ATTENTION.items())
 KERNELS = Experiment(
     name="kernels",
-    help="kernels and bytes of a step on a GPU that is not there",
-    text="""\
-Generates the code of a training step for an H100, on any machine: no GPU, no driver, nothing computed. Of each variant,
-forward and backward apart:
-
-  launches  kernels that are started; an op of our own may be two
-  products  of those, matrix products by a library, and attention
-  GB        bytes that the kernels read and write, each value once a kernel
-  ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
-
-With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
-Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
-bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
-""",
+    text=__doc__,
     arguments=(
         *setup_options(NAMES, many=True, device=False, model=None),
         option("--machine", default="h100", choices=MACHINES, metavar="NAME", help="(default: h100)"),

@@ -1,4 +1,18 @@
-"""`python -m bench study rounding`: what the rounding of W' is worth in training, against PEFT's own and fp32."""
+"""Nearest or dithered: what the rounding of W' is worth in training, against PEFT's own and fp32.
+
+Fine-tunes a small byte-level Llama, pretrained on the documentation that comes with Python, on the source code that
+comes with Python: LoRA on all linear layers from B = 0, AdamW, a constant learning rate. The same steps
+
+  fp32       base and adapters in fp32, in eager mode: the reference
+  eager      bf16 base, fp32 adapters, in eager mode: PEFT's defaults
+  nearest    the same through peft_fx, every adapter in weight form, W' rounded to nearest
+  dithered   the same with W' dithered
+
+By learning rate and form: what of the reference's fall in loss was reached, on text not trained on, in the form itself
+("seen") and with its adapters put into the reference ("learned"); and the gain of the delta, the projection of what the
+adapted layers' outputs really gain on what they should. Writes bench/results/rounding.json and rounding.png, and the
+table of docs/rounding.md.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.experiments.training import BATCH, Form, loss_on_others, model_of, on_bytes, train
 from bench.figures import figure_of, save
-from bench.models import setup_of
-from bench.running import Request, Row, Say, Session
+from zoo.models import setup_of
 
 WEIGHT = {"peft_fx.form": "weight"}
 FORMS = {  # by name as the results have it, which know so where our code is in it
@@ -173,21 +186,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 
 ROUNDING = Experiment(
     name="rounding",
-    help="nearest or dithered, by learning rate",
-    text="""\
-Fine-tunes a small byte-level Llama, pretrained on the documentation that comes with Python, on the source code that
-comes with Python: LoRA on all linear layers from B = 0, AdamW, a constant learning rate. The same steps
-
-  fp32       base and adapters in fp32, in eager mode: the reference
-  eager      bf16 base, fp32 adapters, in eager mode: PEFT's defaults
-  nearest    the same through peft_fx, every adapter in weight form, W' rounded to nearest
-  dithered   the same with W' dithered
-
-By learning rate and form: what of the reference's fall in loss was reached, on text not trained on, in the form itself
-("seen") and with its adapters put into the reference ("learned"); and the gain of the delta, the projection of what the
-adapted layers' outputs really gain on what they should. Writes bench/results/rounding.json and rounding.png, and the
-table of docs/rounding.md.
-""",
+    text=__doc__,
     arguments=(
         option("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each (default: {SEEDS})"),
         option("--steps", type=int, default=STEPS, metavar="N", help=f"of each training (default: {STEPS})"),

@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import time
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from statistics import linear_regression
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from bench import kept, tables
-from bench.experiment import DEVICE, Argument, Experiment, device_of, option
-from bench.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
-from bench.results import request
-from bench.running import Row, Say, Session, attempt
+from bench import tables
+from bench.experiment import DEVICE, Argument, Experiment, Row, Say, Session, attempt, device_of, option
+from bench.results import request, unique
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS, Trainee, make
 from peft_fx.compiling import records_of
-from peft_fx.measuring import memory_of, times_in_turn
+from peft_fx.measuring import kept_tensors, memory_of, times_in_turn
+from zoo.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
 
 SIZES = {
     "layers": "layers of the model",
@@ -74,13 +74,9 @@ def setups_of(args: Namespace) -> list[Setup]:
 
 def memory_requests(setups: Iterable[Setup], variants: Iterable[str], depths: Sequence[int]) -> list[dict[str, Any]]:
     """One request for each setup and variant, a variant without adapters once for all setups that share it."""
-    found = []
-    for setup in setups:
-        for name in variants:
-            asked = request("memory", replace(setup, layers=max(depths)), [name], depths=sorted(depths))
-            if not VARIANTS[name].refuses(setup) and asked not in found:
-                found.append(asked)
-    return found
+    pairs = ((s, name) for s in setups for name in variants if not VARIANTS[name].refuses(s))
+    deepest, depths = max(depths), sorted(depths)
+    return unique(request("memory", replace(s, layers=deepest), [name], depths=depths) for s, name in pairs)
 
 
 def step_request(setup: Setup, variants: Iterable[str], rounds: int, cold: bool = True) -> dict[str, Any]:
@@ -117,45 +113,27 @@ def _fit(args: Namespace, session: Session) -> list[Row]:
 
     for name in args.variants:
         samples = sorted(args.samples or (setup.tokens // 2, setup.tokens))[-2:]
-        line = line_through([(T, need(name, T, session)) for T in samples])
-        most = bisect(lambda T, line=line: line(T) <= memory, STEP)
+        points = [(T, need(name, T, session)) for T in samples]
+        slope, start = linear_regression(*zip(*(points if len(points) > 1 else [(0, 0.0), *points]), strict=True))
+        most = largest(lambda T, slope=slope, start=start: start + slope * T <= memory, STEP)
         if args.measured:  # to within a sixteenth
             known = replace(session, again=False)
             coarse = max(STEP, most // 16 // STEP * STEP)
-            most = bisect(lambda T, name=name, known=known: need(name, T, known) <= memory, coarse)
-        of_line = {"slope": line(1) - line(0), "start": line(0)}
-        fitting.append({"setup": setup, "memory": args.memory, "name": name, "T": most, **of_line})
+            most = largest(lambda T, name=name, known=known: need(name, T, known) <= memory, coarse, 2 * most)
+        fitting.append({"setup": setup, "memory": args.memory, "name": name, "T": most, "slope": slope, "start": start})
     return fitting
 
 
 STEP = 64  # T is a multiple of it
 
 
-def line_through(points: Sequence[tuple[int, float]]) -> Callable[[int], float]:
-    """The straight line through the first and the last point; of a single one, through the origin.
+def largest(fits: Callable[[int], bool], step: int, most: int = 2**24) -> int:
+    """The largest multiple of `step`, up to `most`, that fits; 0 where not even `step` does.
 
-    >>> line_through([(1, 3.0), (2, 5.0)])(10)
-    21.0
-    """
-    (x0, y0), (x1, y1) = points[0] if len(points) > 1 else (0, 0.0), points[-1]
-    slope = (y1 - y0) / (x1 - x0)
-    return lambda x: y0 + slope * (x - x0)
-
-
-def bisect(fits: Callable[[int], bool], step: int, most: int = 2**24) -> int:
-    """The largest multiple of `step`, up to about `most`, that fits; 0 where not even `step` does.
-
-    >>> bisect(lambda T: T <= 1000, 64)
+    >>> largest(lambda T: T <= 1000, 64)
     960
     """
-    high = 1
-    while high * step < most and fits(high * step):
-        high *= 2
-    low, high = high // 2, high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * step) else (low, middle)
-    return low * step
+    return step * bisect_left(range(step, most + 1, step), True, key=lambda T: not fits(T))
 
 
 def _fits(rows: Sequence[Row], style: str) -> str:
@@ -189,9 +167,9 @@ def memory(request: dict[str, Any], say: Say) -> dict[str, Any]:
 
 def _memory_of(name: str, setup: Setup) -> dict[str, Any]:
     trainee = make(name, make_base(setup), setup, make_batch(setup))
-    measured = first_step(trainee) | sizes(trainee) | passes_of(trainee)
+    measured = measured_of(trainee)
     if name not in CHECKPOINTED:  # reading what a checkpoint keeps would compute it
-        measured["tensors"] = kept.tensors_of(trainee.loss(), trainee.model)
+        measured["tensors"] = kept_tensors(trainee.loss(), trainee.model)
     return measured
 
 
@@ -219,7 +197,7 @@ def _prepare(name: str, base: Any, setup: Setup, batch: Any, cold: bool, trainee
     trainee = make(name, _sharing(base, name), setup, batch)
     cache: AbstractContextManager[Any] = fresh_cache() if cold and VARIANTS[name].compiled else nullcontext()
     with cache:
-        measured = first_step(trainee) | sizes(trainee) | passes_of(trainee)
+        measured = measured_of(trainee)
     trainees[name] = trainee
     return measured
 
@@ -230,27 +208,23 @@ def _sharing(base: Any, name: str) -> Any:
     return copy.deepcopy(base, memo=shared)
 
 
-def first_step(trainee: Trainee) -> dict[str, Any]:
-    """Seconds of the first step, which compiles, and how many graphs it compiled."""
-    graphs = counters["stats"]["unique_graphs"]
-    start = time.perf_counter()
-    trainee.step()
-    if trainee.setup.device == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return {"first_step_s": seconds, "graphs": counters["stats"]["unique_graphs"] - graphs}
-
-
-def sizes(trainee: Trainee) -> dict[str, int]:
-    """Bytes of a step on top of the weights and the optimiser's state, and theirs."""
-    measured = memory_of(trainee.loss, trainee.finish, torch.device(trainee.setup.device))
+def measured_of(trainee: Trainee) -> dict[str, Any]:
+    """Seconds of the first step, which compiles, and how many graphs it compiled; bytes of a step on top of the weights
+    and the optimiser's state, and theirs; and what our own passes tell."""
+    device, graphs = torch.device(trainee.setup.device), counters["stats"]["unique_graphs"]
+    (seconds,) = times_in_turn({"": trainee.step}, device, rounds=1)[""]
+    graphs = counters["stats"]["unique_graphs"] - graphs
+    memory = memory_of(trainee.loss, trainee.finish, device)
     states = [t for state in trainee.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     return {
-        "kept": measured.kept,
-        "peak": measured.peak,
+        "first_step_s": seconds,
+        "graphs": graphs,
+        "kept": memory.kept,
+        "peak": memory.peak,
         "weights": _bytes([*trainee.model.parameters(), *trainee.model.buffers()]),
         "gradients": _bytes(trainee.trained),
         "optimizer": _bytes(states),
+        **passes_of(trainee),
     }
 
 
@@ -274,8 +248,9 @@ def _release() -> None:
 
 MEMORY = Experiment(
     name="memory",
-    help="bytes kept per layer, and peak, against a frozen model",
     text="""\
+Bytes kept per layer, and peak, against a frozen model.
+
 Bytes that one layer of the model keeps for backward, and the peak of a step, each variant in a fresh process.
 
   kept   bytes that forward leaves for backward. Per layer: measured at two depths (--depths), the difference divided
@@ -298,8 +273,9 @@ Bytes that one layer of the model keeps for backward, and the peak of a step, ea
 )
 TIME = Experiment(
     name="time",
-    help="seconds of a step against the frozen model and Inductor",
     text="""\
+Seconds of a step against the frozen model and Inductor.
+
 Seconds of a training step, all variants in one process and taking turns; the median of each, and the median over the
 rounds of its ratio to the frozen model and to Inductor in the same round. Also memory, the seconds of the first step,
 which compiles (caches empty, unless --warm), and the seconds of peft_fx's own passes in it.
@@ -315,8 +291,9 @@ which compiles (caches empty, unless --warm), and the seconds of peft_fx's own p
 )
 FIT = Experiment(
     name="fit",
-    help="the longest sequence that fits in a given memory",
     text="""\
+The longest sequence that fits in a given memory.
+
 The largest T whose training step fits in a given memory: weights, optimiser's state and peak of a step. The peak is
 measured at the lengths of --samples and extended from the last two in a straight line; --measured instead tries each
 length for real (on a GPU, where memory is what it is).

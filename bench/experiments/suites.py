@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
+import inspect
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bench import tables
-from bench.experiment import DEVICE, Argument, Command, Experiment, device_of, option
+from bench.experiment import DEVICE, Argument, Command, Experiment, Row, Session, describe, device_of, option
 from bench.experiments.steps import memory_requests, step_request
-from bench.models import METHODS, setup_of
-from bench.results import FOLDER, Results
-from bench.running import Row, Session, describe
+from bench.results import FOLDER, Results, unique
 from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
 from peft_fx.terminal import Problem
+from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)
 LENGTHS = (2048, 8192, 16384, 32768)
@@ -23,16 +23,13 @@ PLAIN = ("frozen", "eager", "inductor", "peft_fx", "paper", "handwritten")
 OTHERS = ("frozen", "full", *CHECKPOINTED)  # apart from PLAIN: one process of all would not fit in one call's time
 
 
-def unique(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for request in requests:
-        if request not in found:
-            found.append(request)
-    return found
-
-
 def cpu(args: Namespace) -> Iterable[dict[str, Any]]:
-    """Small models: on CPU bytes are exact at any size, and a compile costs more than the steps."""
+    """Small models, for any machine: under 20 minutes on two idle cores.
+
+    Kept bytes per layer in every dtype setting and model family, of DoRA, IA3 and VeRA, a step of a Llama of 8 layers
+    by every variant, and memory and time against T. On CPU bytes are exact at any size, and a compile costs more than
+    the steps.
+    """
     compared, floor = ("frozen", "eager", "inductor", "peft_fx"), ("frozen", "peft_fx")
     llama = [setup_of("llama-256", tokens=512, dtype=dtype) for dtype in ("peft", "bf16", "fp32", "autocast")]
     dropped = [replace(setup, dropout=0.1) for setup in llama if setup.dtype in ("peft", "fp32")]
@@ -49,21 +46,32 @@ def cpu(args: Namespace) -> Iterable[dict[str, Any]]:
 
 
 def methods(args: Namespace) -> Iterable[dict[str, Any]]:
-    """What each method costs, beside Inductor and no adapter at all."""
+    """A step by each of PEFT's methods: 15 minutes on two idle cores.
+
+    Of a Llama of 2 layers, T = 1024, beside Inductor and no adapter at all.
+    """
     for method in METHODS:
         setup = setup_of("llama-512", layers=2, method=method)
         yield step_request(setup, ("frozen", "inductor", "peft_fx"), rounds=15, cold=False)
 
 
 def loss(args: Namespace) -> Iterable[dict[str, Any]]:
-    """The largest activation, with all of it and in chunks."""
+    """What the logits cost, the largest activation: with all of it and in chunks.
+
+    A step of a Llama of 4 layers and width 512 that returns its loss alone, T = 2048, a vocabulary of 128256. Liger's
+    kernel runs on a GPU alone, and says NotRun elsewhere.
+    """
     setup = setup_of("llama-512", layers=4, tokens=2048, vocab=128256, dtype="peft", device=device_of(args))
     yield step_request(setup, LOSSES, rounds=5, cold=False)
 
 
 def gpu(args: Namespace) -> Iterable[dict[str, Any]]:
-    """Llama-3.2-1B: per layer at one length; then every length, in two processes each. A toy of it has two layers of
-    width 64: what takes time then is compiling."""
+    """For one large GPU: the shape of Llama-3.2-1B.
+
+    Per layer at one length; then T = 2048, 8192, 16384 and 32768, every variant, in two processes each. In calls of
+    --minutes each: the same command again goes on where the last one stopped. A toy of it has two layers of width 64,
+    and runs on a CPU if need be: what takes time then is compiling.
+    """
     if device_of(args) == "cpu" and not args.toy:
         raise Problem("There is no GPU here. --toy runs the same suite at toy size.")
     setup, lengths, rounds = setup_of("llama-3.2-1b", device=device_of(args)), LENGTHS, 15
@@ -76,9 +84,7 @@ def gpu(args: Namespace) -> Iterable[dict[str, Any]]:
             yield step_request(replace(setup, tokens=T), variants, rounds)
 
 
-def suite(
-    requests: Callable[[Namespace], Iterable[dict[str, Any]]], help: str, text: str, *arguments: Argument
-) -> Experiment:
+def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments: Argument) -> Experiment:
     def measured(args: Namespace, session: Session) -> Sequence[Row]:
         every = unique(requests(args))
         asked = [r for r in every if not args.method or r["setup"]["method"] in args.method]
@@ -96,8 +102,7 @@ def suite(
     )
     return Experiment(
         name=requests.__name__,
-        help=help,
-        text=text,
+        text=inspect.getdoc(requests),
         arguments=(*arguments, *common),
         measured=measured,
         tables={"": tables.listing},
@@ -105,44 +110,13 @@ def suite(
     )
 
 
-SUITES = (
-    suite(
-        cpu,
-        "small models, for any machine",
-        """\
-Under 20 minutes on two idle cores: kept bytes per layer in every dtype setting and model family, of DoRA, IA3 and VeRA,
-a step of a Llama of 8 layers by every variant, and memory and time against T.
-""",
-    ),
-    suite(
-        methods,
-        "a step by each of PEFT's methods",
-        "A step of a Llama of 2 layers, T = 1024, by each of PEFT's methods: 15 minutes on two idle cores.",
-    ),
-    suite(
-        loss,
-        "what the logits cost",
-        """\
-A step of a Llama of 4 layers and width 512 that returns its loss alone, T = 2048, a vocabulary of 128256: what the
-logits cost. Liger's kernel runs on a GPU alone, and says NotRun elsewhere.
-""",
-        DEVICE,
-    ),
-    suite(
-        gpu,
-        "for one large GPU",
-        """\
-The shape of Llama-3.2-1B at T = 2048, 8192, 16384 and 32768, every variant. In calls of --minutes each: the same
-command again goes on where the last one stopped. --toy runs the same code small, on a CPU if need be.
-""",
-        option("--toy", action="store_true", help="at toy size, to see that it runs"),
-        DEVICE,
-    ),
-)
+TOY = option("--toy", action="store_true", help="at toy size, to see that it runs")
+SUITES = (suite(cpu), suite(methods), suite(loss, DEVICE), suite(gpu, TOY, DEVICE))
 SUITE = Command(
     name="suite",
-    help="the measurements that are committed",
     text="""\
+The steps that are committed, in suites.
+
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
 --fresh measures all of it again. Results: bench/results/cpu.json, methods.json, loss.json, gpu.json, gpu-toy.json.
 """,

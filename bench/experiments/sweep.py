@@ -1,8 +1,23 @@
-"""`python -m bench sweep`: one adapted layer at many sizes, each form measured and predicted."""
+"""Each form of one layer at many sizes, measured and predicted.
+
+Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,
+in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and both forms asked for. Which of them
+`auto` takes is reckoned, not compiled: activation form everywhere is plain Inductor's own graph.
+
+  measured   median of the variants' seconds, taking turns; plain Inductor twice, for the noise
+  predicted  by the price, with this machine's constants: python -m peft_fx calibrate
+  regret     chosen form / best form, of the measured medians
+
+One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
+activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
+thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
+steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import random
 import statistics
@@ -17,14 +32,14 @@ import torch
 
 import peft_fx
 from bench import tables
-from bench.experiment import Experiment, option
+from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.figures import figure_of, save
-from bench.running import Request, Row, Say, Session
 from peft_fx import machines
 from peft_fx.measuring import clock_of
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.decide.shapes import Shape
+from zoo.models import BASES, Layer
 
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
 SIZES = (  # K, N, r
@@ -39,7 +54,7 @@ SIZES = (  # K, N, r
     (2048, 512, 1),
     (2048, 2048, 64),
 )
-DTYPES = {"fp32": torch.float32, "peft": torch.bfloat16}  # of the base; adapters are float32
+DTYPES = ("fp32", "peft")
 VARIANTS = ("inductor", "inductor again", "peft_fx activation", "peft_fx weight")
 INDUCTOR, AGAIN, ACTIVATION, WEIGHT = VARIANTS
 NEAR = 1.05  # a form is as good as the best if it takes so much longer at most
@@ -48,29 +63,13 @@ MOST = 25  # rounds of a cell
 Step = Callable[[torch.Tensor, torch.Tensor], Any]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer [K,N] with an adapter of rank r; `dtype` is a key of `DTYPES`."""
-
-    K: int
-    N: int
-    r: int
-    dtype: str
-
-    def shapes(self, T: int) -> tuple[Shape, Shape]:
-        """Its forward and its input gradient, as the passes describe them to the price."""
-        base = DTYPES[self.dtype]
-        forward = Shape(T, self.K, self.N, (((self.K, self.r), (self.r, self.N)),), base, torch.float32)
-        grad = Shape(T, self.N, self.K, (((self.N, self.r), (self.r, self.K)),), base, torch.float32)
-        return forward, grad
+def shapes(layer: Layer, T: int) -> list[Shape]:
+    """A layer's forward and its input gradient, as the passes describe them to the price."""
+    sides, r = ((layer.K, layer.N), (layer.N, layer.K)), layer.r
+    return [Shape(T, k, n, (((k, r), (r, n)),), BASES[layer.dtype], torch.float32) for k, n in sides]
 
 
 # --------------------------------------------------------------------------------------------------- measuring
-
-
-def request(layer: Layer, tokens: Sequence[int], threads: int, seconds: float, machine: Machine) -> dict[str, Any]:
-    fields = {"layer": asdict(layer), "tokens": list(tokens), "threads": threads, "seconds": seconds}
-    return {"kind": "sweep", **fields, "machine": machine.to_dict(), "variants": list(VARIANTS)}
 
 
 def sweep(request: Request, say: Say) -> Row:
@@ -97,10 +96,11 @@ def _regimes(layer: Layer, tokens: Sequence[int], machine: Machine) -> list[list
     """T in groups for which the graphs are the same: a bf16 x is read in place where T is many times the rank."""
     if layer.dtype == "fp32":
         return [list(tokens)]
-    bf16, fp32 = torch.bfloat16, torch.float32
-    long = [price.reads_in_place(machine, T, min(layer.K, layer.N), layer.r, bf16, fp32) for T in tokens]
-    found = [[T for T, is_long in zip(tokens, long, strict=True) if is_long == which] for which in (False, True)]
-    return [regime for regime in found if regime]
+
+    def in_place(T: int) -> bool:
+        return price.reads_in_place(machine, T, min(layer.K, layer.N), layer.r, torch.bfloat16, torch.float32)
+
+    return [list(group) for _, group in itertools.groupby(tokens, in_place)]
 
 
 def keep_memory() -> None:
@@ -115,7 +115,7 @@ def keep_memory() -> None:
 
 def _compiled(layer: Layer, name: str, hint: int) -> Step:
     """A step (x, dy) -> gradients of x, A and B, compiled for any T as for `hint`."""
-    model = make(layer)
+    model = layer.build()
     form = name.removeprefix("peft_fx ")
     ours: dict[str, Any] = {"backend": peft_fx.backend, "options": {"peft_fx.form": form}}
     call = torch.compile(model, **(ours if form in price.FORMS else {}))
@@ -124,35 +124,16 @@ def _compiled(layer: Layer, name: str, hint: int) -> Step:
     def step(x: torch.Tensor, dy: torch.Tensor) -> Any:
         return torch.autograd.grad(call(x), [x, *trained], dy)
 
-    x, dy = batch(layer, hint)
+    x, dy = layer.batch(hint)
     torch._dynamo.mark_dynamic(x, 0)
     step(x, dy)
     return step
 
 
-def make(layer: Layer) -> Any:
-    """The layer under PEFT, with a B that is not zero."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(layer.K, layer.N, bias=False, dtype=DTYPES[layer.dtype]))
-    model = get_peft_model(base, LoraConfig(r=layer.r, lora_alpha=2 * layer.r, target_modules=["0"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.02)
-    return model
-
-
-def batch(layer: Layer, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T,K], which wants a gradient, and dy [T,N]."""
-    dtype = DTYPES[layer.dtype]
-    return torch.randn(T, layer.K, dtype=dtype, requires_grad=True), torch.randn(T, layer.N, dtype=dtype)
-
-
 def _cell(layer: Layer, T: int, steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
     """Seconds of each step of each variant, in rounds of another order each. A short step is timed the second time, as
     in a loop of its own: the first one finds the caches full of another variant's code and buffers."""
-    x, dy = batch(layer, T)
+    x, dy = layer.batch(T)
     clock, order = clock_of(x.device), random.Random(0)
     start = clock()
     for step in steps.values():
@@ -213,9 +194,9 @@ def cells_of(rows: Sequence[Row], machine: Machine) -> list[Cell]:
 
 def predicted(layer: Layer, T: int, machine: Machine) -> tuple[dict[str, float], str]:
     """Seconds of a step in each form: what differs between the forms, and what does not; and the form chosen."""
-    decision = price.decide(machine, *layer.shapes(T), training=True, in_place=True)
+    decision = price.decide(machine, *shapes(layer, T), training=True, in_place=True)
     same = price.Price()
-    for shape in layer.shapes(T):
+    for shape in shapes(layer, T):
         same += price.base(machine, shape)
         if shape.base_dtype == shape.adapter_dtype:  # else the decision has them
             same += price.reads(machine, shape, in_place=False)
@@ -240,8 +221,10 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def _measured(args: Namespace, session: Session) -> list[Row]:
     machines.check(args.machine)
     machine = machines.resolve(args.machine, torch.device("cpu"))
-    layers = [Layer(*sizes, dtype) for sizes in SIZES[: args.layers] for dtype in args.dtype]
-    requests = [request(layer, args.tokens, args.threads, args.seconds, machine) for layer in layers]
+    fields = {"tokens": list(args.tokens), "threads": args.threads, "seconds": args.seconds}
+    fields |= {"machine": machine.to_dict(), "variants": list(VARIANTS)}
+    layers = [asdict(Layer(*sizes, dtype)) for sizes in SIZES[: args.layers] for dtype in args.dtype]
+    requests = [{"kind": "sweep", "layer": layer, **fields} for layer in layers]
     return session.measure(requests, only=requests)
 
 
@@ -331,21 +314,7 @@ def _crossing(grid: Sequence[Sequence[float]]) -> tuple[list[float], list[float]
 
 SWEEP = Experiment(
     name="sweep",
-    help="each form of one layer, measured and predicted",
-    text="""\
-Forward and backward of one linear layer with PEFT's LoRA, T from 16 to 8192, K and N from 128 to 2048, r from 1 to 256,
-in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and both forms asked for. Which of them
-`auto` takes is reckoned, not compiled: activation form everywhere is plain Inductor's own graph.
-
-  measured   median of the variants' seconds, taking turns; plain Inductor twice, for the noise
-  predicted  by the price, with this machine's constants: python -m peft_fx calibrate
-  regret     chosen form / best form, of the measured medians
-
-One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
-activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
-thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
-steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
-""",
+    text=__doc__,
     arguments=(
         option("--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="(default: 16 to 8192)"),
         option("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="(default: both)"),

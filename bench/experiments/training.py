@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import peft_fx
-from bench import models
-from bench.models import Setup
+from zoo import models
+from zoo.models import Setup
 
 READ = ("argparse", "inspect", "typing", "dataclasses", "ast")
 BATCH = 8  # sequences in a step

@@ -23,6 +23,7 @@ from tests.peft_models import VOCAB, adapt, llama_config, t5_config
 from tests.peft_models import layers as adapted
 from tests.peft_models import tokens as draw_tokens
 from tests.spellings import frozen, trained
+from zoo.architectures import named
 
 WEIGHT = {"peft_fx.form": "weight"}
 BATCH, LENGTH, H, FFN, R = 2, 64, 64, 160, 8
@@ -39,25 +40,22 @@ def llama(layers: int) -> tuple[nn.Module, dict]:
     return tf.LlamaForCausalLM(llama_config(H, FFN, layers)), {"input_ids": ids()}
 
 
+def sized(kind: Any, layers: int, **options: Any) -> Any:
+    sizes = {"hidden": H, "ffn": FFN, "heads": 4, "layers": layers, "vocab": VOCAB, "tokens": LENGTH}
+    return kind(**named(kind, sizes), **options)
+
+
 def gpt2(layers: int) -> tuple[nn.Module, dict]:
-    drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = tf.GPT2Config(n_embd=H, n_layer=layers, n_head=4, vocab_size=VOCAB, n_positions=LENGTH, **drops)
-    config.use_cache = False
-    return tf.GPT2Model(config), {"input_ids": ids()}
-
-
-SIZES = {"hidden_size": H, "intermediate_size": FFN, "num_attention_heads": 4}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return tf.GPT2Model(sized(tf.GPT2Config, layers)), {"input_ids": ids()}
 
 
 def bert(layers: int) -> tuple[nn.Module, dict]:
-    config = tf.BertConfig(num_hidden_layers=layers, vocab_size=VOCAB, **SIZES, **NO_DROPOUT)
-    return tf.BertModel(config, add_pooling_layer=False), {"input_ids": ids()}
+    return tf.BertModel(sized(tf.BertConfig, layers), add_pooling_layer=False), {"input_ids": ids()}
 
 
 def vit(layers: int) -> tuple[nn.Module, dict]:
-    config = tf.ViTConfig(num_hidden_layers=layers, image_size=32, patch_size=4, **SIZES, **NO_DROPOUT)
-    return tf.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(BATCH, 3, 32, 32)}
+    model = tf.ViTModel(sized(tf.ViTConfig, layers, image_size=32, patch_size=4), add_pooling_layer=False)
+    return model, {"pixel_values": torch.randn(BATCH, 3, 32, 32)}
 
 
 def t5(layers: int) -> tuple[nn.Module, dict]:
@@ -66,20 +64,7 @@ def t5(layers: int) -> tuple[nn.Module, dict]:
 
 
 def opt(layers: int) -> tuple[nn.Module, dict]:
-    config = tf.OPTConfig(
-        hidden_size=H,
-        word_embed_proj_dim=H,
-        ffn_dim=FFN,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=VOCAB,
-        max_position_embeddings=LENGTH,
-        dropout=0.0,
-        attention_dropout=0.0,
-        activation_function="relu",
-        use_cache=False,
-    )
-    return tf.OPTModel(config), {"input_ids": ids()}
+    return tf.OPTModel(sized(tf.OPTConfig, layers)), {"input_ids": ids()}
 
 
 @cache

@@ -25,6 +25,7 @@ from tests import joint, losses, peft_models
 from tests.losses import LOSSES, Head, K, T, V
 from tests.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype
 from tests.strategies import same_at_every_run
+from zoo.architectures import made
 
 BF16 = torch.bfloat16
 HEADS: dict[str, dict[str, Any]] = {"frozen": {}, "trained": {"train": True, "bias": True}, "adapted": {"rank": 2}}
@@ -169,27 +170,13 @@ def test_dynamic_sizes_share_a_graph() -> None:
 # ----------------------------------------------------------------------------------------------------- whole models
 
 VOCABULARY = 640
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCABULARY,
-    "use_cache": False,
-}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SIZES = {"hidden": 32, "ffn": 48, "layers": 1, "heads": 4, "kv_heads": 2, "head": 8, "vocab": VOCABULARY, "tokens": 64}
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, final_logit_softcapping=5.0)),
-    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SIZES)),
-    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, tie_word_embeddings=True)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(
-            n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=64, use_cache=False, **NO_DROPOUT
-        )
-    ),
+    "llama": lambda: made("LlamaForCausalLM", SIZES),
+    "gemma2": lambda: made("Gemma2ForCausalLM", SIZES, final_logit_softcapping=5.0),
+    "gemma3": lambda: made("Gemma3ForCausalLM", SIZES),
+    "qwen3": lambda: made("Qwen3ForCausalLM", SIZES, tie_word_embeddings=True),
+    "gpt2": lambda: made("GPT2LMHeadModel", SIZES),
     "t5": lambda: tf.T5ForConditionalGeneration(peft_models.t5_config(32, 48, 1, VOCABULARY)),
 }
 

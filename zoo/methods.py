@@ -16,6 +16,8 @@ from peft.tuners.lora import config as lora_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.noise import disturb
+
 T, K, N = 512, 64, 128  # tokens of each of two sequences; the width of the blocks, inner and outer
 TARGETS = ["up", "down"]
 
@@ -31,12 +33,14 @@ class Method:
     already: str = ""
     inputs: dict[str, Any] = field(default_factory=dict)  # besides the block's own
 
+    def configured(self) -> peft.PeftConfig:
+        return getattr(peft, self.config)(**{"target_modules": TARGETS, **self.options})
+
     def build(self) -> tuple[nn.Module, dict[str, Any]]:
         """An adapted block in training mode, its trained parameters away from their start, and its inputs."""
         torch.manual_seed(0)
         block, inputs = BLOCKS[self.block]()
-        config = getattr(peft, self.config)(**{"target_modules": TARGETS, **self.options})
-        model = peft.get_peft_model(block, config).train()
+        model = peft.get_peft_model(block, self.configured()).train()
         disturb(model, seed=0)
         called = model.base_model if "task_ids" in self.inputs else model  # PeftModel hands those on for text alone
         return called, inputs | self.inputs
@@ -48,18 +52,6 @@ class Method:
     @property
     def packages(self) -> tuple[str, ...]:
         return ("scikit-learn",) if self.config == "AdamssConfig" else ()
-
-
-NOISE = 0.05  # makes a delta about as large as the weight
-
-
-@torch.no_grad()
-def disturb(model: nn.Module, seed: int, noise: float = NOISE) -> None:
-    """Adds noise to every trained parameter: most methods start as the identity, where errors cannot be seen."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- blocks

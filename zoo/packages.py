@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.coverage.adapters import BLOCKS, Block, K, N, disturb
+from zoo.methods import BLOCKS, Block, K, N
+from zoo.noise import disturb
 
 
 @dataclass(frozen=True)

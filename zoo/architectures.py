@@ -1,6 +1,8 @@
-"""Architectures of transformers and diffusers, tiny and with random weights, as data: LoRA on all their layers.
+"""Architectures of transformers and diffusers, with random weights, as data; `ARCHITECTURES` are tiny ones, LoRA on all
+their layers.
 
-Sizes follow one pattern: two layers of width 64, 4 heads, 512 tokens; dropout is off, so that runs can be compared.
+Sizes of those follow one pattern: two layers of width 64, 4 heads, 512 tokens. Dropout of a base is always off, so that
+runs can be compared.
 """
 
 from __future__ import annotations
@@ -12,18 +14,56 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peft_fx
-from bench.coverage.adapters import disturb
+from zoo.noise import disturb
+
+# ------------------------------------------------------------------------------------------------------------ sizes
+
+NAMES = {  # of sizes, in the configs of transformers
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"),
+    "ffn": ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
+    "layers": ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "decoder_layers"),
+    "heads": ("num_attention_heads", "num_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head": ("head_dim", "d_kv"),
+    "tokens": ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"),
+    "pad": ("pad_token_id",),
+    "bos": ("bos_token_id",),
+    "eos": ("eos_token_id",),
+}
+DROPOUTS = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout"),
+    *("activation_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout_rate", "drop_path_rate", "layerdrop"),
+)
+
+
+def named(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes under the names that a class of transformers' configs has for them; no dropout, no cache."""
+    known = config().to_dict()
+    found = {n: sizes[size] for size, names in NAMES.items() for n in names if size in sizes and n in known}
+    return found | {n: 0.0 for n in DROPOUTS if n in known} | ({"use_cache": False} if "use_cache" in known else {})
+
+
+def made(name: str, sizes: Mapping[str, Any], **options: Any) -> Any:
+    """A model of transformers' by the name of its class, in some sizes, with further options of its config."""
+    model = getattr(transformers, name)
+    return model(model.config_class(**named(model.config_class, sizes) | options))
+
 
 T, K, VOCAB = 256, 64, 128  # tokens of each of two sequences
+TINY = {"vocab": VOCAB, "hidden": K, "ffn": 2 * K, "layers": 2, "heads": 4, "kv_heads": 2, "head": 16, "tokens": 2 * T}
+TINY |= {"pad": 0, "bos": 1, "eos": 2}
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model class of a library and its config's options, in the sizes of `SIZES` where these have their names.
+    """A model class of transformers, with options of its config besides the sizes `TINY`; or one of diffusers, with all
+    of its options.
 
     `inputs` names a batch of `BATCHES`; `lora` are LoRA's options besides the rank; `layers` says which layers get an
     adapter: "linear" (PEFT's "all-linear") or "convolutions" (those, and linear layers; not depthwise ones, whose
@@ -31,7 +71,6 @@ class Architecture:
     """
 
     model: str
-    config: str
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: str = "tokens"
     layers: str = "linear"
@@ -49,7 +88,7 @@ class Architecture:
             return peft_fx.loss_only(peft.get_peft_model(model, config)).train(), self.batch()
         options = {"r": 8, "lora_alpha": 16, **self.lora}
         if not options.keys() & {"target_parameters", "target_modules"}:
-            options["target_modules"] = _convolutions(model) if self.layers == "convolutions" else _linear(model)
+            options["target_modules"] = self._targets(model)
         adapted = peft.get_peft_model(model, peft.LoraConfig(**options)).train()
         disturb(adapted, seed=0)
         return adapted, self.batch()
@@ -60,14 +99,9 @@ class Architecture:
     def plain(self) -> nn.Module:
         """The model without adapters, all of it trained."""
         torch.manual_seed(0)
-        library = importlib.import_module(self.library)
-        model = getattr(library, self.model)
-        if self.config:
-            config = getattr(library, self.config)
-            model = model(config(**_known(config, SIZES) | dict(self.options)))
-        else:  # diffusers: the options are the model's own
-            model = model(**self.options)
-        return model.train()  # type: ignore[no-any-return]
+        if self.library == "diffusers":
+            return getattr(importlib.import_module("diffusers"), self.model)(**self.options).train()
+        return made(self.model, TINY, **self.options).train()
 
     @property
     def described(self) -> str:
@@ -77,91 +111,21 @@ class Architecture:
     def packages(self) -> tuple[str, ...]:
         return (self.library,)
 
-
-def _known(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes that a config has under these names."""
-    names = config().to_dict()
-    return {name: size for name, size in sizes.items() if name in names}
-
-
-def _linear(model: nn.Module) -> Any:
-    """PEFT's "all-linear" leaves out the output layer, of transformers models alone."""
-    from transformers import PreTrainedModel
-
-    return "all-linear" if isinstance(model, PreTrainedModel) else _names(model, (nn.Linear,))
+    def _targets(self, model: nn.Module) -> Any:
+        """PEFT's "all-linear" leaves out the output layer, of transformers models alone."""
+        if self.layers == "linear" and self.library == "transformers":
+            return "all-linear"
+        kinds = (nn.Linear,) if self.layers == "linear" else PRODUCTS
+        return [n for n, m in model.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1]
 
 
-def _convolutions(model: nn.Module) -> list[str]:
-    return _names(model, PRODUCTS)
-
-
-def _names(model: nn.Module, kinds: tuple[type, ...]) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1]
-
-
-# ------------------------------------------------------------------------------------------------------------ sizes
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": K,
-    "intermediate_size": 2 * K,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2 * T,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "use_cache": False,
-    **dict.fromkeys(
-        (
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "hidden_dropout",
-            "attention_dropout",
-            "dropout",
-            "activation_dropout",
-            "resid_pdrop",
-            "embd_pdrop",
-            "attn_pdrop",
-            "dropout_rate",
-            "drop_path_rate",
-            "layerdrop",
-        ),
-        0.0,
-    ),
-}
-GPT2 = {"n_embd": K, "n_layer": 2, "n_head": 4, "n_positions": T}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-T5 = {"d_model": K, "d_kv": 16, "d_ff": 2 * K, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-WHISPER = {
-    "d_model": K,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 2 * K,
-    "decoder_ffn_dim": 2 * K,
-    "max_source_positions": T,
-    "max_target_positions": T,
-    "num_mel_bins": 16,
-    "decoder_start_token_id": 0,
-}
+T5 = {"decoder_start_token_id": 0}
+WHISPER = {"max_source_positions": T, "max_target_positions": T, "num_mel_bins": 16, "decoder_start_token_id": 0}
 SWIN = {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 8}
-CLIP_TEXT = {n: v for n, v in SIZES.items() if n in ("vocab_size", "hidden_size", "intermediate_size")} | {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": T,
-    "eos_token_id": 2,
-}
-CLIP_VISION = {
-    "hidden_size": K,
-    "intermediate_size": 2 * K,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 4,
+PATCHES = {"image_size": 64, "patch_size": 4}
+CLIP = {
+    "text_config": named(transformers.CLIPTextConfig, TINY | {"tokens": T}),
+    "vision_config": named(transformers.CLIPVisionConfig, TINY) | PATCHES,
 }
 MAMBA = {"hidden_size": 32, "state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 4}
 DIT = {
@@ -258,61 +222,58 @@ BATCHES: dict[str, Callable[[], dict[str, Any]]] = {
 
 # ----------------------------------------------------------------------------------------------------- architectures
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERT_WEIGHTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
 def diffusion(
     model: str, options: Mapping[str, Any], inputs: str, layers: str = "linear", note: str = ""
 ) -> Architecture:
-    return Architecture(model, "", options, inputs, layers, library="diffusers", note=note)
+    return Architecture(model, options, inputs, layers, library="diffusers", note=note)
 
 
 def prompted(config: str, note: str) -> Architecture:
     """A Llama whose logits are most of a step, and that returns its loss alone."""
     options, already = {"vocab_size": 1 << 14}, "no layer is changed"
     batch = "tokens and labels"
-    return Architecture("LlamaForCausalLM", "LlamaConfig", options, batch, note=note, prompt=config, already=already)
+    return Architecture("LlamaForCausalLM", options, batch, note=note, prompt=config, already=already)
 
 
 ARCHITECTURES = {
-    "Llama": Architecture("LlamaForCausalLM", "LlamaConfig"),
-    "Qwen3": Architecture("Qwen3ForCausalLM", "Qwen3Config"),
-    "Gemma 3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 64}),
-    "Mistral": Architecture("MistralForCausalLM", "MistralConfig", {"sliding_window": 64}),
-    "Phi-3": Architecture("Phi3ForCausalLM", "Phi3Config", note="fused query, key and value; gate and up"),
-    "GPT-2": Architecture("GPT2LMHeadModel", "GPT2Config", GPT2, lora={"fan_in_fan_out": True}, note="Conv1D"),
-    "GPT-NeoX": Architecture("GPTNeoXForCausalLM", "GPTNeoXConfig", note="fused query, key and value"),
-    "OPT": Architecture("OPTForCausalLM", "OPTConfig", {"ffn_dim": 2 * K, "word_embed_proj_dim": K}, note="ReLU"),
-    "Falcon": Architecture("FalconForCausalLM", "FalconConfig", note="parallel attention and MLP"),
-    "Mixtral": Architecture("MixtralForCausalLM", "MixtralConfig", EXPERTS, note="experts are parameters, not layers"),
+    "Llama": Architecture("LlamaForCausalLM"),
+    "Qwen3": Architecture("Qwen3ForCausalLM"),
+    "Gemma 3": Architecture("Gemma3ForCausalLM", {"sliding_window": 64}),
+    "Mistral": Architecture("MistralForCausalLM", {"sliding_window": 64}),
+    "Phi-3": Architecture("Phi3ForCausalLM", note="fused query, key and value; gate and up"),
+    "GPT-2": Architecture(
+        "GPT2LMHeadModel", {"n_positions": T, "n_inner": None}, lora={"fan_in_fan_out": True}, note="Conv1D"
+    ),
+    "GPT-NeoX": Architecture("GPTNeoXForCausalLM", note="fused query, key and value"),
+    "OPT": Architecture("OPTForCausalLM", note="ReLU"),
+    "Falcon": Architecture("FalconForCausalLM", note="parallel attention and MLP"),
+    "Mixtral": Architecture("MixtralForCausalLM", EXPERTS, note="experts are parameters, not layers"),
     "Mixtral, experts": Architecture(
-        "MixtralForCausalLM", "MixtralConfig", EXPERTS, lora=EXPERT_WEIGHTS, note="LoRA's target_parameters"
+        "MixtralForCausalLM", EXPERTS, lora=EXPERT_WEIGHTS, note="LoRA's target_parameters"
     ),
-    "BERT": Architecture("BertForMaskedLM", "BertConfig"),
-    "RoBERTa": Architecture("RobertaForMaskedLM", "RobertaConfig"),
-    "DeBERTa-v2": Architecture(
-        "DebertaV2ForMaskedLM", "DebertaV2Config", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
-    ),
-    "T5": Architecture("T5ForConditionalGeneration", "T5Config", T5, "encoder and decoder", note="ReLU"),
+    "BERT": Architecture("BertForMaskedLM"),
+    "RoBERTa": Architecture("RobertaForMaskedLM"),
+    "DeBERTa-v2": Architecture("DebertaV2ForMaskedLM", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "T5": Architecture("T5ForConditionalGeneration", T5, "encoder and decoder", note="ReLU"),
     "T5 v1.1": Architecture(
-        "T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "gated-gelu"}, "encoder and decoder"
+        "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}, "encoder and decoder"
     ),
-    "Whisper": Architecture("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, "speech"),
-    "ViT": Architecture("ViTModel", "ViTConfig", {"image_size": 64, "patch_size": 4}, "pixels"),
-    "Swin": Architecture("SwinModel", "SwinConfig", SWIN, "pixels", note="windows"),
-    "CLIP": Architecture(
-        "CLIPModel", "CLIPConfig", {"text_config": CLIP_TEXT, "vision_config": CLIP_VISION}, "text and pixels"
-    ),
+    "Whisper": Architecture("WhisperForConditionalGeneration", WHISPER, "speech"),
+    "ViT": Architecture("ViTModel", PATCHES, "pixels"),
+    "Swin": Architecture("SwinModel", SWIN, "pixels", note="windows"),
+    "CLIP": Architecture("CLIPModel", CLIP, "text and pixels"),
     "ConvNeXt": Architecture(
         "ConvNextModel",
-        "ConvNextConfig",
         {"hidden_sizes": [32, 64], "depths": [2, 2], "num_stages": 2},
         "pixels",
         "convolutions",
     ),
     "ResNet": Architecture(
         "ResNetModel",
-        "ResNetConfig",
         {"embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1], "layer_type": "basic"},
         "pixels",
         "convolutions",
@@ -320,7 +281,6 @@ ARCHITECTURES = {
     ),
     "Mamba": Architecture(
         "MambaForCausalLM",
-        "MambaConfig",
         MAMBA,
         lora={"target_modules": ["in_proj", "x_proj", "dt_proj"]},
         note="PEFT allows no other layers",
