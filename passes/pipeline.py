@@ -32,6 +32,7 @@ from peft_fx.passes.normalise.fused_weights import fused_weights
 from peft_fx.passes.normalise.identities import identities
 from peft_fx.passes.rewrite.merge_maps import merge_maps
 from peft_fx.passes.rewrite.merge_sums import merge_sums
+from peft_fx.passes.rewrite.merges_together import merges_together
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
@@ -87,6 +88,7 @@ PASSES = (
         lambda joint, settings: bool(settings.chunk_loss),
     ),
     Pass(changed_inputs, "exact", ("chunk_loss",), "backward reads an input that forward changes as it was before"),
+    Pass(merges_together, "exact", ("changed_inputs",), "several W' are built by one launch of a kernel"),
 )
 
 
