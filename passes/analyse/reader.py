@@ -81,7 +81,7 @@ class Reader:
         return self._shared(node) or self.term(node, Layout(batch, sizes[-1]))
 
     def _name(self, node: Node, layout: Layout) -> Term:
-        rows = numel(shape(node)) / (layout.batch * layout.cols) if 0 not in shape(node) else 0
+        rows = numel(shape(node)) / (layout.batch * layout.cols) if 0 not in shape(node) else numel(shape(node)[-2:-1])
         rows = int(rows) if isinstance(rows, float) else rows
         return Term((Matrix(self.number[node], layout.cols, layout.batch, rows=rows, precision=value(node).dtype),))
 
@@ -124,6 +124,8 @@ class Reader:
             return None if term is None else (Occurrence(term, ()),)
         if part.operand is None or numel(shape(part.operand)) != numel(shape(node)):
             return (Occurrence(None, ()),)
+        if 0 in shape(node) and shape(part.operand) != shape(node):
+            return None  # nothing tells how many rows there are of no columns
         if part.dims is None:
             return read(part.operand, layout)
         return self._permuted(node, part.operand, part.dims, layout, read)

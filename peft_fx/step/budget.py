@@ -38,6 +38,7 @@ from peft_fx.step.seconds import seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 FEW = 0.02  # of the bytes kept: turns that free less are taken together
+NEAR = 4  # cuts that the next turn is looked for from
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
 LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
@@ -109,7 +110,8 @@ class Choices:
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
-        self._cuts: dict[frozenset[Node], None] = {}
+        self._cuts: list[frozenset[Node]] = []
+        self._lines: dict[frozenset[Node], tuple[float, float]] = {}
         self._about = Known()
         self._connect()
 
@@ -185,7 +187,7 @@ class Choices:
             low, most = self._line(kept)
             return (most - least) / (high - low) if low < high else math.inf
 
-        known = [kept | held for kept in self._cuts]
+        known = [kept | held for kept in self._cuts[-NEAR:]]
         known.append(self._cut(self._sum(self.seconds, self.nodes), held))  # a byte less is worth all of them
         found = min(known, key=crossing)
         while (price := crossing(found)) < math.inf:
@@ -236,7 +238,10 @@ class Choices:
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
         """Bytes kept and seconds of making the rest again."""
-        return self._sum(self.bytes, kept), self._sum(self.seconds, self.sides.rebuilt(kept))
+        kept = frozenset(kept)
+        if kept not in self._lines:
+            self._lines[kept] = self._sum(self.bytes, kept), self._sum(self.seconds, self.sides.rebuilt(kept))
+        return self._lines[kept]
 
     def _sum(self, of: Mapping[Node, float], nodes: Iterable[Node]) -> float:
         return math.fsum(of[n] for n in nodes if of.get(n, math.inf) < math.inf)  # in any order the same
@@ -272,7 +277,7 @@ class Choices:
             left[there] = _capacity(price * self.bytes[node])
         side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
         kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
-        self._cuts[kept] = None
+        self._cuts.append(kept)
         return kept
 
     def _connect(self) -> None:

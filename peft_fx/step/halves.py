@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -46,14 +47,21 @@ class Sides:
 
     def rebuilt(self, kept: Set[Node]) -> set[Node]:
         """What backward computes of forward again where those values are kept."""
+        inputs = self._inputs
         found: set[Node] = set()
-        todo = [n for n in self.reads if n not in kept]
+        todo = [n for n in self.reads if n in inputs and n not in kept]
         while todo:
             node = todo.pop()
-            if node not in found and node.op != "placeholder":
+            if node not in found:
                 found.add(node)
-                todo += [n for n in node.all_input_nodes if n not in kept]
+                todo += [n for n in inputs[node] if n not in kept and n not in found]
         return found
+
+    @cached_property
+    def _inputs(self) -> dict[Node, list[Node]]:
+        """What values are computed from that backward may need, but for the graph's own inputs."""
+        needed = [n for n in leading_to(self.reads) if n.op != "placeholder"]
+        return {n: [i for i in n.all_input_nodes if i.op != "placeholder"] for n in needed}
 
 
 @dataclass(frozen=True)
