@@ -104,7 +104,7 @@ def run(
     that it kept. `hint` gives a dynamic size as a number, `at_least` compares one and adds a guard."""
     start = time.perf_counter()
     joint = Joint(graph, roles, fake_mode, Sizes.of(hint, at_least), strict=settings.numerics == "strict")
-    with _without_collection():
+    with without_collection():
         before = Contract.of(graph)
         for row in PASSES:
             if row.when(joint, settings):
@@ -116,7 +116,7 @@ def run(
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Next to nothing is let go of meanwhile, and each look for it goes through all objects of the process: of eight
     layers a fifth of the passes' seconds."""
     enabled = gc.isenabled()

@@ -50,11 +50,12 @@ def in_place_reads(joint: Joint, settings: Settings) -> None:
     """Has the adapters' gradients read activations as they lie, or a few tokens at a time."""
     if settings.numerics != "default":
         return
+    if joint.notes.as_it_was:
+        return
     if not all_cheaper_as_written(joint, settings):
         read_in_place(joint, settings)
-        by_chunks(joint, settings)
-    if not joint.notes.as_it_was:
-        scale_results(joint, settings)
+    by_chunks(joint, settings)
+    scale_results(joint, settings)
 
 
 def read_in_place(joint: Joint, settings: Settings) -> None:
