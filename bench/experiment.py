@@ -120,9 +120,8 @@ class Experiment(Command):
         if not getattr(args, "report", False):
             minutes = getattr(args, "minutes", 0) or float("inf")
             rows = self.measured(args, Session(results, args.again, time.monotonic() + 60 * minutes))
-        if not rows:
-            raise Problem(f"There are no results yet. Measure some: python -m bench {self.name}")
-        rows = self.read(args, rows)
+        if not rows or not (rows := self.read(args, rows)):
+            raise Problem(f"There are no results in {results.path} yet: measure some first, without --report")
         told = [*(table(rows, "simple") for table in self.tables.values()), *self.more(args, rows)]
         print("\n\n".join(["", *filter(None, told)]))
         of_some = getattr(args, "model", None)

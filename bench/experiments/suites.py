@@ -118,7 +118,7 @@ SUITE = Command(
 The steps that are committed, in suites.
 
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
---fresh measures all of it again. Results: bench/results/cpu.json, methods.json, loss.json, gpu.json, gpu-toy.json.
+--fresh measures all of it again.
 """,
     members=SUITES,
 )
