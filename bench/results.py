@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 
 import peft_fx
 from bench.variants import FLOORS
+from peft_fx import machines
 from peft_fx.compiling import source_digest
 from zoo.models import Setup
 
@@ -121,9 +121,7 @@ def device_name(device: str) -> str:
     """The GPU's name, or the processor's model and number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else None
-    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
+    return f"{machines.processor()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:

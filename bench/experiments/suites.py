@@ -13,7 +13,7 @@ from bench import tables
 from bench.experiment import DEVICE, Argument, Command, Experiment, Row, Session, describe, device_of, option
 from bench.experiments.steps import memory_requests, step_request
 from bench.results import FOLDER, Results, unique
-from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
+from bench.variants import CHECKPOINTED, LOSSES, WHOLE
 from peft_fx.terminal import Problem
 from zoo.models import METHODS, setup_of
 
@@ -40,7 +40,7 @@ def cpu(args: Namespace) -> Iterable[dict[str, Any]]:
     yield from memory_requests([*llama, *dropped[:1]], ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests(methods, ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests([*dropped[1:], *families], floor, DEPTHS)
-    yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
+    yield step_request(setup_of("llama-512"), WHOLE, rounds=5)
     for T in (512, 1024, 2048):
         yield step_request(setup_of("llama-256", layers=2, tokens=T), compared, rounds=5, cold=False)
 
