@@ -90,7 +90,7 @@ def asked(request: Mapping[str, Any]) -> dict[str, Any]:
 def request(kind: str, setup: Setup, variants: Sequence[str], **more: Any) -> dict[str, Any]:
     """What to measure. Without adapters their settings do not matter, and one row serves all of them."""
     fields = asdict(setup)
-    if all(name in FLOORS for name in variants) and kind in ("memory", "kernels"):
+    if all(name in FLOORS for name in variants) and kind in ("memory", "kernels", "rehearsal"):
         fields |= {"rank": 0, "dropout": 0.0, "method": "none", "targets": "none"}
         fields["dtype"] = "bf16" if setup.dtype == "peft" else setup.dtype
     return {"kind": kind, "setup": fields, "variants": list(variants), **more}

@@ -32,6 +32,7 @@ from peft_fx.passes.normalise.fused_weights import fused_weights
 from peft_fx.passes.normalise.identities import identities
 from peft_fx.passes.rewrite.merge_maps import merge_maps
 from peft_fx.passes.rewrite.merge_sums import merge_sums
+from peft_fx.passes.rewrite.merges_together import merges_together
 from peft_fx.passes.verify import Contract, verify
 
 log = logging.getLogger("peft_fx.passes")
@@ -87,6 +88,7 @@ PASSES = (
         lambda joint, settings: bool(settings.chunk_loss),
     ),
     Pass(changed_inputs, "exact", ("chunk_loss",), "backward reads an input that forward changes as it was before"),
+    Pass(merges_together, "exact", ("changed_inputs",), "several W' are built by one launch of a kernel"),
 )
 
 
@@ -102,7 +104,7 @@ def run(
     that it kept. `hint` gives a dynamic size as a number, `at_least` compares one and adds a guard."""
     start = time.perf_counter()
     joint = Joint(graph, roles, fake_mode, Sizes.of(hint, at_least), strict=settings.numerics == "strict")
-    with _without_collection():
+    with without_collection():
         before = Contract.of(graph)
         for row in PASSES:
             if row.when(joint, settings):
@@ -114,7 +116,7 @@ def run(
 
 
 @contextmanager
-def _without_collection() -> Iterator[None]:
+def without_collection() -> Iterator[None]:
     """Next to nothing is let go of meanwhile, and each look for it goes through all objects of the process: of eight
     layers a fifth of the passes' seconds."""
     enabled = gc.isenabled()

@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
+from peft_fx.passes.pipeline import without_collection
 from peft_fx.step.budget import Choice, Choices, Held, is_saved
 from peft_fx.step.kinds import VIEW, bytes_of, kind_of
 
@@ -126,10 +127,11 @@ def hold(
 ) -> tuple[Held, list[Node]]:
     """What was done for the budget in a joint graph, and what its partitioner is to keep, which would keep these
     `values` by itself."""
-    choices = choices_in(graph, values, hint, machine)
     fixed = asked.fixed(roles)
     budget = asked.bytes - sum(fixed.values())
-    before, after = choices.of(frozenset(choices.before)), choices.within(budget)
+    with without_collection():
+        choices = choices_in(graph, values, hint, machine)
+        before, after = choices.of(frozenset(choices.before)), choices.within(budget)
     sizes = {k: sum(bytes_of(n, hint) for n in c.kept) for k, c in (("before", before), ("after", after))}
     peaks = {"before": before.peak, "after": after.peak}
     results = sum(bytes_of(n, hint) for n in returned(graph)[0] if isinstance(n, Node))

@@ -147,8 +147,11 @@ class Report:
     def _summary(self) -> str:
         # an adapter has a row for each graph that it is in, of training and of evaluation
         refused = {r.name for r in self.refusals if not r.is_about_a_loss}
+        found = {s.name for s in self.sites}
         rewritten = {s.name for s in self.sites if "weight" in (s.forward, s.input_grad)}
-        text = f"{len(rewritten)} of {len(refused | {s.name for s in self.sites})} adapters in weight form"
+        text = f"{len(rewritten)} of {len(refused | found)} adapters in weight form"
+        if cheaper := {s.name for s in self.sites if s.reason.startswith("cheaper")} - rewritten:
+            text += f", {len(cheaper)} in activation form, which is cheaper at their sizes"
         if refused:
             text += f", {len(refused)} refused"
         text += f"; {self.graphs} graph{'s' * (self.graphs != 1)}"

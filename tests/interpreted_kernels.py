@@ -3,7 +3,9 @@ test_kernels.py starts. The interpreter knows of no input precision, and cuts to
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ def merges(draw: st.DrawFn, bound: int = 0) -> tuple[list[Tensor], list[Tensor],
     """Arguments of a merge: up to three weights of up to two terms, in either order of strides; integers up to a
     bound."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    dtype, N = draw(st.sampled_from([BF16, FP16])), draw(sizes)
+    dtype = draw(st.sampled_from([BF16, FP16]))
 
     def matrix(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
         turned = draw(st.booleans())
@@ -44,7 +46,7 @@ def merges(draw: st.DrawFn, bound: int = 0) -> tuple[list[Tensor], list[Tensor],
 
     weights, left, right, terms = [], [], [], []
     for _ in range(draw(st.integers(1, 3))):
-        M = draw(sizes)
+        M, N = draw(sizes), draw(st.sampled_from([1, 100, 200]))
         weights.append(matrix(M, N, dtype))
         terms.append(draw(st.integers(0, 2)))
         for _ in range(terms[-1]):
@@ -55,26 +57,48 @@ def merges(draw: st.DrawFn, bound: int = 0) -> tuple[list[Tensor], list[Tensor],
     return weights, left, right, scales, terms
 
 
-def merged(arguments: tuple) -> Tensor:
-    out = torch.full_like(merge(*arguments), float("nan"))
-    triton_merge.launch(out, *arguments)
-    return out
+def merged(arguments: tuple) -> list[Tensor]:
+    outs = [torch.full_like(W, float("nan")) for W in merge(*arguments)]
+    triton_merge.launch(outs, *arguments)
+    return outs
+
+
+def one_by_one(arguments: tuple) -> Iterator[tuple]:
+    """The same, each weight by itself."""
+    weights, *rest, terms = arguments
+    ends = list(itertools.accumulate(terms))
+    for W, n, end in zip(weights, terms, ends, strict=True):
+        yield [W], *(own[end - n : end] for own in rest), [n]
 
 
 @some
 @given(merges(bound=2))
 def test_merge_is_exact_on_integers(arguments: tuple) -> None:
-    assert torch.equal(merged(arguments), merge(*arguments))
+    assert all(map(torch.equal, merged(arguments), merge(*arguments)))
+
+
+@some
+@given(merges())
+def test_merges_in_one_launch_are_each_as_alone(arguments: tuple) -> None:
+    """To the bit, and so by the decomposition."""
+    for by in (merged, lambda given: merge(*given)):
+        alone = [W for one in one_by_one(arguments) for W in by(one)]
+        assert all(map(torch.equal, by(arguments), alone))
 
 
 @some
 @given(merges())
 def test_merge_rounds_once(arguments: tuple) -> None:
     """What the sum in fp64 is rounded to, or its neighbour where fp32 is on another side of the middle."""
+    for one in one_by_one(arguments):
+        rounds_once(one)
+
+
+def rounds_once(arguments: tuple) -> None:
     weights, left, right, scales, terms = arguments
     wide = ([t.double() for t in ts] for ts in (weights, left, right))
     exact = decomposed_in_fp64(*wide, scales, terms)
-    got = merged(arguments)
+    (got,) = merged(arguments)
     unit = torch.finfo(got.dtype).eps / 2
     # of a sum in fp32 of up to 40 products and 2 terms: 2⁻²⁴ for each, of the sum of their sizes
     size = decomposed_in_fp64(
@@ -99,7 +123,7 @@ def test_what_is_no_number_stays_what_it_is() -> None:
     for dtype, large in ((BF16, 3e38), (FP16, 65504.0)):
         W = torch.tensor([[float("inf"), -float("inf"), float("nan"), large]], dtype=dtype)
         L, R = torch.ones(1, 1), torch.tensor([[1.0, 1.0, 1.0, 8.0]])
-        got, want = merged(([W], [L], [R], [1.0], [1])), merge([W], [L], [R], [1.0], [1])
+        (got,), (want,) = merged(([W], [L], [R], [1.0], [1])), merge([W], [L], [R], [1.0], [1])
         assert torch.equal(got.nan_to_num(7.0, 8.0, 9.0), want.nan_to_num(7.0, 8.0, 9.0))
         assert got[0, 3] == W[0, 3]
 
@@ -116,9 +140,9 @@ def activations(draw: st.DrawFn, tokens: int) -> tuple[list[Tensor], list[list[i
     return us, [draw(st.lists(st.sampled_from([1, 3, 16, 20]), min_size=1, max_size=2)) for _ in us], generator
 
 
-def integers(rows: int, ranks: list[int], generator: torch.Generator) -> list[Tensor]:
+def integers(rows: int, ranks: list[int], generator: torch.Generator, dtype: torch.dtype = FP32) -> list[Tensor]:
     """Narrow matrices that are columns of one, of 11 bits: bfloat16 holds 8, and two of them all."""
-    whole = torch.randint(-1000, 1000, (rows, sum(ranks)), generator=generator).float()
+    whole = torch.randint(-1000, 1000, (rows, sum(ranks)), generator=generator).to(dtype)
     return list(whole.split(ranks, 1))
 
 
@@ -126,7 +150,8 @@ def integers(rows: int, ranks: list[int], generator: torch.Generator) -> list[Te
 @given(st.data(), st.integers(0, 90))
 def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
     us, ranks, generator = data.draw(activations(tokens))
-    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator, dtype)]
     scales = [2.0 ** (i - 1) for i in range(len(factors))]
     want = narrow_out(us, factors, [len(own) for own in ranks], scales)
     got = [torch.full_like(t, float("nan")) for t in want]
@@ -134,7 +159,7 @@ def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
         triton_narrow.launch_out(got, us, factors, [len(own) for own in ranks], scales)
     read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
     for u, F, s, a, b in zip(read, factors, scales, want, got, strict=True):
-        assert torch.equal(a.double(), u.double() @ F.double() * s)
+        assert torch.equal(a, (u.double() @ F.double() * s).to(dtype))  # rounded once
         assert torch.equal(a, b)
 
 
@@ -143,7 +168,8 @@ def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
 def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
     """Also where the tokens are split, from 512 on."""
     us, ranks, generator = data.draw(activations(tokens))
-    zs = [z for own in ranks for z in integers(tokens, own, generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    zs = [z for own in ranks for z in integers(tokens, own, generator, dtype)]
     turned = [i % 2 == 0 for i in range(len(zs))]
     scales = [2.0 ** (i - 1) for i in range(len(zs))]
     want = narrow_in(us, zs, [len(own) for own in ranks], scales, turned)
@@ -151,8 +177,8 @@ def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
     triton_narrow.launch_in(got, us, zs, [len(own) for own in ranks], scales, turned)
     read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
     for u, z, s, turn, a, b in zip(read, zs, scales, turned, want, got, strict=True):
-        exact = z.double().t() @ u.double() * s
-        assert torch.equal(a.double(), exact.t() if turn else exact)
+        exact = (z.double().t() @ u.double() * s).to(dtype)
+        assert torch.equal(a, exact.t() if turn else exact)
         assert torch.equal(a, b)
 
 
@@ -162,7 +188,8 @@ def test_narrow_both_is_both(data: st.DataObject, tokens: int, block: int) -> No
     """To the bit, on integers: with features in one part, and in several."""
     us, ranks, generator = data.draw(activations(tokens))
     factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
-    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator, dtype)]
     turned, scales = [i % 2 == 0 for i in range(len(zs))], [2.0 ** (i - 1) for i in range(len(zs))]
     counts = [len(own) for own in ranks]
     asked = factors, counts, scales, zs, counts, scales[::-1], turned

@@ -21,17 +21,18 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import machines
 from peft_fx.compiling import AdapterPass, Record
 from peft_fx.kernels import library, trial
-from peft_fx.kernels.merge import merge
+from peft_fx.kernels.merge import MOST, merge
 from peft_fx.kernels.narrow import WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
 from peft_fx.options import parse
 from peft_fx.passes.decide import price
 from peft_fx.passes.decide.machine import MACHINES, table_entry
 from peft_fx.passes.graph.nodes import aten, value
 from peft_fx.passes.keep import narrow
-from peft_fx.passes.rewrite import merge_sums
+from peft_fx.passes.rewrite import merge_sums, merges_together
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR
+from tests.passes.analyse.test_maps import Vector
 from tests.passes.keep.test_in_place_reads import Siblings
 from tests.spellings import K, N, frozen, trained
 from tests.test_retargeting import with_products_of_a_cpu
@@ -64,7 +65,13 @@ def test_in_the_interpreter() -> None:
 
 
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-SHARED = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes that a program may take of a card's shared memory
+SHARED = {
+    75: 65536,
+    80: 166912,
+    86: 101376,
+    90: 232448,
+    100: 232448,
+}  # bytes that a program may take of a card's shared memory
 
 
 def signature(arg: Any) -> Any:
@@ -85,20 +92,23 @@ def compiled(kernel: Any, given: list[Any], constants: dict[str, Any], capabilit
 
 
 @with_triton
-@pytest.mark.parametrize("capability", SHARED)
-def test_cards_can_run_the_merge(capability: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("capability", "count"), [*((card, 1) for card in SHARED), (90, MOST)])
+def test_cards_can_run_the_merge(
+    capability: int, count: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft_fx.kernels import triton_merge
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     W, L, B = torch.empty(64, 64, dtype=BF16), torch.empty(64, 16), torch.empty(16, 64)
-    _, given, constants = triton_merge.arguments(W, [W], [L], [B], [2.0], [1])
+    several = [[t] * count for t in (W, W, L, B, 2.0, 1)]
+    _, given, constants = triton_merge.arguments(*several)
     built = compiled(triton_merge.merge_kernel, given, constants, capability)
     assert built.asm["cubin"]
     assert built.metadata.shared <= SHARED[capability]
 
 
 @with_triton
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_cards_can_run_the_narrow_products(
     capability: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +176,7 @@ def unscaled(us: Any, zs: Any, counts: Any, scales: Any, turned: Any) -> list[Te
 
 
 def nothing(*given: Any) -> Tensor:
-    return KERNELS[merge](*given).fill_(float("nan"))
+    return [W.fill_(float("nan")) for W in KERNELS[merge](*given)]
 
 
 def one_element(*given: Any) -> list[Tensor]:
@@ -229,15 +239,19 @@ def test_the_option_is_part_of_the_key() -> None:
 # --------------------------------------------------------------------------------------------------------- in graphs
 
 
-def weight_form(module: nn.Module, x: Tensor, **options: Any) -> tuple[joint.Joint, Graph]:
-    traced = joint.trace(module, x)
+def weight_form(module: nn.Module, *inputs: Tensor, **options: Any) -> tuple[joint.Joint, Graph]:
+    traced = joint.trace(module, *inputs)
     graph, outcome = traced.rewritten(GPU, form="weight", **options)
     assert {s.forward for s in outcome.sites} == {"weight"}
     return traced, graph
 
 
 def x() -> Tensor:
-    return torch.randn(80, K, dtype=BF16, requires_grad=True)
+    return rows(80, K)
+
+
+def rows(T: int, features: int) -> Tensor:
+    return torch.randn(T, features, dtype=BF16, requires_grad=True)
 
 
 def exact(traced: joint.Joint, graph: Graph) -> bool:
@@ -246,11 +260,59 @@ def exact(traced: joint.Joint, graph: Graph) -> bool:
 
 def test_a_merge_is_one_op(triton: None) -> None:
     """Of W and both factors as they are: no product of factors, no copy of W; exact on integers."""
-    traced, graph = weight_form(Siblings(2), x())
-    assert ops(graph)[merge] == 2
-    for node in graph.find_nodes(op="call_function", target=merge):
-        assert all(n.op == "placeholder" or n.target is aten.permute.default for n in node.all_input_nodes)
+    traced, graph = weight_form(Siblings(1), x())
+    (node,) = graph.find_nodes(op="call_function", target=merge)
+    assert all(n.op == "placeholder" or n.target is aten.permute.default for n in node.all_input_nodes)
     assert exact(traced, graph)
+
+
+def launches_of(graph: Graph) -> list[list[tuple[int, ...]]]:
+    """The shapes of the W' that each launch builds."""
+    return [[tuple(W.shape) for W in value(n)] for n in graph.find_nodes(op="call_function", target=merge)]
+
+
+class Layer(nn.Module):
+    """Two layers that read x, and one that reads z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(K, N), (K, N), (N, K)]
+        for i, (k, n) in enumerate(sizes):
+            self.register_parameter(f"W{i}", nn.Parameter(frozen(k, n).to(BF16), requires_grad=False))
+            self.register_parameter(f"A{i}", trained(k, R))
+            self.register_parameter(f"B{i}", trained(R, n))
+
+    def layer(self, i: int, x: Tensor) -> Tensor:
+        W, A, B = (getattr(self, f"{name}{i}") for name in "WAB")
+        return x @ W + ((x.to(A.dtype) @ A) @ B).to(x.dtype)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return self.layer(0, x), self.layer(1, x), self.layer(2, z)
+
+
+@pytest.mark.parametrize(("most", "launches"), [(8, [2, 1]), (1, [1, 1, 1])])
+def test_merges_are_launched_together(
+    most: int, launches: list[int], triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two W' take as much as is allowed, twice what the largest takes; exact on integers, built again in backward by as
+    many launches, and not kept."""
+    monkeypatch.setattr(merges_together, "MOST", most)
+    traced, graph = weight_form(Layer(), x(), rows(80, N))
+    assert list(map(len, launches_of(graph))) == launches
+    assert exact(traced, graph)
+    forward, backward = traced.split(graph)
+    assert launches_of(forward.graph) == launches_of(graph)
+    assert sorted(launches_of(backward.graph)) == sorted(launches_of(graph))
+    kept = forward.graph.output_node().args[0][traced.outputs :]
+    assert not {(K, N), (N, K)} & {tuple(value(n).shape) for n in kept if n.op == "call_function"}
+
+
+def test_what_only_forward_reads_is_built_apart(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two layers' input has no gradient: W' of the third alone is built again, whatever there is room for."""
+    monkeypatch.setattr(merges_together, "AT_ONCE", 8)
+    traced, graph = weight_form(Layer(), x().detach(), rows(80, N))
+    assert launches_of(graph) == [[(K, N)] * 2, [(N, K)]]
+    assert launches_of(traced.split(graph)[1].graph) == [[(N, K)]]
 
 
 def test_only_on_a_gpu_with_triton() -> None:
@@ -314,6 +376,19 @@ def test_narrow_products_are_one_op_for_siblings(layers: int, vector: bool, once
     (both,) = graph.find_nodes(op="call_function", target=narrow_both)
     assert features(both) == once
     assert exact(traced, graph)
+
+
+def test_narrow_products_of_adapters_in_bfloat16(triton: None) -> None:
+    """The same, rounded once: no copy is spared, but reads are."""
+    traced, graph = weight_form(Siblings(3).to(BF16), x())
+    assert [ops(graph)[op] for op in NARROW] == [1, 1, 1]
+    assert {value(n).dtype for op in NARROW for n in results_of(graph, op)} == {BF16}
+    assert ops(graph)[aten.mm.default] == 6  # y, and the gradients of x
+    assert exact(traced, graph)
+
+
+def results_of(graph: Graph, op: Any) -> list[Node]:
+    return [item for node in graph.find_nodes(op="call_function", target=op) for item in node.users]
 
 
 def test_of_high_rank_each_product_reads_by_itself(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,6 +463,17 @@ def test_for_few_tokens_a_gpus_graph_stays_as_it_is(triton: None, monkeypatch: p
     assert (outcome.rebuilt, ops(graph)) == (0, ops(traced.graph))
     assert not [n for n in graph.nodes if "recompute" in n.meta]
     for options in ({"form": "activation"}, {"memory_weight": 1.0}):
+        assert traced.rewritten(GPU, machine="h100", **options)[1].rebuilt
+
+
+def test_vectors_alone_leave_a_gpus_graph_as_it_is(triton: None) -> None:
+    """IA3 has no form that saves time, so none is spent on its gradients, however many layers share what would not be
+    noticed; it is where it is asked for."""
+    traced = joint.trace(nn.Sequential(*(Vector(BF16) for _ in range(40))), rows(4096, 64))
+    graph, outcome = traced.rewritten(GPU, machine="h100")
+    assert {s.forward for s in outcome.sites} == {"activation"}
+    assert (outcome.rebuilt, ops(graph)) == (0, ops(traced.graph))
+    for options in ({"adapter_grad": "dense"}, {"memory_weight": 1.0}):
         assert traced.rewritten(GPU, machine="h100", **options)[1].rebuilt
 
 

@@ -2,6 +2,7 @@
 
 steps.py       memory, time, fit: bytes and seconds of a training step
 suites.py      suite: lists of those, whose results are committed
+rehearsing.py  suite gpu --offline: what of that takes no GPU
 budget.py      budget: time against memory, within budgets
 estimating.py  estimate, long-context: what `peft_fx.estimate` says
 compiling.py   compile: seconds of the passes
@@ -32,4 +33,5 @@ COMMANDS: tuple[Command, ...] = (
     STUDY,
     sweep.SWEEP,
 )
-KINDS = {kind: run for c in COMMANDS if isinstance(c, Experiment) for kind, run in c.kinds.items()}
+_EXPERIMENTS = (e for c in COMMANDS for e in (c, *c.members) if isinstance(e, Experiment))
+KINDS = {kind: run for e in _EXPERIMENTS for kind, run in e.kinds.items()}

@@ -50,6 +50,9 @@ def consider(joint: Joint, settings: Settings, groups: list[SumCandidate], maps:
 def _candidates(joint: Joint, settings: Settings, found: Sequence[Found]) -> list[Candidate]:
     """The adapters that groups or regions are of, but for those refused, each with what its price depends on."""
     flow, refused = joint.flow, {r.name for r in joint.found.refusals}
+    for one in found:
+        own = {p for node in one.adapter_nodes for p in flow.parameters(node)}
+        joint.notes.layers.update(p for p in flow.parameters(one.weight_node) if p not in own)
     adapters = [a for a in adapters_of(found, flow) if a.either.site_name(flow) not in refused]
     return [(adapter, Priced.of(adapter, flow, settings, joint.sizes.hint)) for adapter in adapters]
 

@@ -38,7 +38,7 @@ from peft_fx.passes.decide.shapes import Shape
 
 FORMS = ("weight", "activation")
 IN_PLACE = 16  # an activation is read in place by products of a rank that is a sixteenth of its sides at most
-COPIES = 1.5  # and where that takes at most so much longer than copies, whose memory it saves
+COPIES = 1.0  # and where that takes no longer than copies, of which no more than a chunk is there at a time
 MIX = 0.75  # a mix must be this much cheaper: it has temporaries of [T,N] that no roofline sees
 
 

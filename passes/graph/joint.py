@@ -56,6 +56,7 @@ class Notes:
     tentative     fused_layers, fused_weights, for merge_sums, which has them settled, the last one first
     layer_inputs  find, for compress: what layers read
     adapter_of    find and merge_sums, for dense_grads and compress: parameters, with the adapter's name
+    layers        decide and merge_maps, for recompute: the weights that adapters are beside
     reads_tokens  dense_grads, for compress and recompute: products that serve parameter gradients alone
     rebuilt       compress, for recompute: what is made again in any case
     as_it_was     dense_grads, for in_place_reads and recompute: the graph is Inductor's, and no other
@@ -70,6 +71,7 @@ class Notes:
     tentative: list[Tentative] = field(default_factory=list)
     layer_inputs: frozenset[Node] = frozenset()
     adapter_of: dict[Node, str] = field(default_factory=dict)
+    layers: set[Node] = field(default_factory=set)
     reads_tokens: frozenset[Node] = frozenset()
     rebuilt: frozenset[Node] = frozenset()
     as_it_was: bool = False
@@ -154,4 +156,5 @@ class Joint:
     def recompute(self, random: bool) -> Recompute:
         """What backward would make again, after what passes have noted; `random`: masks too."""
         notes = self.notes
-        return Recompute(self.graph, self.flow, self.sizes.hint, random, notes.reads_tokens, notes.rebuilt)
+        noted = notes.reads_tokens, notes.rebuilt, notes.layers
+        return Recompute(self.graph, self.flow, self.sizes.hint, random, *noted)

@@ -41,7 +41,7 @@ from peft_fx.passes.graph.nodes import (
 )
 from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
 
-LEAST = 4  # a pass over a chunk's copy takes as many times what a kernel takes to start
+LEAST = 4  # a pass over a chunk's copy takes about as many times what a kernel takes to start, no less than half of it
 MOST = 8  # chunks
 
 
@@ -84,7 +84,7 @@ def _groups(joint: Joint, machine: Machine) -> Iterator[_Group]:
     least = machine.bandwidth * LEAST * machine.launch
     products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
     found = {r.node: r for n in products if (r := _reading(n, flow)) is not None}
-    if all(r.bytes < 2 * least for r in found.values()):
+    if all(r.bytes <= least for r in found.values()):
         return
     position = {n: float(i) for i, n in enumerate(graph.nodes)}
     copies = {r: {(number[_source(way[0])], value(way[0]).dtype) for way in r.ways} for r in found.values()}
@@ -103,7 +103,7 @@ def _groups(joint: Joint, machine: Machine) -> Iterator[_Group]:
     for group in groups:
         members = sorted(group, key=lambda r: position[r.node])
         tokens = members[0].tokens
-        count = min(MOST, tokens, int(max(r.bytes for r in members) / least) if least else MOST)
+        count = min(MOST, tokens, math.ceil(max(r.bytes for r in members) / least) if least else MOST)
         count = next((n for n in range(count, count // 2, -1) if tokens % n == 0), count)
         if count > 1 and all(r.tokens == tokens for r in members):
             yield _Group(tuple(members), position, flow.backward, count)

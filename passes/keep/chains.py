@@ -58,8 +58,9 @@ class Recompute:
     """Finds the nodes to rebuild, `chosen`. Pure but for `mark`, which writes the tags.
 
     `random` is whether a random draw may be repeated from its seed; `reading` are products of backward known to serve
-    parameter gradients alone; `rebuilt` are nodes that are rebuilt in any case. `frozen` is what the frozen model
-    keeps, `origins` where each value that a parameter's gradient reads begins.
+    parameter gradients alone; `rebuilt` are nodes that are rebuilt in any case; `layers` are the weights W that
+    adapters are beside. `frozen` is what the frozen model keeps, `origins` where each value that a parameter's gradient
+    reads begins.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Recompute:
         random: bool = True,
         reading: Set[Node] = frozenset(),
         rebuilt: Set[Node] = frozenset(),
+        layers: Set[Node] = frozenset(),
     ):
         self.flow, self.hint, self.random, self.graph, self.rebuilt = flow, hint, random, graph, rebuilt
+        self.layers = layers
         self.kept: set[Node] = set()
         self.chosen: set[Node] = set()
         self._origins: dict[Node, Origin] = {}
@@ -157,14 +160,15 @@ class Recompute:
         )
 
     def _is_narrow_product(self, node: Node) -> bool:
-        """`u·A` with few columns: redoing it costs little next to the layer's own product."""
+        """`u·A` with few columns: redoing it costs little next to the layer's own product, which is never redone."""
         if node.target is narrow_out:
             return True
         for product in products(node):
             if product.window is None:
                 k, n = shape(product.right)[-2:]
                 narrow = isinstance(k, int) and isinstance(n, int) and 4 * n <= k
-                return narrow and self.flow.is_weight(product.right)
+                own = not self.layers.isdisjoint(self.flow.parameters(product.right))
+                return narrow and self.flow.is_weight(product.right) and not own
         return False
 
     def _choose(self, node: Node, inputs: list[Origin]) -> Origin:

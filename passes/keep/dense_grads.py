@@ -53,16 +53,14 @@ NARROW = 4  # a product with a quarter of its input's columns is computed again
 def dense_grads(joint: Joint, settings: Settings) -> None:
     """Has gradients made of `G = uᵀ·dy` where that pays: by itself, and beside what the forms have saved."""
     found, notes = joint.found, joint.notes
-    dense = False
-    if settings.numerics == "default" and settings.adapter_grad != "low_rank":
+    notes.as_it_was = is_as_it_was(joint, settings)
+    if settings.numerics == "default" and settings.adapter_grad != "low_rank" and not notes.as_it_was:
         rows = joint.maps
         chosen = _chosen(joint, settings)
         weights = {p for one in chosen.values() for p in _weights(one, rows)}
         notes.reads_tokens = _made(joint, settings.machine, chosen)
         names = {notes.adapter_of.get(p, joint.roles[p].name) for p in weights}
         found.sites = [_with_dense_gradient(site, names) for site in found.sites]
-        dense = bool(chosen)
-    notes.as_it_was = not dense and is_as_it_was(joint, settings)
 
 
 def _chosen(joint: Joint, settings: Settings) -> dict[Node, Contraction]:
@@ -272,7 +270,7 @@ def _on_a_gpu(joint: Joint) -> bool:
 
 def _asks_for_time(settings: Settings) -> bool:
     """Whether what a kernel takes to start, which is most of it for few tokens on a GPU, is worth more than memory."""
-    return settings.keep == "recompute" and not settings.memory_weight
+    return settings.keep == "recompute" and not settings.memory_weight and settings.adapter_grad != "dense"
 
 
 def all_cheaper_as_written(joint: Joint, settings: Settings) -> bool:

@@ -50,11 +50,12 @@ def in_place_reads(joint: Joint, settings: Settings) -> None:
     """Has the adapters' gradients read activations as they lie, or a few tokens at a time."""
     if settings.numerics != "default":
         return
+    if joint.notes.as_it_was:
+        return
     if not all_cheaper_as_written(joint, settings):
         read_in_place(joint, settings)
-        by_chunks(joint, settings)
-    if not joint.notes.as_it_was:
-        scale_results(joint, settings)
+    by_chunks(joint, settings)
+    scale_results(joint, settings)
 
 
 def read_in_place(joint: Joint, settings: Settings) -> None:
@@ -80,6 +81,8 @@ def _replace(edit: Editor, members: list[Copying], operands: dict[Any, Node]) ->
             (_source(edit, last, own[-1], operands), own, [_other(edit, m) for m in own]) for own in sources.values()
         ]
         results = _by_kernels(edit, given) if last.kernel else None
+        if results is None and not all(m.copies for m in members):
+            return
         results = results or [pair for one in given for pair in _in_halves(edit, *one)]
         for member, new in results:
             with edit.provenance(member.node):

@@ -214,7 +214,7 @@ class Rewriter:
             left.append(first)
             right.append(self._scaled(self._multiply(others), replace(scale, number=1.0)))
             scales.append(float(scale.number))
-        return self.edit.call(merge, [node], left, right, scales, [len(terms)])
+        return self.edit.item(self.edit.call(merge, [node], left, right, scales, [len(terms)]), 0)
 
     def _narrow(self, term: Term) -> list[Node]:
         """A term's factors up to its narrowest place as one, and those behind it; a single one in its own dtype."""

@@ -1,11 +1,11 @@
 """W' of several weights in one launch: each weight is read once, each W' written once.
 
-    merge([W1, W2, …], [L, …], [R, …], [s, …], [n1, n2, …]) -> [ΣM, N]
+    merge([W1, W2, …], [L, …], [R, …], [s, …], [n1, n2, …]) -> [W'1, W'2, …]
     W'i = round(Wi + Σ s·L·R)          over the next ni of the factors
 
-Wi [Mi, N] of any strides in bfloat16 or float16, L [Mi, r] and R [r, N] of any strides and float dtype; products and
-sums are in fp32, and W' is rounded once, to nearest. The results stand below each other in one matrix, as one product
-of what several layers read takes them.
+Wi [Mi, Ni] of any strides, all in bfloat16 or all in float16, L [Mi, r] and R [r, Ni] of any strides and float dtype;
+products and sums are in fp32, and W' [Mi, Ni] is rounded once, to nearest. What is built beside a W' does not touch its
+bits.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def _decomposed(
     right: Sequence[Tensor],
     scales: Sequence[float],
     terms: Sequence[int],
-) -> Tensor:
+) -> list[Tensor]:
     merged, at = [], 0
     for W, n in zip(weights, terms, strict=True):
         total = W.float()
         for L, R, s in zip(left[at : at + n], right[at : at + n], scales[at : at + n], strict=True):
             total = total + (L.float() @ R.float()) * s
-        merged.append(_saturated(total, W.dtype).to(W.dtype))
+        merged.append(_saturated(total, W.dtype).to(W.dtype).contiguous())
         at += n
-    return torch.cat(merged)
+    return merged
 
 
 def _saturated(total: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,8 +54,8 @@ def _shape(
     right: Sequence[Tensor],
     scales: Sequence[float],
     terms: Sequence[int],
-) -> Tensor:
-    return weights[0].new_empty(sum(W.shape[0] for W in weights), weights[0].shape[1])
+) -> list[Tensor]:
+    return [W.new_empty(W.shape) for W in weights]
 
 
 def _launch(
@@ -64,17 +64,17 @@ def _launch(
     right: Sequence[Tensor],
     scales: Sequence[float],
     terms: Sequence[int],
-) -> Tensor:
+) -> list[Tensor]:
     from peft_fx.kernels.triton_merge import launch  # Triton is imported where there is a device for it
 
-    out = _shape(weights, left, right, scales, terms)
-    if out.numel():
-        launch(out, weights, left, right, scales, terms)
-    return out
+    outs = _shape(weights, left, right, scales, terms)
+    if any(out.numel() for out in outs):
+        launch(outs, weights, left, right, scales, terms)
+    return outs
 
 
 merge = define(
-    "merge(Tensor[] weights, Tensor[] left, Tensor[] right, float[] scales, int[] terms) -> Tensor",
+    "merge(Tensor[] weights, Tensor[] left, Tensor[] right, float[] scales, int[] terms) -> Tensor[]",
     _decomposed,
     _launch,
     _shape,

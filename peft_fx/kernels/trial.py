@@ -96,9 +96,9 @@ def cases() -> Iterator[Case]:
     """Ragged sizes, either order of strides, several of everything; integers, which must be exact, and fractions; few
     tokens, and so many that they are split."""
     for dtype in DTYPES:
-        W, V = _integers(70, 50, dtype), _integers(50, 33, dtype).t()
+        W, V = _integers(70, 50, dtype), _integers(140, 33, dtype).t()
         L, R = [_integers(70, 4), _integers(33, 3, dtype), _integers(33, 20)], [_integers(4, 50)]
-        yield merge, ([W, V], L, [*R, _integers(3, 50), _integers(50, 20).t()], [2.0, 1.0, -0.5], [1, 2]), 0.0
+        yield merge, ([W, V], L, [*R, _integers(3, 140), _integers(140, 20).t()], [2.0, 1.0, -0.5], [1, 2]), 0.0
         left, right = _fractions(70, 16), _fractions(16, 130)
         delta = left @ right
         # W' is what W, the delta rounded, lacks: as precise as the kernel's own delta

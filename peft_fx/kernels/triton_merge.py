@@ -1,4 +1,4 @@
-"""The Triton kernel of `merge`: one program a tile of some weight.
+"""The Triton kernel of `merge`: one program a tile of some weight, whatever others there are.
 
 A tile of W and of W' goes through memory once; the factors' rows and columns for it come from the cache. Tensor cores
 multiply no fp32: three passes in TF32 stand for it, to 2⁻²¹ of the delta, far below W's own rounding.
@@ -44,28 +44,28 @@ def product(total, L, R, scale, m, n, M, N, strides, r: tl.constexpr, PADDED: tl
 
 @triton.jit
 def merge_kernel(
-    out,
+    outs,
     weights,
     left,
     right,
     scales,
     rows,
+    columns,
     strides,
     factor_strides,
-    N,
     TERMS: tl.constexpr,
     RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """`out` has the tiles of one weight after those of another, each weight's in rows."""
+    """The tiles of one weight come after those of another, each weight's in rows."""
     program = tl.program_id(0)
-    across = tl.cdiv(N, BN)
     first = 0
-    above = 0
     for i in tl.static_range(len(TERMS)):
         M = rows[i]
+        N = columns[i]
+        across = tl.cdiv(N, BN)
         tiles = tl.cdiv(M, BM) * across
         if (program >= first) & (program < first + tiles):
             m = (program - first) // across * BM + tl.arange(0, BM)
@@ -80,14 +80,12 @@ def merge_kernel(
                     total = product(
                         total, left[j], right[j], scales[j], m, n, M, N, factor_strides[j], RANKS[j], padded, PRECISION
                     )
-            to = (above + m)[:, None].to(tl.int64) * N + n[None, :]
-            tl.store(out + to, rounded(total, w.dtype), inside)
+            tl.store(outs[i] + m[:, None].to(tl.int64) * N + n[None, :], rounded(total, w.dtype), inside)
         first += tiles
-        above += M
 
 
 def arguments(
-    out: Tensor,
+    outs: Sequence[Tensor],
     weights: Sequence[Tensor],
     left: Sequence[Tensor],
     right: Sequence[Tensor],
@@ -95,7 +93,6 @@ def arguments(
     terms: Sequence[int],
 ) -> tuple[tuple[int], list[Any], dict[str, Any]]:
     """Grid, arguments and constants of a launch."""
-    N = out.shape[1]
     ends = [sum(terms[: i + 1]) for i in range(len(terms))]
     exact = all(f.dtype in HALF for f in (*left, *right))  # TF32 holds them
     constants = {
@@ -105,28 +102,28 @@ def arguments(
         "BM": ROWS,
         "BN": COLUMNS,
     }
-    grid = sum(triton.cdiv(W.shape[0], ROWS) for W in weights) * triton.cdiv(N, COLUMNS)
+    grid = sum(triton.cdiv(W.shape[0], ROWS) * triton.cdiv(W.shape[1], COLUMNS) for W in weights)
     given = [
-        out,
+        tuple(outs),
         tuple(weights),
         tuple(left),
         tuple(right),
         tuple(float(s) for s in scales),
         tuple(W.shape[0] for W in weights),
+        tuple(W.shape[1] for W in weights),
         tuple(W.stride() for W in weights),
         tuple((*L.stride(), *R.stride()) for L, R in zip(left, right, strict=True)),
-        N,
     ]
     return (grid,), given, constants
 
 
 def launch(
-    out: Tensor,
+    outs: Sequence[Tensor],
     weights: Sequence[Tensor],
     left: Sequence[Tensor],
     right: Sequence[Tensor],
     scales: Sequence[float],
     terms: Sequence[int],
 ) -> None:
-    grid, given, constants = arguments(out, weights, left, right, scales, terms)
+    grid, given, constants = arguments(outs, weights, left, right, scales, terms)
     merge_kernel[grid](*given, **constants)

@@ -7,8 +7,8 @@ again has a price where it would be forbidden there: with a price of λ seconds 
 
 keeps what is worth keeping, exactly, and the larger λ is, the more is made again and the less is kept. So λ is raised
 until the peak of the liveness walk, over both halves as they would be ordered, is within the budget, and no further.
-Layers that are alike would all turn at one λ. A value that is made earlier waits longer for its reader and is alive at
-more high points: by a little its bytes weigh more, and layers turn one after the other, the first one first.
+Layers that are alike all turn at one λ. A value that is made earlier waits longer for its reader and is alive at more
+high points: of what turns at one λ no more than needed does, the first of it first.
 
 What is never made again: random draws other than from a seed, effects, collectives, calls of other graphs, and what the
 partitioner or a pass has said to keep. What a pass or a checkpoint has said to make again is never kept.
@@ -37,8 +37,7 @@ from peft_fx.step.kinds import ATTENTION, ITEM, NONE, SCATTERS, VIEW, bytes_of, 
 from peft_fx.step.seconds import seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
-EARLIER = 1e-3  # what a byte of the first value weighs more than one of the last
-FINE = 1e-2  # of that weight, to which λ is looked for
+FEW = 0.02  # of the bytes kept: turns that free less are taken together
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
 LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
@@ -85,11 +84,11 @@ class Held:
 
 @dataclass(frozen=True)
 class Turn:
-    """The λ at which one choice turns into another, with what is not made again in either."""
+    """The λ at which what is kept turns into another choice, with what is not made again in either."""
 
     price: float
     held: frozenset[Node]
-    before: Choice
+    before: frozenset[Node]
     after: Choice
 
 
@@ -110,6 +109,7 @@ class Choices:
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
+        self._cuts: dict[frozenset[Node], None] = {}
         self._about = Known()
         self._connect()
 
@@ -136,18 +136,21 @@ class Choices:
         """What is kept at higher and higher λ, each with a lower peak. What is made again and alive at the highest
         point stays kept; and so does all that turns at a λ where the peak is no lower."""
         held: frozenset[Node] = frozenset()
-        here = self.of(self._cut(LEAST))
-        yield Turn(LEAST, held, here, here)  # the partitioner does not see what is returned and there anyway
-        while (following := self._next(here, held)) is not None:
-            price, after = following[0], self.of(following[1])
-            wasted, known = after.taken.alive & after.rebuilt & here.kept, held
+        here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
+        if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
+            here = self.of(kept)
+            yield Turn(LEAST, held, kept, here)
+        while (following := self._further(here.kept, held)) is not None:
+            price, before, kept = following
+            after = self.of(kept)
+            wasted, known = after.taken.alive & after.rebuilt & before, held
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
                 after, held = other, held | wasted
-            turn = Turn(price, held, here, after)
+            turn = Turn(price, held, before, after)
             if after.peak >= here.peak:
-                after = self._lowest(turn)
-            elif self._spent(turn) > here.peak - after.peak:
+                after = self._lowest(turn, here)
+            elif self._spent(before, after.kept) > here.peak - after.peak:
                 after = self._between(turn, after.peak)
             is_lower, here = after.peak < here.peak, after
             held |= here.kept - turn.after.kept
@@ -156,22 +159,40 @@ class Choices:
             elif held == known:
                 return  # what is held is not read any more: there is no way on from here
 
-    def _spent(self, turn: Turn) -> float:
+    def _spent(self, before: Set[Node], after: Set[Node]) -> float:
         """Bytes that are no longer kept."""
-        return self._line(turn.before.kept)[0] - self._line(turn.after.kept)[0]
+        return self._line(before)[0] - self._line(after)[0]
 
-    def _next(self, here: Choice, held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
-        """The least λ at which something else is worth keeping, and what: where two lines cross of seconds by λ, and
-        none is below."""
-        after = self._cut(self._sum(self.seconds, self.nodes), held)  # a byte less is worth all of them
-        while self._line(after)[0] < self._line(here.kept)[0]:
-            (high, least), (low, most) = self._line(here.kept), self._line(after)
-            price = (most - least) / (high - low)
-            between = self._cut(price, held)
-            kept, seconds = self._line(between)
-            if not (low < kept < high and seconds + price * kept < (least + price * high) * (1 - EXACT)):
-                return price, after
-            after = between
+    def _is_much(self, before: Set[Node], after: Set[Node]) -> bool:
+        return self._spent(before, after) >= FEW * self._line(self.before)[0] > 0
+
+    def _further(self, here: frozenset[Node], held: Set[Node]) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
+        """The λ at which enough more turns to be walked, what is kept just below it, and above."""
+        before, found = here, self._next(here, held)
+        while found is not None and not self._is_much(here, found[1]):
+            following = self._next(found[1], held)
+            if following is None:
+                break
+            before, found = found[1], following
+        return None if found is None else (found[0], before, found[1])
+
+    def _next(self, here: Set[Node], held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
+        """The least λ at which something else is worth keeping, and what is then kept least: where the line of seconds
+        by λ of what is kept here is first crossed by another one. Looked for from the steepest that are known."""
+        high, least = self._line(here)
+
+        def crossing(kept: Set[Node]) -> float:
+            low, most = self._line(kept)
+            return (most - least) / (high - low) if low < high else math.inf
+
+        known = [kept | held for kept in self._cuts]
+        known.append(self._cut(self._sum(self.seconds, self.nodes), held))  # a byte less is worth all of them
+        found = min(known, key=crossing)
+        while (price := crossing(found)) < math.inf:
+            after = self._cut(price * (1 + EXACT), held)
+            if not crossing(after) < price * (1 - EXACT):
+                return price, after if crossing(after) < math.inf else found
+            found = after
         return None
 
     def _between(self, turn: Turn, peak: int) -> Choice:
@@ -180,11 +201,12 @@ class Choices:
         A byte more that is kept raises the peak by no more than one: what then fits in any case, or does not in any, is
         not walked.
         """
-        low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
+        changed = self._changed(turn)
+        low, high = 0, len(changed)
         best, most, over = turn.after, turn.after.kept, math.inf  # bytes kept that are too many
-        while high - low > EARLIER * FINE * high:
-            middle = (low + high) / 2
-            kept = self._cut(middle, turn.held, EARLIER)
+        while high - low > 1:
+            middle = (low + high) // 2
+            kept = turn.before.symmetric_difference(changed[:middle])
             more = self._line(kept)[0] - self._line(best.kept)[0]
             if best.peak + more <= peak:
                 high, most = middle, kept
@@ -197,16 +219,20 @@ class Choices:
         last = self.of(most)
         return last if last.peak <= peak else best
 
-    def _lowest(self, turn: Turn) -> Choice:
-        """Of values that turn at one λ those of the earliest layers, as many as lower the peak."""
-        low, high = turn.price * (1 - 2 * EARLIER), turn.price * (1 + 2 * EARLIER)
-        best = turn.before
-        while high - low > EARLIER * FINE * high:
-            middle = (low + high) / 2
-            found = self.of(self._cut(middle, turn.held, EARLIER))
+    def _lowest(self, turn: Turn, best: Choice) -> Choice:
+        """Of values that turn at one λ those of the earliest layers, as many as lower the peak of the best so far."""
+        changed = self._changed(turn)
+        low, high = 0, len(changed)
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = self.of(turn.before.symmetric_difference(changed[:middle]))
             low, high = (middle, high) if found.peak <= best.peak else (low, middle)
             best = found if found.peak < best.peak else best
         return best
+
+    def _changed(self, turn: Turn) -> list[Node]:
+        """What is kept before a turn or after it, not both, in the graph's order."""
+        return sorted(turn.before ^ turn.after.kept)
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
         """Bytes kept and seconds of making the rest again."""
@@ -235,31 +261,32 @@ class Choices:
             return 0.0
         return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
 
-    def _cut(self, price: float, held: Set[Node] = frozenset(), earlier: float = 0.0) -> frozenset[Node]:
-        """The values kept where a byte kept costs so many seconds, and one of the first value that part more than one
-        of the last; those `held` are not made again.
+    def _cut(self, price: float, held: Set[Node] = frozenset()) -> frozenset[Node]:
+        """The values kept where a byte kept costs so many seconds; those `held` are not made again.
 
         Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
         """
-        left, last = list(self._always), len(self.nodes)
-        for i, node, made, there in self._parts:
+        left = list(self._always)
+        for node, made, there in self._parts:
             left[made] = _capacity(math.inf if node in held else self.seconds[node])
-            left[there] = _capacity(price * (1 + earlier * (1 - i / last)) * self.bytes[node])
-        kept, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
-        return frozenset(n for _, n, made, there in self._parts if kept[ends[made]] and not kept[ends[there]])
+            left[there] = _capacity(price * self.bytes[node])
+        side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
+        kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
+        self._cuts[kept] = None
+        return kept
 
     def _connect(self) -> None:
         """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it
         is made of. Of each other value: its place, and the edges cut where it is made again and where it is kept."""
         self._network = network = Network(2 + 2 * len(self.nodes))
-        self._parts: list[tuple[int, Node, int, int]] = []
+        self._parts: list[tuple[Node, int, int]] = []
         always: list[int] = []
         ends: dict[Node, list[int]] = {}
         for i, node in enumerate(self.nodes):
             read = list(dict.fromkeys(end for n in node.all_input_nodes for end in ends.get(n, ())))
             ends[node], made, there = read, 2 + 2 * i, 3 + 2 * i
             if self.bytes[node] < math.inf or self.seconds[node] > 0:
-                self._parts.append((i, node, network.edge(KEPT, made), network.edge(made, there)))
+                self._parts.append((node, network.edge(KEPT, made), network.edge(made, there)))
                 always += [network.edge(end, made) for end in read]
                 ends[node] = [there]
             if node in self.sides.reads or (_is_repeated(node) and "ac_graph_id" in node.meta):

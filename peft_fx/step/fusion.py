@@ -72,12 +72,14 @@ class Part:
 
 @dataclass
 class Known:
-    """What each node is in whatever part of a graph: its kind, bytes, numbers, and the space of its loops."""
+    """What each node is in whatever part of a graph: its kind, bytes, numbers, the space of its loops, and what memory
+    it takes."""
 
     kinds: dict[Node, str] = field(default_factory=dict)
     sizes: dict[Node, int] = field(default_factory=dict)
     numels: dict[Node, int] = field(default_factory=dict)
     spaces: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    memories: dict[Node, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +159,14 @@ class Fused:
         if node not in self.known.sizes:
             self.known.sizes[node] = bytes_of(node, self.hint)
         return self.known.sizes[node]
+
+    def memory(self, buffer: Node) -> Any:
+        """What is the same of two buffers where one can take over the other's memory."""
+        known = self.known.memories
+        if buffer not in known:
+            (tensor,) = tensors_of(buffer)
+            known[buffer] = tensor.dtype, tensor.device, str(numel([expr(n) for n in tensor.shape]))
+        return known[buffer]
 
     def space(self, node: Node) -> tuple[int, ...]:
         """What a kernel's loops run over: of a sum over rows all, and the rows. One over rows that lie apart in memory

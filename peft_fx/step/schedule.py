@@ -10,13 +10,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from peft_fx.passes.graph.nodes import expr, numel
 from peft_fx.step.fusion import Fused, Kernel
 from peft_fx.step.kinds import (
     INTO,
     SCATTERS,
     name_of,
-    tensors_of,
 )
 
 
@@ -59,7 +57,7 @@ class Plan:
         apart: set[Node],
     ) -> dict[Node, Node]:
         """The buffers that take over another's memory, at once or later, and that other; none `apart` does."""
-        most, alive = max(self.alive, default=0), self.alive
+        fused, most, alive = self.fused, max(self.alive, default=0), self.alive
         reused: set[Node] = set()
         taken: dict[Node, Node] = {}
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
@@ -67,20 +65,20 @@ class Plan:
         for b, at in end.items():
             if b not in stays and b not in apart and (b in given or b in start):
                 dying[at].append(b)
-        for i, kernel in enumerate(self.fused.kernels):
+        for i, kernel in enumerate(fused.kernels):
             for node in kernel.nodes:
                 over = not kernel.library or name_of(node) in SCATTERS
                 if not over and name_of(node) not in INTO:
                     continue
-                for b in self.fused.buffers(node):
+                for b in fused.buffers(node):
                     if b in apart:
                         continue
-                    free = [r for r in dying[i] if over and r in self.fused.reads[node] and r not in reused]
-                    last = next((r for r in free if readers[r, i] == 1 and same(r) == same(b)), None)
-                    waiting = idle[same(b)]
+                    free = [r for r in dying[i] if over and r in fused.reads[node] and r not in reused]
+                    last = next((r for r in free if readers[r, i] == 1 and fused.memory(r) == fused.memory(b)), None)
+                    waiting = idle[fused.memory(b)]
                     if last is None and waiting:
                         before, since = waiting[-1]
-                        size = self.fused.size(b)
+                        size = fused.size(b)
                         if since + 1 == i or size + max(alive[since + 1 : i], default=0) <= most:
                             waiting.pop()
                             last = before
@@ -90,7 +88,7 @@ class Plan:
                         taken[b] = last
             for b in dying[i]:
                 if b not in reused and b not in given:
-                    idle[same(b)].append((b, i))
+                    idle[fused.memory(b)].append((b, i))
         return taken
 
 
@@ -197,8 +195,3 @@ class _Around:
                 todo.append((i, True))
                 todo += [(j, False) for j in sorted(self.before[i], key=lambda j: (moved[j], j))[::-1]]
         return [self.kernels[i] for i in found]
-
-
-def same(buffer: Node) -> Any:
-    (tensor,) = tensors_of(buffer)
-    return tensor.dtype, tensor.device, str(numel([expr(n) for n in tensor.shape]))

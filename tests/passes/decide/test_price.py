@@ -121,9 +121,11 @@ def test_reading_in_place_is_priced() -> None:
 @pytest.mark.parametrize("side", [64, 512, 4096])
 def test_where_half_precision_is_slow_copies_are_read(name: str, side: int, r: int) -> None:
     """An activation is read in place on all machines of the table but the one that multiplies bf16 a fortieth as
-    quickly as fp32, whatever a kernel takes to start."""
+    quickly as fp32, whatever a kernel takes to start; and but where a CPU's second product, which gives what the first
+    one rounded, takes longer than a copy."""
     long = price.IN_PLACE * r <= side
-    assert price.reads_in_place(MACHINES[name], side, side, r, BF16, FP32) is (long and name != "avx2")
+    copied = name == "avx2" or (name == "cpu" and r == 256)
+    assert price.reads_in_place(MACHINES[name], side, side, r, BF16, FP32) is (long and not copied)
     assert price.rounds_twice(MACHINES[name], BF16) is (name != "avx2")
 
 

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 import peft_fx
 from peft_fx.passes.analyse.flow import is_tangent, reachable
+from peft_fx.passes.decide import price
 from peft_fx.passes.graph.nodes import CASTS, aten, is_tensor, value
 from peft_fx.passes.keep import by_chunks
 from tests import joint
@@ -81,7 +82,7 @@ def in_chunks(size: int = 0) -> Any:
 
 def copies(graph: Graph) -> Iterator[Node]:
     """What backward's fp32 products read of copies of half-precision tensors."""
-    for product in graph.nodes:
+    for product in reachable(graph, is_tangent):
         if product.target in (aten.mm.default, aten.addmm.default):
             for node in product.args[-2:]:
                 read = node
@@ -91,9 +92,14 @@ def copies(graph: Graph) -> Iterator[Node]:
                     yield read
 
 
-def test_no_copy_is_larger_than_a_chunk() -> None:
-    """At sizes that are worth it without any being asked for."""
-    graph, _ = joint.capture(Layers(256, 512), *tokens(2, 512, 256)).rewritten(**SLOW)
+@pytest.mark.parametrize("form", ["weight", "as written"])
+def test_no_copy_is_larger_than_a_chunk(form: str) -> None:
+    """At sizes that are worth it without any being asked for; and where the price leaves every adapter alone."""
+    chosen = nullcontext() if form == "weight" else patch.object(price, "merge", lambda m, s: price.Price(1.0))
+    with chosen:
+        captured = joint.capture(Layers(256, 512), *tokens(2, 512, 256))
+        graph, outcome = captured.rewritten(**SLOW | ({} if form == "weight" else {"form": "auto"}))
+    assert {s.forward for s in outcome.sites} == {"weight" if form == "weight" else "activation"}
     read = list(copies(graph))
     assert read
     assert {max(value(n).shape) for n in read} <= {256, 512}

@@ -269,6 +269,25 @@ def test_only_cheap_nodes_are_rebuilt(dropout: float) -> None:
     assert dear == []
 
 
+class Narrowing(nn.Module):
+    """IA3 on a layer with a quarter of its input's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.W, self.l = frozen(H, H // 4), nn.Parameter(torch.ones(H // 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x @ self.W) * self.l).relu()
+
+
+def test_a_layers_own_product_is_not_rebuilt() -> None:
+    """However few columns it has: that is no x·A."""
+    case = joint.trace(Narrowing(), torch.ones(LENGTH, H, requires_grad=True))
+    graph, outcome = case.rewritten()
+    assert {(s.forward, s.adapter_grad) for s in outcome.sites} == {("activation", "low_rank")}
+    assert not {n.target for n in tagged(graph, case)} & PRODUCTS
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_residual_stream_is_not_rebuilt(dropout: float) -> None:
     """Of the sums of two layers' outputs none is tagged: one would pull in all before it."""
