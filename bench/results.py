@@ -103,14 +103,13 @@ def unique(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on besides the request."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
         "command": "python -m bench " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "peft_fx": peft_fx.__version__,
         "commit": commit(),
         "source": source_digest()[:16],

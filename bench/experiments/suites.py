@@ -11,11 +11,11 @@ from typing import Any
 
 from bench import tables
 from bench.experiment import DEVICE, Argument, Command, Experiment, Kind, Row, Session, describe, device_of, option
-from bench.experiments.rehearsing import rehearsal, rehearse
 from bench.experiments.steps import memory_requests, step_request
 from bench.results import FOLDER, Results, unique
 from bench.variants import CHECKPOINTED, LOSSES, WHOLE
 from peft_fx.terminal import Problem
+from tests.rehearsing import rehearsal, rehearse
 from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)
@@ -118,12 +118,7 @@ def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments:
 
 TOY = option("--toy", action="store_true", help="at toy size, to see that it runs")
 OFFLINE = option("--offline", action="store_true", help="for a GPU that is not there: code and kernels, no times")
-SUITES = (
-    suite(cpu),
-    suite(methods),
-    suite(loss, DEVICE),
-    suite(gpu, TOY, OFFLINE, DEVICE, rehearsal=rehearsal),
-)
+SUITES = (suite(cpu), suite(methods), suite(loss, DEVICE), suite(gpu, TOY, OFFLINE, DEVICE, rehearsal=rehearsal))
 SUITE = Command(
     name="suite",
     text="""\
