@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bench import interpreting
 from bench.experiment import in_a_worker
-from bench.experiments import rehearsing, suites
+from bench.experiments import suites
 from bench.results import ROOT, request
 from bench.variants import VARIANTS
+from tests import interpreting, rehearsing
 from zoo.models import setup_of
 
 TOOL = ROOT.parent.parent / "shared" / "offline_cuda" / "model_kernels.py"

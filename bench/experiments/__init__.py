@@ -2,7 +2,6 @@
 
 steps.py       memory, time, fit: bytes and seconds of a training step
 suites.py      suite: lists of those, whose results are committed
-rehearsing.py  suite gpu --offline: what of that takes no GPU
 budget.py      budget: time against memory, within budgets
 estimating.py  estimate, long-context: what `peft_fx.estimate` says
 compiling.py   compile: seconds of the passes

@@ -9,8 +9,7 @@ forward and backward apart:
   ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
 
 With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
-Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
-bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
+Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ from typing import Any
 
 from bench import tables
 from bench.experiment import DEVICE, Argument, Command, Experiment, Kind, Row, Session, describe, device_of, option
-from bench.experiments.rehearsing import rehearsal, rehearse
 from bench.experiments.steps import memory_requests, step_request
 from bench.results import FOLDER, Results, unique
-from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
+from bench.variants import CHECKPOINTED, LOSSES, WHOLE
 from peft_fx.terminal import Problem
+from tests.rehearsing import rehearsal, rehearse
 from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)
@@ -41,7 +41,7 @@ def cpu(args: Namespace) -> Iterable[dict[str, Any]]:
     yield from memory_requests([*llama, *dropped[:1]], ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests(methods, ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests([*dropped[1:], *families], floor, DEPTHS)
-    yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
+    yield step_request(setup_of("llama-512"), WHOLE, rounds=5)
     for T in (512, 1024, 2048):
         yield step_request(setup_of("llama-256", layers=2, tokens=T), compared, rounds=5, cold=False)
 
@@ -118,19 +118,14 @@ def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments:
 
 TOY = option("--toy", action="store_true", help="at toy size, to see that it runs")
 OFFLINE = option("--offline", action="store_true", help="for a GPU that is not there: code and kernels, no times")
-SUITES = (
-    suite(cpu),
-    suite(methods),
-    suite(loss, DEVICE),
-    suite(gpu, TOY, OFFLINE, DEVICE, rehearsal=rehearsal),
-)
+SUITES = (suite(cpu), suite(methods), suite(loss, DEVICE), suite(gpu, TOY, OFFLINE, DEVICE, rehearsal=rehearsal))
 SUITE = Command(
     name="suite",
     text="""\
 The steps that are committed, in suites.
 
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
---fresh measures all of it again. Results: bench/results/cpu.json, methods.json, loss.json, gpu.json, gpu-toy.json.
+--fresh measures all of it again.
 """,
     members=SUITES,
 )

@@ -113,7 +113,7 @@ def smaller(call: Any) -> Any:
 
 def interpreted(calls: Sequence[Any]) -> list[Row]:
     """Whether each gives its decomposition's bits: in a process whose Triton interprets."""
-    command, env = [sys.executable, "-m", "bench.interpreting"], os.environ | {"TRITON_INTERPRET": "1"}
+    command, env = [sys.executable, "-m", "tests.interpreting"], os.environ | {"TRITON_INTERPRET": "1"}
     asked = {"input": json.dumps(calls), "capture_output": True, "text": True, "cwd": ROOT.parent, "env": env}
     done = subprocess.run(command, check=False, **asked)  # type: ignore[call-overload]
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Our kernels by Triton's interpreter: `python -m bench.interpreting`, with TRITON_INTERPRET=1, reads calls as JSON,
+"""Our kernels by Triton's interpreter: `python -m tests.interpreting`, with TRITON_INTERPRET=1, reads calls as JSON,
 [{"op", "given"}, …], and writes whether each gives the bits of its decomposition, on integers whose sums are exact.
 """
 
