@@ -6,7 +6,6 @@ Each measurement is taken in a fresh process where nothing else is said, with a 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.results import FOLDER, ROOT, Results, asked, provenance
-from peft_fx.terminal import Problem
+from peft_fx.terminal import Problem, silence_others
 
 Request = Mapping[str, Any]
 Row = dict[str, Any]
@@ -120,9 +119,8 @@ class Experiment(Command):
         if not getattr(args, "report", False):
             minutes = getattr(args, "minutes", 0) or float("inf")
             rows = self.measured(args, Session(results, args.again, time.monotonic() + 60 * minutes))
-        if not rows:
-            raise Problem(f"There are no results yet. Measure some: python -m bench {self.name}")
-        rows = self.read(args, rows)
+        if not rows or not (rows := self.read(args, rows)):
+            raise Problem(f"There are no results in {results.path} yet: measure some first, without --report")
         told = [*(table(rows, "simple") for table in self.tables.values()), *self.more(args, rows)]
         print("\n\n".join(["", *filter(None, told)]))
         of_some = getattr(args, "model", None)
@@ -262,10 +260,8 @@ def quieten() -> None:
     error."""
     os.environ.pop("PEFT_FX_DISABLE", None)
     torch._dynamo.config.disable = False
-    warnings.simplefilter("ignore")
+    silence_others()
     warnings.filterwarnings("error", message="peft_fx")
     warnings.filterwarnings("ignore", message="peft_fx cannot hold")  # the least is measured too
-    for name in ("torch._dynamo", "torch._inductor", "transformers", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True

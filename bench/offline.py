@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from torch._dynamo.device_interface import CudaInterface
+from torch._functorch import partitioners
 from torch._inductor import compile_fx, config
 from torch._inductor.fx_passes import post_grad
 from torch._inductor.graph import GraphLowering
@@ -64,6 +65,7 @@ def pretend() -> None:
         module.get_rng_state = lambda *args: torch.zeros(16, dtype=torch.uint8)  # type: ignore[assignment]
         module.set_rng_state = lambda *args: None  # type: ignore[assignment]
         module.get_rng_state_all = lambda *args: []  # type: ignore[assignment]
+    partitioners.functionalize_rng_ops = _nothing_drawn_again  # type: ignore[assignment]
     torch.accelerator.is_available = lambda: False  # Dynamo would ask for its current stream
     torch._C._cuda_getCurrentRawStream = lambda *args: 0  # type: ignore[attr-defined]
     fake_tensor.init_gpu_context = lambda *args, **kwargs: None  # type: ignore[assignment]
@@ -76,6 +78,11 @@ def pretend() -> None:
     for name, setting in SETTINGS.items():
         setattr(config, name, setting)
     compat.functorch_config.enable_autograd_cache = False
+
+
+def _nothing_drawn_again(joint: Any, forward: Any, backward: Any, static: int) -> tuple[Any, Any]:
+    """Attention without dropout, made again behind a checkpoint, draws nothing; its state would be a device's."""
+    return forward, backward
 
 
 def _seed(seeds: Any, index: int) -> Any:

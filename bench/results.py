@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 
 import peft_fx
 from bench.variants import FLOORS
+from peft_fx import machines
 from peft_fx.compiling import source_digest
 from zoo.models import Setup
 
@@ -90,7 +90,7 @@ def asked(request: Mapping[str, Any]) -> dict[str, Any]:
 def request(kind: str, setup: Setup, variants: Sequence[str], **more: Any) -> dict[str, Any]:
     """What to measure. Without adapters their settings do not matter, and one row serves all of them."""
     fields = asdict(setup)
-    if all(name in FLOORS for name in variants) and kind in ("memory", "kernels"):
+    if all(name in FLOORS for name in variants) and kind in ("memory", "kernels", "rehearsal"):
         fields |= {"rank": 0, "dropout": 0.0, "method": "none", "targets": "none"}
         fields["dtype"] = "bf16" if setup.dtype == "peft" else setup.dtype
     return {"kind": kind, "setup": fields, "variants": list(variants), **more}
@@ -103,14 +103,13 @@ def unique(requests: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on besides the request."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}
     return {
         "command": "python -m bench " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%d"),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **versions,
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         "peft_fx": peft_fx.__version__,
         "commit": commit(),
         "source": source_digest()[:16],
@@ -121,9 +120,7 @@ def device_name(device: str) -> str:
     """The GPU's name, or the processor's model and number of cores."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else None
-    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
+    return f"{machines.processor()}, {os.cpu_count()} cores"
 
 
 def commit() -> str:

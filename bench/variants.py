@@ -165,6 +165,8 @@ class Variants(dict[str, Variant]):
 
     def __missing__(self, name: str) -> Variant:
         plain, _, budget = name.partition("@")
+        if not budget:
+            raise KeyError(name)
         base = self[plain]
         title = f"{base.title}, budget {float(budget):g}"
         return replace(base, title=title, compile=partial(base.compile, budget=float(budget)))
@@ -191,4 +193,5 @@ VARIANTS = Variants(
     }
 )
 LOSSES = tuple(name for name in VARIANTS if name.endswith("-loss"))
+WHOLE = tuple(name for name in VARIANTS if name not in LOSSES)  # a step returns the logits too
 CHECKPOINTED = tuple(name for name in VARIANTS if name.endswith("-ckpt"))

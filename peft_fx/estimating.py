@@ -27,7 +27,7 @@ from peft_fx.passes.analyse.flow import Role, is_tangent
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.keep.policies import POLICIES
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
-from peft_fx.steps import Halves, step_of
+from peft_fx.step.traced import Halves, step_of
 from peft_fx.tracing import (
     IDLE,
     Ghosts,

@@ -49,11 +49,12 @@ def described(device: torch.device) -> str:
     limits this process."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return ", ".join((_processor(), f"{torch.get_num_threads()} threads", *limits()))
+    return ", ".join((processor(), f"{torch.get_num_threads()} threads", *limits()))
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The model's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -140,9 +140,9 @@ def activations(draw: st.DrawFn, tokens: int) -> tuple[list[Tensor], list[list[i
     return us, [draw(st.lists(st.sampled_from([1, 3, 16, 20]), min_size=1, max_size=2)) for _ in us], generator
 
 
-def integers(rows: int, ranks: list[int], generator: torch.Generator) -> list[Tensor]:
+def integers(rows: int, ranks: list[int], generator: torch.Generator, dtype: torch.dtype = FP32) -> list[Tensor]:
     """Narrow matrices that are columns of one, of 11 bits: bfloat16 holds 8, and two of them all."""
-    whole = torch.randint(-1000, 1000, (rows, sum(ranks)), generator=generator).float()
+    whole = torch.randint(-1000, 1000, (rows, sum(ranks)), generator=generator).to(dtype)
     return list(whole.split(ranks, 1))
 
 
@@ -150,7 +150,8 @@ def integers(rows: int, ranks: list[int], generator: torch.Generator) -> list[Te
 @given(st.data(), st.integers(0, 90))
 def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
     us, ranks, generator = data.draw(activations(tokens))
-    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator, dtype)]
     scales = [2.0 ** (i - 1) for i in range(len(factors))]
     want = narrow_out(us, factors, [len(own) for own in ranks], scales)
     got = [torch.full_like(t, float("nan")) for t in want]
@@ -158,7 +159,7 @@ def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
         triton_narrow.launch_out(got, us, factors, [len(own) for own in ranks], scales)
     read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
     for u, F, s, a, b in zip(read, factors, scales, want, got, strict=True):
-        assert torch.equal(a.double(), u.double() @ F.double() * s)
+        assert torch.equal(a, (u.double() @ F.double() * s).to(dtype))  # rounded once
         assert torch.equal(a, b)
 
 
@@ -167,7 +168,8 @@ def test_narrow_out_is_exact(data: st.DataObject, tokens: int) -> None:
 def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
     """Also where the tokens are split, from 512 on."""
     us, ranks, generator = data.draw(activations(tokens))
-    zs = [z for own in ranks for z in integers(tokens, own, generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    zs = [z for own in ranks for z in integers(tokens, own, generator, dtype)]
     turned = [i % 2 == 0 for i in range(len(zs))]
     scales = [2.0 ** (i - 1) for i in range(len(zs))]
     want = narrow_in(us, zs, [len(own) for own in ranks], scales, turned)
@@ -175,8 +177,8 @@ def test_narrow_in_is_exact(data: st.DataObject, tokens: int) -> None:
     triton_narrow.launch_in(got, us, zs, [len(own) for own in ranks], scales, turned)
     read = (u for u, own in zip(us, ranks, strict=True) for _ in own)
     for u, z, s, turn, a, b in zip(read, zs, scales, turned, want, got, strict=True):
-        exact = z.double().t() @ u.double() * s
-        assert torch.equal(a.double(), exact.t() if turn else exact)
+        exact = (z.double().t() @ u.double() * s).to(dtype)
+        assert torch.equal(a, exact.t() if turn else exact)
         assert torch.equal(a, b)
 
 
@@ -186,7 +188,8 @@ def test_narrow_both_is_both(data: st.DataObject, tokens: int, block: int) -> No
     """To the bit, on integers: with features in one part, and in several."""
     us, ranks, generator = data.draw(activations(tokens))
     factors = [F for u, own in zip(us, ranks, strict=True) for F in integers(u.shape[1], own, generator)]
-    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator)]
+    dtype = data.draw(st.sampled_from([FP32, BF16]))
+    zs = [z for own in ranks for z in integers(tokens, own[::-1], generator, dtype)]
     turned, scales = [i % 2 == 0 for i in range(len(zs))], [2.0 ** (i - 1) for i in range(len(zs))]
     counts = [len(own) for own in ranks]
     asked = factors, counts, scales, zs, counts, scales[::-1], turned

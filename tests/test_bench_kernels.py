@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from bench.experiment import in_a_worker
+from bench.experiments import suites
 from bench.results import ROOT, request
+from bench.variants import VARIANTS
+from tests import interpreting, rehearsing
 from zoo.models import setup_of
 
 TOOL = ROOT.parent.parent / "shared" / "offline_cuda" / "model_kernels.py"
@@ -54,3 +60,38 @@ def test_the_weight_form_has_the_products_of_a_model_without_adapters() -> None:
     factors = 16 * (2 * (K + K) + 2 * (K + kv) + 3 * (K + N))
     vector = 2 * 2 * T * K  # what the frozen model's is added to is written and read once more
     assert ours["bytes"] - frozen["bytes"] == pytest.approx(2 * 2 * weights + 4 * factors - vector, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_slice_of_the_gpu_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its code is generated, and each kernel of ours that it calls gives its decomposition's bits; no times."""
+    asked = Namespace(toy=False, offline=True, device="cpu")
+    (request,) = [r for r in suites.gpu(asked) if r["variants"] == ["peft_fx"] and not r["setup"]["dropout"]]
+    request["setup"] |= {"layers": 1, "vocab": 512}
+    rehearsing.rehearse([request])
+    told = capsys.readouterr().out
+    assert "Nothing was timed" in told
+    counts = {op: found for op, *found in re.findall(r"^peft_fx::(\w+) +(\d+) +(\d+)$", told, re.M)}
+    assert set(counts) == {"merge", "narrow_out", "narrow_in", "narrow_both"}
+    assert all(int(right) and not int(wrong) for right, wrong in counts.values())
+
+
+def test_a_wrong_kernel_is_told() -> None:
+    given = [{"shape": [4, 3], "stride": [1, 4], "dtype": "bfloat16"}, 2]
+
+    def twice(t: Tensor, times: int) -> list[Tensor]:
+        return [t * times]
+
+    assert interpreting.same(twice, twice, given)
+    assert not interpreting.same(twice, lambda t, times: [t + t.sum()], given)
+    assert not interpreting.same(twice, lambda t, times: [(t * times).float()], given)
+
+
+def test_each_case_of_the_gpu_suite_is_rehearsed() -> None:
+    """Every compiled variant at every length, once."""
+    asked = list(suites.gpu(Namespace(toy=False, offline=True, device="cpu")))
+    found = [(one["variants"][0], one["setup"]["tokens"], one["setup"]["dropout"]) for one in rehearsing.cases(asked)]
+    every = {(n, r["setup"]["tokens"], r["setup"]["dropout"]) for r in asked for n in r["variants"]}
+    wanted = {(name, T, dropout if name != "frozen" else 0.0) for name, T, dropout in every if VARIANTS[name].compiled}
+    assert len(found) == len(set(found))
+    assert set(found) == wanted

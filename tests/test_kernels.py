@@ -378,6 +378,19 @@ def test_narrow_products_are_one_op_for_siblings(layers: int, vector: bool, once
     assert exact(traced, graph)
 
 
+def test_narrow_products_of_adapters_in_bfloat16(triton: None) -> None:
+    """The same, rounded once: no copy is spared, but reads are."""
+    traced, graph = weight_form(Siblings(3).to(BF16), x())
+    assert [ops(graph)[op] for op in NARROW] == [1, 1, 1]
+    assert {value(n).dtype for op in NARROW for n in results_of(graph, op)} == {BF16}
+    assert ops(graph)[aten.mm.default] == 6  # y, and the gradients of x
+    assert exact(traced, graph)
+
+
+def results_of(graph: Graph, op: Any) -> list[Node]:
+    return [item for node in graph.find_nodes(op="call_function", target=op) for item in node.users]
+
+
 def test_of_high_rank_each_product_reads_by_itself(triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the parts of a sum over features take would be as much as another read."""
     monkeypatch.setattr(narrow, "WIDEST_OF_BOTH", R - 1)

@@ -64,8 +64,6 @@ the graphs run op by op: about 15 minutes on two cores. What is not installed ge
 Two packages are not in that list. torchtune 0.6 needs torchao before 0.16, and PEFT 0.21 a later one or none: its rows
 are measured in an environment of their own, by --table packages --name. pyreft 0.1 asks for transformers 4.45, but its
 interventions do not use it: pip install --no-deps pyreft pyvene.
-
-Writes bench/results/coverage.json and, of all rows in it, the tables of docs/coverage.md.
 """,
     arguments=(
         option("--table", choices=TABLES, nargs="+", default=list(TABLES), help="(default: all)"),

@@ -93,59 +93,51 @@ def told_without_adapters(entry: Architecture) -> int:
     return len(report.sites) + sum(r.code != "logits_returned" for r in report.refusals)
 
 
-def gated(entry: Entry, draws: int, noise: float = NOISE) -> dict[str, Any]:
-    """The gate of the compiled model, which must compile without falling back to the untouched graph."""
-    torch._dynamo.reset()
-    model, inputs = entry.build()
-    compiled = torch.compile(peft_fx.prepare(model), backend=peft_fx.backend, options=OPTIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="peft_fx")
-        return gate(model, compiled, inputs, draws, noise)
-
-
 def seconds(entry: Entry, rounds: int = 9) -> dict[str, float]:
     """Median seconds of forward and backward, by Inductor and by peft_fx with its own choice of form."""
     torch._dynamo.reset()
     model, inputs = entry.build()
     other, _ = entry.build()
     peft_fx.prepare(model)
-    compiled = {
-        "inductor": (torch.compile(other), other),
-        "peft_fx": (torch.compile(model, backend=peft_fx.backend), model),
+    steps = {
+        "inductor": functools.partial(step, torch.compile(other), other, inputs, 0),
+        "peft_fx": functools.partial(step, torch.compile(model, backend=peft_fx.backend), model, inputs, 0),
     }
-    steps = {n: functools.partial(step, f, of, inputs, 0) for n, (f, of) in compiled.items()}
-    for step in steps.values():
-        step()
-    device = next(model.parameters()).device
-    return median_times(steps, device, rounds)
+    for first in steps.values():
+        first()
+    return median_times(steps, next(model.parameters()).device, rounds)
 
 
 # -------------------------------------------------------------------------------------------------- how exact it is
 
 
-def gate(
-    model: nn.Module, compiled: Callable[..., Any], inputs: Mapping[str, Any], draws: int, noise: float = NOISE
-) -> dict[str, Any]:
-    """{"ratio": the worst over the output and every gradient, "tensor": its name}, errors pooled over several draws of
-    the trained parameters and the inputs; {"ratio": None} where the model itself draws random numbers. The model comes
-    with NOISE on its trained parameters, of which `noise` stays.
+def gated(entry: Entry, draws: int, noise: float = NOISE) -> dict[str, Any]:
+    """{"ratio": the worst over the output and every gradient of the compiled model, "tensor": its name}, errors pooled
+    over several draws of the trained parameters and the inputs; {"ratio": None} where the model itself draws random
+    numbers. `noise` is what is on trained parameters.
 
-    Raises AssertionError where a gradient is lost, or where one is not finite that is in eager mode.
+    Raises AssertionError where a gradient is lost, or where one is not finite that is in eager mode; a warning of ours
+    where it falls back to the untouched graph.
     """
-    if draws_random_numbers(model, inputs):
-        return {"ratio": None}
-    disturb(model, 0, noise - NOISE)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.is_floating_point()}
+    torch._dynamo.reset()
+    model, inputs = entry.build()
+    compiled = torch.compile(peft_fx.prepare(model), backend=peft_fx.backend, options=OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="peft_fx")
+        if draws_random_numbers(model, inputs):
+            return {"ratio": None}
+        disturb(model, 0, noise - NOISE)
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.is_floating_point()}
 
-    def once(seed: int) -> tuple[Run, ...]:
-        draw(model, start, seed, noise)
-        given = shuffled(inputs, seed)
-        torch.manual_seed(seed)
-        exact = run_exactly(model, given, seed)
-        return exact, step(model, model, given, seed), step(compiled, model, given, seed)
+        def once(seed: int) -> tuple[Run, ...]:
+            draw(model, start, seed, noise)
+            given = shuffled(inputs, seed)
+            torch.manual_seed(seed)
+            exact = run_exactly(model, given, seed)
+            return exact, step(model, model, given, seed), step(compiled, model, given, seed)
 
-    worst = max(errors(*pooled(once, draws)), key=lambda e: e.ratio)
+        worst = max(errors(*pooled(once, draws)), key=lambda e: e.ratio)
     return {"ratio": round(worst.ratio, 3), "tensor": worst.name}
 
 

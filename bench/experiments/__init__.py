@@ -32,4 +32,5 @@ COMMANDS: tuple[Command, ...] = (
     STUDY,
     sweep.SWEEP,
 )
-KINDS = {kind: run for c in COMMANDS if isinstance(c, Experiment) for kind, run in c.kinds.items()}
+_EXPERIMENTS = (e for c in COMMANDS for e in (c, *c.members) if isinstance(e, Experiment))
+KINDS = {kind: run for e in _EXPERIMENTS for kind, run in e.kinds.items()}

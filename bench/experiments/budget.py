@@ -2,7 +2,6 @@
 
 Seconds and peak of a step of small models, fp32, on a CPU: by peft_fx within budgets, which are shares of the peak that
 it has without; by Inductor within PyTorch's own, activation_memory_budget; and with HF's gradient checkpointing.
-Results: bench/results/budget.json, a table of docs/benchmarks.md and bench/results/budget.png.
 """
 
 from __future__ import annotations

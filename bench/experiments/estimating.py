@@ -90,7 +90,7 @@ Estimated memory against measured.
 
 Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every
 setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
-measured. Results: bench/results/estimate.json and a table of docs/benchmarks.md.
+measured.
 """,
     arguments=(option("files", nargs="*", type=Path, metavar="FILE", help="results (default: the suites')"),),
     measured=_measured,
@@ -168,9 +168,8 @@ LONG = Experiment(
 Memory at up to 131072 tokens, estimated.
 
 The memory of a training step of Llamas of 1, 3 and 8 billion parameters, LoRA of rank 16 on all linear layers or on
-attention's alone, one sequence, by `peft_fx.estimate`: no weight exists, nothing is computed. Results:
-bench/results/long-context.json, and the tables of docs/long-context.md. What was estimated already, from the same
-source, is kept.
+attention's alone, one sequence, by `peft_fx.estimate`: no weight exists, nothing is computed. What was
+estimated already, from the same source, is kept.
 """,
     measured=_long,
     tables={"long-context": _peaks, "long-context parts": _parts, "long-context fits": _fits},

@@ -9,7 +9,7 @@ read is all that lossy keeps can act on.
 
 LoRA of rank 8 on all linear layers in fp32, AdamW, a constant learning rate: exact, with A frozen (LoRA-FA), and with
 each lossy keep; and full fine-tuning. Of each the loss on data not trained on, bytes kept and at the peak of a step,
-and its time. Writes bench/results/keep.json and keep.png, and the table of docs/keep-policies.md.
+and its time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import tables
-from bench.experiment import Experiment, Request, Row, Say, Session, option
-from bench.experiments.training import Batch, Call, Form, Task, loss_on_others, model_of, on_bytes, pretrained, train
+from bench.experiment import Experiment, Request, Row, Say, Session
+from bench.experiments import training
+from bench.experiments.training import Batch, Call, Form, Task, model_of
 from bench.figures import figure_of, save
 from peft_fx import measuring
 from zoo.architectures import made
@@ -61,10 +62,6 @@ SEEDS, STEPS, LOOKS = 3, 200, 20
 BYTES = setup_of("opt", layers=2, hidden=128, tokens=64, vocab=256, rank=8)
 
 
-def _plain_attention(model: Any) -> None:
-    model.set_attn_implementation("eager")
-
-
 @cache
 def _images() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
@@ -94,12 +91,12 @@ def _vit() -> nn.Module:
     sizes = {"hidden": 64, "ffn": 256, "layers": 2, "heads": 4}
     images = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
     model = made("ViTForImageClassification", sizes, **images, hidden_act="relu").train()
-    _plain_attention(model)
-    return pretrained(model, _digits(0, 400, turned=False), 400)
+    model.set_attn_implementation("eager")
+    return training.pretrained(model, _digits(0, 400, turned=False), 400)
 
 
 TASKS = {
-    "bytes": on_bytes(BYTES, _plain_attention),
+    "bytes": training.on_bytes(BYTES, lambda model: model.set_attn_implementation("eager")),
     "digits": Task(BYTES, _vit, _digits, _other_digits, "nats per image"),
 }
 
@@ -126,10 +123,12 @@ def _answer(asked: Request, say: Say) -> Row:
         return {"costs": _costs(task)}
     form = FORMS[asked["variants"][0]]
     _, compiled, _ = model_of(task, form)
-    looked_at = range(0, asked["steps"], LOOKS)
-    losses, looks = train(
-        task, form, asked["seed"], asked["steps"], form.rate, looked_at, lambda n: [n, loss_on_others(task, compiled)]
-    )
+
+    def look(step: int) -> list[float]:
+        return [step, training.loss_on_others(task, compiled)]
+
+    steps, rate = asked["steps"], form.rate
+    losses, looks = training.train(task, form, asked["seed"], steps, rate, range(0, steps, LOOKS), look)
     return {"losses": [round(n, 5) for n in losses], "looks": looks}
 
 
@@ -160,15 +159,13 @@ def _step(forward: Call, clear: Call) -> None:
 # ------------------------------------------------------------------------------------------------ table and figure
 
 
-def _runs(rows: Iterable[Row], task: str, form: str) -> list[Row]:
-    found = (r for r in rows if (r["kind"], r["task"], r["variants"]) == ("keep", task, [form]))
-    return sorted(found, key=lambda r: r["seed"])
-
-
 def _table(rows: Sequence[Row], style: str) -> str:
     lines = []
     for row in (r for r in rows if r["kind"] == "keep-cost"):
-        ends = {form: [r["looks"][-1][1] for r in _runs(rows, row["task"], form)] for form in FORMS}
+        ends = {
+            form: [r["looks"][-1][1] for r in training.runs_of(rows, kind="keep", task=row["task"], variants=[form])]
+            for form in FORMS
+        }
         exact = ends["peft_fx lora"]
         for form, cost in row["costs"].items():
             line, mine = [row["task"], form, "", ""], ends[form]
@@ -188,7 +185,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     figure, panels = figure_of(len(tasks), 2, (9, 3.2 * len(tasks)))
     for task, (curves, bars) in zip(tasks, panels, strict=True):
         for form in TRAINED:
-            looks = [r["looks"] for r in _runs(rows, task, form)]
+            looks = [r["looks"] for r in training.runs_of(rows, kind="keep", task=task, variants=[form])]
             steps = [s for s, _ in looks[0]] if looks else []
             losses = [[look[i][1] for look in looks] for i in range(len(steps))]
             look = {"color": FORMS[form].colour, "linewidth": 1.2, "label": form.removeprefix("peft_fx ")}
@@ -214,10 +211,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
 KEEP = Experiment(
     name="keep",
     text=__doc__,
-    arguments=(
-        option("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each (default: {SEEDS})"),
-        option("--steps", type=int, default=STEPS, metavar="N", help=f"of each training (default: {STEPS})"),
-    ),
+    arguments=[*training.study_options(SEEDS, STEPS)],
     measured=_measured,
     tables={"keep": _table},
     page="keep-policies.md",

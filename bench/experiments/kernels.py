@@ -9,8 +9,7 @@ forward and backward apart:
   ms        by the roofline of --machine: products at their dtype's rate, all others at the memory's, and launches
 
 With no model, size or method given: the cases that are committed, Llama-3.2-1B's layers without its vocabulary. Needs
-Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13. Results:
-bench/results/kernels.json and kernels.png, and a table of docs/benchmarks.md.
+Triton, of the version that PyTorch would come with: pip install --no-deps triton==3.7.1 for 2.13.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.experiments.steps import setup_options, setups_of
 from bench.figures import COLOURS, bars, bars_of, save
 from bench.results import request, unique
-from bench.variants import VARIANTS
+from bench.variants import CHECKPOINTED, VARIANTS
 from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine
 from peft_fx.sizing import without_mask
@@ -54,19 +53,18 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 def _measured(args: Namespace, session: Session) -> list[Row]:
     if importlib.util.find_spec("triton") is None:
         raise Problem("Inductor's code for a GPU needs Triton: pip install --no-deps triton==3.7.1")
-    setups = setups_of(args) if args.model else committed()
     more = {"machine": args.machine, "attention": args.attention}
-    return session.measure(unique(request("kernels", setup, [n], **more) for setup in setups for n in args.variants))
+    cases = ((setup, args.variants) for setup in setups_of(args)) if args.model else committed(args.variants)
+    return session.measure(unique(request("kernels", setup, [n], **more) for setup, names in cases for n in names))
 
 
-def committed() -> Iterator[Setup]:
-    """Two layers of Llama-3.2-1B: every length, and each other setting at one of them."""
+def committed(names: Sequence[str] = NAMES) -> Iterator[tuple[Setup, Sequence[str]]]:
+    """Two layers of Llama-3.2-1B: every length, and each other setting at one of them, behind checkpoints too."""
     setup = setup_of("llama-3.2-1b", layers=2, vocab=512, tokens=8192, device="cpu")
-    yield from (replace(setup, tokens=T) for T in LENGTHS)
-    yield replace(setup, method="dora")
-    yield replace(setup, dropout=0.1)
-    yield from (replace(setup, method=method) for method in ("ia3", "vera"))
-    yield from (replace(setup, dtype=dtype) for dtype in ("bf16", "fp32"))
+    others: list[dict[str, Any]] = [{"method": "dora"}, {"dropout": 0.1}, {"method": "ia3"}, {"method": "vera"}]
+    others += [{"dtype": dtype} for dtype in ("bf16", "fp32")]
+    yield from ((replace(setup, **other), names) for other in (*({"tokens": T} for T in LENGTHS), *others))
+    yield setup, tuple(name for name in CHECKPOINTED if VARIANTS[name].compiled)
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -77,25 +75,30 @@ def kernels(asked: Request, say: Say) -> dict[str, Any]:
     setup, (name,) = Setup(**asked["setup"]), asked["variants"]
     machine = MACHINES[asked["machine"]]
     offline.pretend()
-    with torch.device("meta"):
-        base = make_base(replace(setup, device="meta"))
-        if asked["attention"] == "flash":
-            without_mask(base)
-        else:
-            base.set_attn_implementation(asked["attention"])
-        model = VARIANTS[name].prepare(base, setup)
-    if setup.dtype == "bf16":
-        model.to(torch.bfloat16)  # on the meta device PEFT leaves its adapters in fp32
-    ours = name.startswith("peft_fx")
-    options = {"peft_fx.machine": asked["machine"]} if ours else {}
+    model, backend, options = prepared(name, setup, asked["machine"], asked["attention"])
     found: dict[str, Any] = {}
 
     def read(lowered: GraphLowering) -> None:
         side = "backward" if lowered.is_backward else "forward"
         found[side] = summary([k for node in lowered.scheduler.nodes for k in kernels_of(node, machine)])
 
-    offline.step(model, make_batch(setup), "peft_fx" if ours else "inductor", options, read)
+    offline.step(model, make_batch(setup), backend, options, read)
     return found
+
+
+def prepared(name: str, setup: Setup, machine: str, attention: str) -> tuple[Any, str, dict[str, Any]]:
+    """A variant's model without weights, and its backend with options."""
+    with torch.device("meta"):
+        base = make_base(replace(setup, device="meta"))
+        if attention == "flash":
+            without_mask(base)
+        else:
+            base.set_attn_implementation(attention)
+        model = VARIANTS[name].prepare(base, setup)
+    if setup.dtype == "bf16":
+        model.to(torch.bfloat16)  # on the meta device PEFT leaves its adapters in fp32
+    ours = name.startswith("peft_fx")
+    return model, "peft_fx" if ours else "inductor", {"peft_fx.machine": machine} if ours else {}
 
 
 def summary(found: list[Kernel]) -> Row:
@@ -219,7 +222,7 @@ def table(rows: Iterable[Row], style: str) -> str:
             counts = [f"{whole(row, 'launches'):.0f}", str(kinds["product"] + kinds["attention"])]
             sides = [f"{row[side]['seconds'] * 1e3:.2f}" for side in ("forward", "backward")]
             beside = [_ratio(row, group.get("frozen"), what) for what in ("bytes", "seconds")]
-            faster = _ratio(group.get("inductor"), row, "seconds") if name == "peft_fx" else ""
+            faster = _ratio(group.get(name.replace("peft_fx", "inductor")), row, "seconds") if "peft_fx" in name else ""
             size = f"{whole(row, 'bytes') / 1e9:.2f}"
             lines.append([label(setup), name, *counts, size, beside[0], *sides, beside[1], faster])
     head = ["", "", "launches", "products", "GB", "× frozen", "forward, ms", "backward, ms", "× frozen", "faster by"]
@@ -244,7 +247,7 @@ def dearest(args: Namespace, rows: Iterable[Row]) -> Iterator[str]:
 
 def draw(rows: Iterable[Row], path: Path) -> None:
     """Bars of the seconds of a step, × the frozen model's: forward, and backward on top."""
-    groups = {s: g for s, g in _grouped(rows).items() if len(g) == len(NAMES)}
+    groups = {s: g for s, g in _grouped(rows).items() if g.keys() >= set(NAMES)}
     figure, axes = bars_of([label(s).replace(", ", "\n") for s in groups], 1.2)
     for i, name in enumerate(NAMES):
         below = [0.0] * len(groups)

@@ -10,15 +10,14 @@ comes with Python: LoRA on all linear layers from B = 0, AdamW, a constant learn
 
 By learning rate and form: what of the reference's fall in loss was reached, on text not trained on, in the form itself
 ("seen") and with its adapters put into the reference ("learned"); and the gain of the delta, the projection of what the
-adapted layers' outputs really gain on what they should. Writes bench/results/rounding.json and rounding.png, and the
-table of docs/rounding.md.
+adapted layers' outputs really gain on what they should.
 """
 
 from __future__ import annotations
 
 import statistics
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from bench import tables
 from bench.experiment import Experiment, Request, Row, Say, Session, option
-from bench.experiments.training import BATCH, Form, loss_on_others, model_of, on_bytes, train
+from bench.experiments.training import BATCH, Form, loss_on_others, model_of, on_bytes, runs_of, study_options, train
 from bench.figures import figure_of, save
 from zoo.models import setup_of
 
@@ -126,11 +125,6 @@ def _inputs(model: Any, layers: Sequence[nn.Module]) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ table and figure
 
 
-def _runs(rows: Iterable[Row], form: str, rate: float) -> list[Row]:
-    found = (r for r in rows if r["variants"] == [form] and r["rate"] == rate)
-    return sorted(found, key=lambda r: r["seed"])
-
-
 def _fall(row: Row) -> float:
     return float(row["looks"][0]["loss"] - row["looks"][-1]["loss"])
 
@@ -147,11 +141,11 @@ def _table(rows: Sequence[Row], style: str) -> str:
     columns = [f"{column}, {form.removeprefix('peft_fx ')}" for column in COLUMNS for form in others]
     lines = []
     for rate in sorted({row["rate"] for row in rows}):
-        exact = _runs(rows, reference, rate)
+        exact = runs_of(rows, variants=[reference], rate=rate)
         line = [f"{rate:g}", f"{statistics.mean(r['looks'][-1]['ratio'] for r in exact):.1e}"]
         line.append(f"{statistics.mean(map(_fall, exact)):.4f}")
         for column in COLUMNS.values():
-            line += [_spread(list(map(column, _runs(rows, form, rate), exact))) for form in others]
+            line += [_spread(list(map(column, runs_of(rows, variants=[form], rate=rate), exact))) for form in others]
         lines.append(line)
     return tables.table(["learning rate", "delta / W", "fall in loss, fp32", *columns], lines, style)
 
@@ -168,7 +162,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     figure, panels = figure_of(2, len(rates), (2.6 * len(rates), 5.2))
     for rate, above, below in zip(rates, *panels, strict=True):
         for name, form in FORMS.items():
-            for row in _runs(rows, name, rate):
+            for row in runs_of(rows, variants=[name], rate=rate):
                 look: dict[str, Any] = {"color": form.colour, "linewidth": 1, "marker": "."}
                 look["label"] = name.removeprefix("peft_fx ") if row["seed"] == 0 else None
                 steps = [at["step"] for at in row["looks"]]
@@ -188,8 +182,7 @@ ROUNDING = Experiment(
     name="rounding",
     text=__doc__,
     arguments=(
-        option("--seeds", type=int, default=SEEDS, metavar="N", help=f"of each (default: {SEEDS})"),
-        option("--steps", type=int, default=STEPS, metavar="N", help=f"of each training (default: {STEPS})"),
+        *study_options(SEEDS, STEPS),
         option("--rates", type=float, nargs="+", default=RATES, metavar="LR", help="learning rates"),
     ),
     measured=_measured,

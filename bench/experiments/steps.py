@@ -20,7 +20,7 @@ from torch._inductor.utils import fresh_cache
 from bench import tables
 from bench.experiment import DEVICE, Argument, Experiment, Row, Say, Session, attempt, device_of, option
 from bench.results import request, unique
-from bench.variants import CHECKPOINTED, LOSSES, VARIANTS, Trainee, make
+from bench.variants import CHECKPOINTED, VARIANTS, WHOLE, Trainee, make
 from peft_fx.compiling import records_of
 from peft_fx.measuring import kept_tensors, memory_of, times_in_turn
 from zoo.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
@@ -281,7 +281,7 @@ rounds of its ratio to the frozen model and to Inductor in the same round. Also 
 which compiles (caches empty, unless --warm), and the seconds of peft_fx's own passes in it.
 """,
     arguments=(
-        *setup_options([name for name in VARIANTS if name not in LOSSES]),
+        *setup_options(WHOLE),
         option("--rounds", type=int, default=9, metavar="N", help="steps of each variant (default: 9)"),
         option("--warm", action="store_true", help="let compiles use Inductor's caches"),
     ),

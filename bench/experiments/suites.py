@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from bench import tables
-from bench.experiment import DEVICE, Argument, Command, Experiment, Row, Session, describe, device_of, option
+from bench.experiment import DEVICE, Argument, Command, Experiment, Kind, Row, Session, describe, device_of, option
 from bench.experiments.steps import memory_requests, step_request
 from bench.results import FOLDER, Results, unique
-from bench.variants import CHECKPOINTED, LOSSES, VARIANTS
+from bench.variants import CHECKPOINTED, LOSSES, WHOLE
 from peft_fx.terminal import Problem
+from tests.rehearsing import rehearsal, rehearse
 from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)
@@ -40,7 +41,7 @@ def cpu(args: Namespace) -> Iterable[dict[str, Any]]:
     yield from memory_requests([*llama, *dropped[:1]], ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests(methods, ("frozen", "inductor", "peft_fx"), DEPTHS)
     yield from memory_requests([*dropped[1:], *families], floor, DEPTHS)
-    yield step_request(setup_of("llama-512"), VARIANTS, rounds=5)
+    yield step_request(setup_of("llama-512"), WHOLE, rounds=5)
     for T in (512, 1024, 2048):
         yield step_request(setup_of("llama-256", layers=2, tokens=T), compared, rounds=5, cold=False)
 
@@ -70,10 +71,11 @@ def gpu(args: Namespace) -> Iterable[dict[str, Any]]:
 
     Per layer at one length; then T = 2048, 8192, 16384 and 32768, every variant, in two processes each. In calls of
     --minutes each: the same command again goes on where the last one stopped. A toy of it has two layers of width 64,
-    and runs on a CPU if need be: what takes time then is compiling.
+    and runs on a CPU if need be: what takes time then is compiling. --offline does all of it that takes no GPU, on any
+    machine with Triton: code is generated, kernels of ours are interpreted, nothing is timed or stored.
     """
-    if device_of(args) == "cpu" and not args.toy:
-        raise Problem("There is no GPU here. --toy runs the same suite at toy size.")
+    if device_of(args) == "cpu" and not (args.toy or args.offline):
+        raise Problem("There is no GPU here. --toy runs the same suite at toy size, --offline what of it takes no GPU.")
     setup, lengths, rounds = setup_of("llama-3.2-1b", device=device_of(args)), LENGTHS, 15
     if args.toy:
         setup, lengths, rounds = replace(setup, layers=2, hidden=64, vocab=256, rank=4), (64, 128), 2
@@ -84,12 +86,15 @@ def gpu(args: Namespace) -> Iterable[dict[str, Any]]:
             yield step_request(replace(setup, tokens=T), variants, rounds)
 
 
-def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments: Argument) -> Experiment:
+def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments: Argument, **kinds: Kind) -> Experiment:
     def measured(args: Namespace, session: Session) -> Sequence[Row]:
         every = unique(requests(args))
         asked = [r for r in every if not args.method or r["setup"]["method"] in args.method]
         if args.list:
             print("\n".join(map(describe, asked)))
+            raise SystemExit(0)
+        if getattr(args, "offline", False):
+            rehearse(asked)
             raise SystemExit(0)
         if getattr(args, "toy", False) and not args.output:
             session = replace(session, results=Results(FOLDER / "gpu-toy.json", device_of(args)))
@@ -106,19 +111,21 @@ def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments:
         arguments=(*arguments, *common),
         measured=measured,
         tables={"": tables.listing},
+        kinds=kinds,
         fresh=False,
     )
 
 
 TOY = option("--toy", action="store_true", help="at toy size, to see that it runs")
-SUITES = (suite(cpu), suite(methods), suite(loss, DEVICE), suite(gpu, TOY, DEVICE))
+OFFLINE = option("--offline", action="store_true", help="for a GPU that is not there: code and kernels, no times")
+SUITES = (suite(cpu), suite(methods), suite(loss, DEVICE), suite(gpu, TOY, OFFLINE, DEVICE, rehearsal=rehearsal))
 SUITE = Command(
     name="suite",
     text="""\
 The steps that are committed, in suites.
 
 What was measured already, with the same versions on the same device and, for peft_fx, from the same source, is kept;
---fresh measures all of it again. Results: bench/results/cpu.json, methods.json, loss.json, gpu.json, gpu-toy.json.
+--fresh measures all of it again.
 """,
     members=SUITES,
 )

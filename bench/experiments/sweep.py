@@ -11,7 +11,7 @@ in float32 and with a bfloat16 base under float32 adapters: plain Inductor, and 
 One process for each layer, in which T is a dynamic size: one compile serves all T at which the same products read
 activations in place. About 30 minutes on one core. With --threads 1, the default, what is measured is the time that the
 thread ran, not that in which other processes had the core; memory is reused, never given back to the system between
-steps. Writes bench/results/sweep.json and sweep.png; --report makes the figure and the tables of what is there.
+steps.
 """
 
 from __future__ import annotations

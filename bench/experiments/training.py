@@ -9,7 +9,7 @@ import copy
 import importlib
 import inspect
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_fx
+from bench.experiment import Argument, Row, option
 from zoo import models
 from zoo.models import Setup
 
@@ -56,6 +57,17 @@ class Form:
         ours = any(k.startswith("peft_fx.") for k in self.options)
         backend = peft_fx.backend if ours else "inductor"
         return torch.compile(f, backend=backend, options={**self.options, **more} or None)
+
+
+def study_options(seeds: int, steps: int) -> Iterator[Argument]:
+    yield option("--seeds", type=int, default=seeds, metavar="N", help=f"of each (default: {seeds})")
+    yield option("--steps", type=int, default=steps, metavar="N", help=f"of each training (default: {steps})")
+
+
+def runs_of(rows: Iterable[Row], **fields: Any) -> list[Row]:
+    """The trainings that have these fields, by seed."""
+    found = [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+    return sorted(found, key=lambda row: row["seed"])
 
 
 # ------------------------------------------------------------------------------------------------------------ text

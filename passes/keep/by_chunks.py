@@ -42,6 +42,7 @@ from peft_fx.passes.graph.nodes import (
 from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, treatments
 
 LEAST = 4  # a pass over a chunk's copy takes about as many times what a kernel takes to start, no less than half of it
+ON_A_GPU = 2  # times that: so many kernels are started anew for a chunk, and take turns there
 MOST = 8  # chunks
 
 
@@ -81,7 +82,7 @@ class _Group:
 def _groups(joint: Joint, machine: Machine) -> Iterator[_Group]:
     """Neighbours in backward that share a copy, with what of forward they read that is made of copies too."""
     graph, flow, number = joint.graph, joint.flow, joint.numbers
-    least = machine.bandwidth * LEAST * machine.launch
+    least = machine.bandwidth * LEAST * machine.launch * (1 if machine.is_cpu else ON_A_GPU)
     products = [n for n in graph.nodes if n.target is aten.mm.default and n not in flow.forward]
     found = {r.node: r for n in products if (r := _reading(n, flow)) is not None}
     if all(r.bytes <= least for r in found.values()):

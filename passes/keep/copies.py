@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.kernels.library import available
+from peft_fx.kernels.narrow import DTYPE
 from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Scale, Size, Term, coarser
 from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.analyse.reader import Layout, Reader
@@ -35,10 +36,11 @@ from peft_fx.passes.keep import narrow
 
 @dataclass(frozen=True)
 class Copying:
-    """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read
-    in; `left` where that is the left operand; `narrow` is what the other operand holds. `vector` are factors of the
-    copy's features, as behind a magnitude: they go to the other operand where these are summed over, else (`outside`)
-    to the result. `kernel` is whether one of our own may compute it."""
+    """A product with an operand that is a wider and much larger copy of `source`, whose `precision` it can be read in,
+    or `source` itself, which a kernel reads for several at once; `left` where that is the left operand; `narrow`
+    is what the other operand holds. `vector` are factors of the copy's features, as behind a magnitude: they go
+    to the other operand where these are summed over, else (`outside`) to the result. `kernel` is whether one of
+    our own may compute it."""
 
     node: Node
     left: bool
@@ -54,6 +56,11 @@ class Copying:
         """The copy and the other one."""
         a, b = tensor_arg(self.node, 0), tensor_arg(self.node, 1)
         return (a, b) if self.left else (b, a)
+
+    @property
+    def copies(self) -> bool:
+        """Whether the operand is another tensor than the source."""
+        return bool(self.source.precision != value(self.operands[0]).dtype)
 
     @property
     def turned(self) -> bool:
@@ -182,11 +189,13 @@ def _copying(joint: Joint, reader: Reader, settings: Settings, node: Node, left:
         return None
     is_copy = source.precision in MANTISSA and source.precision != dtype and coarser(source.precision, dtype) != dtype
     is_copy = is_copy and torch.finfo(source.precision).tiny <= torch.finfo(dtype).tiny
+    own = joint.notes.layers.isdisjoint(flow.parameters(other))  # no layer's own product
+    is_there = kernel and own and source.precision == dtype == DTYPE  # and several read it at once
     m, k, rank = (hint(n) for n in (*shape(copied), shape(other)[-1 if left else 0]))
-    if not is_copy or not reads_in_place(settings.machine, m, k, rank, source.precision, dtype):
+    if not (is_copy or is_there) or not reads_in_place(settings.machine, m, k, rank, source.precision, dtype):
         return None
-    narrow = reader.term(other, Layout(1, shape(other)[-1]))
-    return Copying(node, left, source, term.scale * Scale(number), narrow, kernel, vector, flipped == left)
+    factor = reader.term(other, Layout(1, shape(other)[-1]))
+    return Copying(node, left, source, term.scale * Scale(number), factor, kernel, vector, flipped == left)
 
 
 def _is_matrix(reader: Reader, copied: Node) -> bool:

@@ -81,6 +81,8 @@ def _replace(edit: Editor, members: list[Copying], operands: dict[Any, Node]) ->
             (_source(edit, last, own[-1], operands), own, [_other(edit, m) for m in own]) for own in sources.values()
         ]
         results = _by_kernels(edit, given) if last.kernel else None
+        if results is None and not all(m.copies for m in members):
+            return
         results = results or [pair for one in given for pair in _in_halves(edit, *one)]
         for member, new in results:
             with edit.provenance(member.node):

@@ -4,8 +4,8 @@
     narrow_in([u1, u2, …], [z, …], [n1, n2, …], [s, …], [turned, …])    s·zᵀ·u [r, K] of each z, or s·uᵀ·z [K, r]
     narrow_both([u1, u2, …], of narrow_out, of narrow_in)               the results of both, each u read once
 
-u [T, K] in bfloat16 of any strides, F [K, r] and z [T, r] of any strides and float dtype; all results are fp32. A u of
-more dimensions stands for its rows. The narrow one is read as the sum of two bfloat16 numbers, 16 bits, as in
+u [T, K] in bfloat16 of any strides, F [K, r] and z [T, r] of any strides and float dtype, which the result has too. A u
+of more dimensions stands for its rows. The narrow one is read as the sum of two bfloat16 numbers, 16 bits, as in
 `in_place_reads.py`; products are exact and sums are in fp32. Sums are split between programs in a fixed order: the same
 bits at each call.
 """
@@ -48,7 +48,7 @@ def _out(
     found = []
     for (u, F), s in zip(pairs(_rows(us), factors, counts), scales, strict=True):
         high, low = _halves(F)
-        found.append((u.float() @ high + u.float() @ low) * s)
+        found.append(((u.float() @ high + u.float() @ low) * s).to(F.dtype))
     return found
 
 
@@ -56,7 +56,7 @@ def _out_shape(
     us: Sequence[Tensor], factors: Sequence[Tensor], counts: Sequence[int], scales: Sequence[float]
 ) -> list[Tensor]:
     found = pairs(_rows(us), factors, counts)
-    return [u.new_empty(u.shape[0], F.shape[1], dtype=torch.float32) for u, F in found]
+    return [u.new_empty(u.shape[0], F.shape[1], dtype=F.dtype) for u, F in found]
 
 
 def _launch_out(
@@ -76,7 +76,7 @@ def _in(
     found = []
     for (u, z), s, turn in zip(pairs(_rows(us), zs, counts), scales, turned, strict=True):
         high, low = _halves(z.t())
-        total = (high @ u.float() + low @ u.float()) * s
+        total = ((high @ u.float() + low @ u.float()) * s).to(z.dtype)
         found.append((total.t() if turn else total).clone(memory_format=torch.contiguous_format))
     return found
 
@@ -85,8 +85,7 @@ def _in_shape(
     us: Sequence[Tensor], zs: Sequence[Tensor], counts: Sequence[int], scales: Sequence[float], turned: Sequence[bool]
 ) -> list[Tensor]:
     sizes = [(z.shape[1], u.shape[-1]) for u, z in pairs(us, zs, counts)]
-    sizes = [size[::-1] if turn else size for size, turn in zip(sizes, turned, strict=True)]
-    return [zs[0].new_empty(size, dtype=torch.float32) for size in sizes]
+    return [z.new_empty(size[::-1] if turn else size) for z, size, turn in zip(zs, sizes, turned, strict=True)]
 
 
 def _launch_in(

@@ -91,7 +91,8 @@ def out_kernel(
             for j in tl.static_range(len(ranks)):
                 own = (columns >= first) & (columns < first + ranks[j])
                 to = t[:, None].to(tl.int64) * ranks[j] + (columns - first)[None, :]
-                tl.store(outs[i][j] + to, total * scales[i][j], (t < T)[:, None] & own[None, :])
+                found = rounded(total * scales[i][j], outs[i][j].dtype.element_ty)
+                tl.store(outs[i][j] + to, found, (t < T)[:, None] & own[None, :])
                 first += ranks[j]
 
 
@@ -102,7 +103,7 @@ def put(outs, strides, scales, RANKS: tl.constexpr, total, k, K, columns):
     for j in tl.static_range(len(RANKS)):
         own = (columns >= first) & (columns < first + RANKS[j])
         to = (columns - first)[:, None] * strides[j][0] + k[None, :].to(tl.int64) * strides[j][1]
-        tl.store(outs[j] + to, total * scales[j], own[:, None] & (k < K)[None, :])
+        tl.store(outs[j] + to, rounded(total * scales[j], outs[j].dtype.element_ty), own[:, None] & (k < K)[None, :])
         first += RANKS[j]
 
 

@@ -19,8 +19,10 @@ from torch.fx import Graph, Node
 import peft_fx
 from peft_fx.passes.analyse.flow import is_tangent, reachable
 from peft_fx.passes.decide import price
+from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.graph.nodes import CASTS, aten, is_tensor, value
 from peft_fx.passes.keep import by_chunks
+from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import gate, weight_form
 
@@ -75,7 +77,7 @@ def tokens(*sizes: int, dtype: torch.dtype = BF16) -> tuple[Tensor]:
     return (torch.randn(*sizes, generator=generator).to(dtype).requires_grad_(True),)
 
 
-def in_chunks(size: int = 0) -> Any:
+def in_chunks(size: float = 0) -> Any:
     """However small they are, or not at all."""
     return patch.object(by_chunks, "LEAST", size)
 
@@ -111,6 +113,15 @@ def test_a_small_copy_is_made_whole() -> None:
     with in_chunks(10**9):
         whole = captured.rewritten(**SLOW)[0]
     assert [n.target for n in captured.rewritten(**SLOW)[0].nodes] == [n.target for n in whole.nodes]
+
+
+def test_a_gpu_makes_fewer_chunks() -> None:
+    """Four of a copy of which a CPU with the same rates makes eight."""
+    captured = joint.capture(Layers(32, 48, dropout=0.5), *tokens(64, 32))
+    machine, copy = MACHINES["h100"], 4 * 64 * 48
+    with in_chunks(copy / 8 / (machine.bandwidth * machine.launch)):
+        chunked, _ = captured.rewritten(GPU, machine="h100", form="weight")
+    assert {value(n).shape[0] for n in copies(chunked) if value(n).shape[1] == 48} == {64 // 4}
 
 
 def test_the_copies_of_a_chunk_are_read_before_the_next_are_made() -> None:
