@@ -124,7 +124,7 @@ class Reader:
             return None if term is None else (Occurrence(term, ()),)
         if part.operand is None or numel(shape(part.operand)) != numel(shape(node)):
             return (Occurrence(None, ()),)
-        if 0 in shape(node) and shape(part.operand) != shape(node):
+        if layout.cols == 0 and shape(part.operand) != shape(node):
             return None  # nothing tells how many rows there are of no columns
         if part.dims is None:
             return read(part.operand, layout)
