@@ -69,7 +69,10 @@ def is_matrix(node: Node) -> bool:
 def is_beside(analysis: Sums, weight: Node, kernel: Node) -> bool:
     """Whether a trained parameter of a weight is in the module around a kernel's own."""
     roles = analysis.flow.roles
-    module = roles[analysis.flow.parameters(kernel)[0]].name.split(".")[:-2]
+    own = next(iter(analysis.flow.parameters(kernel)), None)
+    if own is None:  # numbers that the graph makes itself are in no module
+        return False
+    module = roles[own].name.split(".")[:-2]
     return any(
         roles[p].trainable and roles[p].name.split(".")[: len(module)] == module
         for p in analysis.flow.parameters(weight)
