@@ -13,6 +13,7 @@ import peft_fx
 from peft_fx.__main__ import parser
 from peft_fx.options import CHOICES, OTHERS, PREFIX, Options
 from peft_fx.passes import findings
+from peft_fx.passes.keep.policies import POLICIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,6 +60,12 @@ def test_every_code_is_described() -> None:
     unused = [code for code in told if f'"{code}"' not in source]
     wanted = [code for code, why in told.items() if why.startswith("of no adapter yet")]
     assert unused == wanted, "a code that no refusal has: add a finder or a guard that makes it"
+
+
+def test_every_keep_policy_is_described() -> None:
+    """In its own page's first table, in the order of `POLICIES`."""
+    page = (ROOT / "docs" / "keep-policies.md").read_text().partition("## ")[0]
+    assert re.findall(r"^\| `(\w+)` ", page, re.M) == list(POLICIES), "a row for each in docs/keep-policies.md"
 
 
 # --------------------------------------------------------------------------------------------------------- everything

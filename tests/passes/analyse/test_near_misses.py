@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import peft_fx
+from peft_fx.passes.findings import REFUSALS
+from tests import affine_spellings
 from tests.oracle import PAIR, Run, assert_bit_equal, gate, run, weight_form
 from tests.spellings import NEAR_MISSES, STRICT, Case
 
@@ -28,6 +30,14 @@ def test_near_miss_is_refused(case: Case, monkeypatch):
     monkeypatch.setenv("PEFT_FX_DISABLE", "1")
     want, _ = compiled_run(case)
     assert_bit_equal(got, want)
+
+
+def test_every_code_has_a_near_miss():
+    """But those of no adapter, and of a loss, which tests/passes/loss has."""
+    missed = {case.code for case in (*NEAR_MISSES, *affine_spellings.NEAR_MISSES)}
+    untried = {code for code, why in REFUSALS.items() if code not in missed}
+    elsewhere = {code for code in untried if REFUSALS[code].startswith(("of no adapter yet", "of a loss"))}
+    assert untried == elsewhere, "a code without a near miss in tests/spellings.py"
 
 
 def test_dtype_boundary_is_crossed_by_default():

@@ -596,7 +596,7 @@ def test_only_adapters_gradients_change_in_a_model(make: Callable[[], nn.Module]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keep", ["velora", "int4"])
+@pytest.mark.parametrize("keep", LOSSY)
 def test_compiled_by_inductor(keep: str) -> None:
     """The same through Inductor: to the bit but for dA, whose error is the formula's."""
     model, z = Block(F.relu), torch.randn(T, H, requires_grad=True)
