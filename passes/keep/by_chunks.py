@@ -61,12 +61,13 @@ def by_chunks(joint: Joint, settings: Settings) -> None:
 @dataclass(frozen=True)
 class _Reading:
     """A product that reads copies: the ways from the casts that make them to the product; `tokens` is T, `bytes` are
-    the largest copy's."""
+    the largest copy's, and `is_sum` says whether it sums over tokens, as a gradient does."""
 
     node: Node
     ways: tuple[tuple[Node, ...], ...]
     tokens: int
     bytes: int
+    is_sum: bool
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _groups(joint: Joint, machine: Machine) -> Iterator[_Group]:
             del groups[-start:]
         groups.append(own)
     for group in groups:
+        if not any(r.is_sum for r in group):
+            continue  # a layer's own product, or the logits', which are done by chunks with their loss
         members = sorted(group, key=lambda r: position[r.node])
         tokens = members[0].tokens
         count = min(MOST, tokens, math.ceil(max(r.bytes for r in members) / least) if least else MOST)
@@ -119,7 +122,7 @@ def _reading(node: Node, flow: Flow) -> _Reading | None:
     if not ways or all(weights) or not all(isinstance(size, int) for size in (m, k, n)):
         return None
     size = max(value(way[0]).numel() * value(way[0]).dtype.itemsize for way in ways)
-    return _Reading(node, tuple(map(tuple, ways)), int(tokens), size)
+    return _Reading(node, tuple(map(tuple, ways)), int(tokens), size, not any(weights))
 
 
 def _way(node: Node, flow: Flow) -> list[Node]:
