@@ -43,7 +43,7 @@ from peft_fx.passes.loss.row_rules import SIZED, RowDims, RowEffect, Unfit, trea
 
 LEAST = 4  # a pass over a chunk's copy takes about as many times what a kernel takes to start, no less than half of it
 ON_A_GPU = 2  # times that: so many kernels are started anew for a chunk, and take turns there
-MOST = 8  # chunks
+MOST = 4  # chunks: each is all of the ops anew, to compile as well
 
 
 def by_chunks(joint: Joint, settings: Settings) -> None:
