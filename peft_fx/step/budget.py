@@ -85,10 +85,8 @@ class Held:
 
 @dataclass(frozen=True)
 class Turn:
-    """The λ at which what is kept turns into another choice, with what is not made again in either."""
+    """What is kept just below a λ, and the choice that it turns into there."""
 
-    price: float
-    held: frozenset[Node]
     before: frozenset[Node]
     after: Choice
 
@@ -141,7 +139,7 @@ class Choices:
         here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
         if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
             here = self.of(kept)
-            yield Turn(LEAST, held, kept, here)
+            yield Turn(kept, here)
         while (following := self._further(here.kept, held)) is not None:
             price, before, kept = following
             after = self.of(kept)
@@ -149,7 +147,7 @@ class Choices:
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
                 after, held = other, held | wasted
-            turn = Turn(price, held, before, after)
+            turn = Turn(before, after)
             if after.peak >= here.peak:
                 after = self._lowest(turn, here)
             elif self._spent(before, after.kept) > here.peak - after.peak:
