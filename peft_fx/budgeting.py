@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,16 @@ def hold(
     held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
     log.debug("memory budget: %s", held)
     return held, values if after is before else saved(choices, after)
+
+
+def along(
+    graph: Graph, values: list[Node], prices: Sequence[float], machine: Machine, hint: Callable[[Size], int]
+) -> list[list[Node]]:
+    """What the partitioner is to keep of a joint graph, which would keep these `values` by itself, where a byte kept
+    costs so many seconds: at each of several prices, the least first."""
+    with without_collection():
+        choices = choices_in(graph, values, hint, machine)
+        return [saved(choices, choices.of(choices.at(price))) for price in prices]
 
 
 def choices_in(graph: Graph, values: Iterable[Node], hint: Callable[[Size], int], machine: Machine) -> Choices:

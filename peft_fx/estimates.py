@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +43,39 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training takes: a row for each variant and number of tokens. `left_out` says why a variant has none."""
+    """What training takes: a row for each variant and number of tokens. `left_out` says why a variant has none.
+
+    `frontier` are the choices that there are between memory and time, of the variants that have several: rows of one
+    name and number of tokens.
+    """
 
     rows: list[Row]
     machine: str
     left_out: dict[str, str] = field(default_factory=dict)
+    frontier: list[Row] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"machine": self.machine, "variants": [r.to_dict() for r in self.rows], "left_out": self.left_out}
+        told = {"machine": self.machine, "variants": [r.to_dict() for r in self.rows], "left_out": self.left_out}
+        return told | ({"frontier": [r.to_dict() for r in self.frontier]} if self.frontier else {})
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
 
+    def within(self, bytes_: float) -> Estimate:
+        """With a row for each variant of the frontier and number of tokens: the quickest step whose peak is within so
+        many bytes; the one that takes least where none is."""
+        of: dict[tuple[int, str], list[Row]] = {}
+        for row in self.frontier:
+            of.setdefault((row.tokens, row.name), []).append(row)
+        plain = [r for r in self.rows if (r.tokens, r.name) not in of]
+        rows = sorted([*plain, *(_within(rows, bytes_) for rows in of.values())], key=lambda r: r.tokens)
+        return replace(self, rows=rows)
+
     def largest(self, bytes_: float) -> dict[str, int]:
         """The most tokens whose peak is within so many bytes, by variant: in a straight line between the lengths
         estimated, and past the last two of them; 0 where not even the first fits."""
-        return {name: _largest(points, bytes_) for name, points in self._series().items()}
+        least = self.within(0)
+        return {name: _largest(points, bytes_) for name, points in least._series().items()}
 
     def crossover(self, name: str = "inductor", other: str = "full") -> int | None:
         """The fewest tokens, of those estimated, at which one variant's peak is above another's."""
@@ -92,8 +110,11 @@ class Estimate:
         from matplotlib import pyplot
 
         several = len({r.tokens for r in self.rows}) > 1
-        figure, axes = pyplot.subplots(1, 2 if several else 1, figsize=(11, 4), layout="constrained", squeeze=False)
+        panels = 1 + (several or bool(self.frontier))
+        figure, axes = pyplot.subplots(1, panels, figsize=(11, 4), layout="constrained", squeeze=False)
         (_draw_lines if several else _draw_bars)(self, axes[0])
+        if self.frontier and not several:
+            _draw_frontier(self, axes[0, 1])
         figure.savefig(path, dpi=150, metadata={"Software": None})
         pyplot.close(figure)
 
@@ -109,6 +130,49 @@ def unit_of(sizes: Iterable[int]) -> tuple[str, float]:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _within(rows: Sequence[Row], bytes_: float) -> Row:
+    """On the line through the choices that are quickest for their memory. Between two of them some layers are as in the
+    one and the others as in the other."""
+    (last, *line) = quickest(rows)
+    for row in line:
+        if last.peak_bytes <= bytes_:
+            return last
+        if row.peak_bytes <= bytes_:
+            return _between(last, row, (last.peak_bytes - bytes_) / (last.peak_bytes - row.peak_bytes))
+        last = row
+    return last
+
+
+def quickest(rows: Iterable[Row]) -> list[Row]:
+    """Of choices those from the quickest to the one with the lowest peak, of which none takes as long, or more, as some
+    layers by one of the others and the rest by another would."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda r: (r.seconds, r.peak_bytes)):
+        if found and row.peak_bytes >= found[-1].peak_bytes:
+            continue
+        while len(found) > 1 and _slope(found[-2], row) <= _slope(found[-2], found[-1]):
+            found.pop()
+        found.append(row)
+    return found
+
+
+def _slope(a: Row, b: Row) -> float:
+    """Seconds that a byte less takes."""
+    return (b.seconds - a.seconds) / (a.peak_bytes - b.peak_bytes)
+
+
+def _between(a: Row, b: Row, share: float) -> Row:
+    def mixed(x: float, y: float) -> float:
+        return x + (y - x) * share
+
+    names = dict.fromkeys((*a.components, *b.components))
+    parts = {k: round(mixed(a.components.get(k, 0), b.components.get(k, 0))) for k in names}
+    kept = sum(parts.values())
+    rest = math.floor(mixed(a.peak_bytes, b.peak_bytes)) - (a.peak_bytes - a.transient_bytes - a.kept_bytes) - kept
+    seconds = mixed(a.seconds, b.seconds)
+    return replace(a, kept_bytes=kept, transient_bytes=rest, seconds=seconds, components=parts)
 
 
 def _largest(points: list[tuple[int, int]], bytes_: float) -> int:
@@ -134,6 +198,21 @@ def _draw_lines(estimate: Estimate, panels: Any) -> None:
         panel.set_xscale("log", base=2)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False, fontsize=8)
+
+
+def _draw_frontier(estimate: Estimate, panel: Any) -> None:
+    """Seconds against memory: variants as points, the choices of one as a line."""
+    unit, size = unit_of(r.peak_bytes for r in (*estimate.rows, *estimate.frontier))
+    lines = dict.fromkeys(r.name for r in estimate.frontier)
+    for row in (r for r in estimate.rows if r.name not in lines):
+        panel.plot(row.peak_bytes / size, row.seconds, "o", markersize=4)
+        panel.annotate(row.name, (row.peak_bytes / size, row.seconds), fontsize=7)
+    for name in lines:
+        rows = quickest(r for r in estimate.frontier if r.name == name)
+        panel.plot([r.peak_bytes / size for r in rows], [r.seconds for r in rows], ".-", label=name)
+    panel.set(xlabel=f"peak of a step, {unit}", ylabel="seconds of a step")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8)
 
 
 def _draw_bars(estimate: Estimate, panels: Any) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from peft_fx import compat, machines, preparing
+from peft_fx import budgeting, compat, machines, preparing
 from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.compat import pytree
 from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
@@ -100,13 +100,16 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 @dataclass(frozen=True)
 class Variant:
     """One way to train: `prepare` makes its model of a copy of the one given; `options` are ours beside those given,
-    None for Inductor alone; `trains` is the component of what only gradients of parameters read."""
+    None for Inductor alone; `trains` is the component of what only gradients of parameters read; `prices` are those of
+    a byte kept, in passes over it, at each of which the step is reckoned."""
 
     prepare: Callable[[nn.Module], nn.Module] = _as_it_is
     options: Mapping[str, Any] | None = None
     trains: str = ADAPTERS
+    prices: tuple[float, ...] = (0.0,)
 
 
+PRICES = (0.0, *(2.0**i for i in range(3, 9)))  # a product that sums K numbers takes as long as 0.005 to 0.02 K passes
 VARIANTS: Mapping[str, Variant] = {
     "inductor": Variant(),
     "peft_fx": Variant(options={}),
@@ -115,10 +118,13 @@ VARIANTS: Mapping[str, Variant] = {
     "inductor-ckpt": Variant(_checkpointed),
     "peft_fx-ckpt": Variant(_checkpointed, {}),
     "peft_fx-ckpt-loss": Variant(lambda model: loss_only(_checkpointed(model)), {}),
+    "peft_fx-budget": Variant(options={}, prices=PRICES),
+    "peft_fx-loss-budget": Variant(loss_only, {}, prices=PRICES),
     "full": Variant(_full, trains="trained weights"),
     "frozen": Variant(_frozen),
 }
-EXACT = tuple(name for name in VARIANTS if name.removeprefix("peft_fx-") not in POLICIES)  # no lossy keep
+WITHIN = tuple(name for name, variant in VARIANTS.items() if len(variant.prices) > 1)  # a budget
+EXACT = tuple(n for n in VARIANTS if n.removeprefix("peft_fx-") not in POLICIES and n not in WITHIN)  # no lossy keep
 
 
 # -------------------------------------------------------------------------------------------------------- estimate
@@ -146,8 +152,9 @@ def estimate(
     `seq_lens` are numbers of tokens T: inputs [B, T', ...] of the call are taken as [B, T, ...]. Lengths between two
     whose graphs differ in nothing but sizes are not traced. Values that the model returns beside the loss are taken to
     be let go of before backward. A model of more than `DEEP` equal layers is traced at two depths, and a further layer
-    costs what the last one did. `progress` is called with a line of text for each trace to come: of some of the names
-    in each of `by_preparation(variants)`, at some of the lengths.
+    costs what the last one did. With `"peft_fx.memory_budget"` among the options the variants of `WITHIN` are those of
+    peft_fx within it, the others without. `progress` is called with a line of text for each trace to come: of some of
+    the names in each of `by_preparation(variants)`, at some of the lengths.
 
     Raises ValueError for an unknown option, machine, device, optimiser or variant and for a variant asked for that the
     model does not allow, TypeError for what is no module, and RuntimeError where nothing of the call is trained.
@@ -162,24 +169,37 @@ def estimate(
         raise TypeError("estimate() needs a module: what it trains are the module's parameters")
     kwargs = kwargs if args or kwargs else own_inputs(plain, "estimate")
     options = dict(options or {}) | ({f"{PREFIX}machine": machine} if machine else {})
+    asked = parse(options)
     traced_on = device_traced(plain, args, kwargs)
-    retarget = Retarget(traced_on, device_of(parse(options), device, traced_on))
-    target = Target(machines.resolve(parse(options).machine, retarget.device), retarget, OPTIMIZERS[optimizer])
+    retarget = Retarget(traced_on, device_of(asked, device, traced_on))
+    target = Target(machines.resolve(asked.machine, retarget.device), retarget, OPTIMIZERS[optimizer])
+    budget = asked.budget(retarget.device)
+    order = list(variants or (*EXACT, *WITHIN * (budget is not None)))
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     lengths = sorted(set(seq_lens)) if seq_lens is not None else [_length(args, kwargs)]
-    for prepare, names in by_preparation(variants or EXACT).items():
-        named = {n: _options(VARIANTS[n], options) for n in names}
+    for prepare, names in by_preparation(order).items():
+        named = {Way(n, price): _options(VARIANTS[n], options) for n in names for price in VARIANTS[n].prices}
         try:
             tracer = Tracer(plain, prepare, (args, kwargs), named, target, progress)
-            found = filled(lengths, names, tracer.at, tracer.between)
-            rows += [tracer.row(name, T, traced) for (name, T), traced in found.items()]
+            found = filled(lengths, named, tracer.at, tracer.between)
+            rows += [tracer.row(way.name, T, traced) for (way, T), traced in found.items()]
         except LeftOut as reason:
             if variants is not None:
                 raise LeftOut(f"{', '.join(names)}: {reason}") from reason
             left_out |= dict.fromkeys(names, str(reason))
-    order = list(variants or EXACT)
-    return Estimate(sorted(rows, key=lambda r: (r.tokens, order.index(r.name))), target.machine.name, left_out)
+    rows.sort(key=lambda r: (r.tokens, order.index(r.name)))
+    plain, frontier = ([r for r in rows if (r.name in WITHIN) == within] for within in (False, True))
+    return _held(Estimate(plain, target.machine.name, left_out, frontier), budget)
+
+
+def _held(estimate: Estimate, asked: budgeting.Asked | None) -> Estimate:
+    """Within the budget, where there is one, of the choices that a variant has; else the quickest of them."""
+    if asked is None or not estimate.frontier:
+        return estimate.within(math.inf)
+    row = estimate.frontier[0]  # weights and states are the same in all
+    beside = row.weight_bytes if asked.of == "step" or asked.beside_weights else 0
+    return estimate.within(asked.bytes + beside + (row.optimizer_bytes if asked.of == "step" else 0))
 
 
 @dataclass(frozen=True)
@@ -192,8 +212,16 @@ class Target:
     states: int
 
 
+class Way(NamedTuple):
+    """A variant, where a byte kept costs as much as so many passes over it."""
+
+    name: str
+    price: float
+
+
 def _options(variant: Variant, given: Mapping[str, Any]) -> Options | None:
-    return None if variant.options is None else parse({**given, **variant.options})
+    """Ours, if any, without a budget: by its price a choice is the same at both depths of a deep model."""
+    return None if variant.options is None else replace(parse({**given, **variant.options}), memory_budget=None)
 
 
 def by_preparation(names: Iterable[str]) -> dict[Any, list[str]]:
@@ -274,7 +302,7 @@ class Tracer:
         model: nn.Module,
         prepare: Callable[[nn.Module], nn.Module],
         call: tuple[Any, Any],
-        named: Mapping[str, Options | None],
+        named: Mapping[Way, Options | None],
         target: Target,
         progress: Callable[[str], None] | None,
     ):
@@ -286,16 +314,16 @@ class Tracer:
         depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in self.whole.modules())
         self.depths = (depth, depth + 1) if self.layers else (0,)
 
-    def at(self, T: int, names: Sequence[str]) -> dict[str, Traced]:
+    def at(self, T: int, ways: Sequence[Way]) -> dict[Way, Traced]:
         """The graphs of some variants at T tokens."""
         if self.progress is not None:
-            self.progress(f"T = {T}: {', '.join(names)}")
+            self.progress(f"T = {T}: {', '.join(dict.fromkeys(way.name for way in ways))}")
         given = _length(*self.call)
         one = functools.cache(lambda x: _at_length(x, given, T))  # ids that are labels too stay one input
         inputs = pytree.tree_map(lambda x: one(x) if isinstance(x, torch.Tensor) else x, self.call)
-        named = {name: self.named[name] for name in names}
+        named = {way: self.named[way] for way in ways}
         depths = [_traced(self.model, inputs, self.prepare, named, self.target, n) for n in self.depths]
-        return {name: [found[name] for found in depths] for name in names}
+        return {way: [found[way] for found in depths] for way in ways}
 
     def between(self, low: Traced, high: Traced, share: Fraction) -> Traced | None:
         """The graphs at a length so far between two; None where those differ in more than sizes."""
@@ -329,16 +357,16 @@ def _traced(
     model: Any,
     inputs: tuple[Any, Any],
     prepare: Callable[[nn.Module], nn.Module],
-    named: Mapping[str, Options | None],
+    named: Mapping[Way, Options | None],
     target: Target,
     depth: int = 0,
-) -> dict[str, list[Halves]]:
+) -> dict[Way, list[Halves]]:
     ghosts = Ghosts(new_fake_mode(), "estimate")
     ghost = _prepared(model, prepare, ghosts, depth)
     names = {p: name for name, p in ghost.named_parameters()}
     args, kwargs = ghosts(inputs)
     given = {id(copied) for copied in ghosts.known.values()}
-    parts: list[dict[str, Halves]] = []
+    parts: list[dict[Way, Halves]] = []
 
     def capture(gm: GraphModule, example_inputs: list[Any]) -> Any:
         split = Split(gm, roles_of(gm, example_inputs, names), named, target, _handed_on(example_inputs, given))
@@ -359,7 +387,7 @@ def _traced(
         call_compiled(ghost, args, kwargs, capture, "estimate", dynamic=False)
     if not any(parts):
         raise RuntimeError("nothing of this call is trained: no graph of it has a backward")
-    return {name: [p[name] for p in parts if name in p] for name in named}
+    return {way: [p[way] for p in parts if way in p] for way in named}
 
 
 def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
@@ -367,6 +395,11 @@ def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
     there before the step."""
     tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and id(x) not in given}
     return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
+
+
+def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
+    """A graph, by default the module's own, once more."""
+    return GraphModule(gm, copy_graph(graph or gm.graph))
 
 
 class Joint(compat.CustomGraphPass):  # type: ignore[misc]
@@ -392,46 +425,74 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         self,
         gm: GraphModule,
         roles: Any,
-        named: Mapping[str, Options | None],
+        named: Mapping[Way, Options | None],
         target: Target,
         handed_on: dict[int, Role],
     ):
         self.gm, self.roles, self.named, self.handed_on = gm, roles, named, handed_on
         self.machine, self.retarget = target.machine, target.retarget
-        self.joint, self.parts = Joint(self.retarget), dict[str, Halves]()
+        self.joint, self.parts = Joint(self.retarget), dict[Way, Halves]()
         self.patterns = {name: getattr(compat.inductor_config, name) for name in PATTERNS}
 
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        for name, options in self.named.items():
+        for options, ways in self._by_options():
             try:
-                self.parts[name] = self._halves(gm, joint_inputs, options, kwargs)
+                self.parts |= self._split(gm, joint_inputs, options, ways, kwargs)
             except PassError:  # then the backend leaves the graph to Inductor
-                self.parts[name] = self._halves(gm, joint_inputs, None, kwargs)
-        forward, backward = (GraphModule(half, copy_graph(half.graph)) for half in self.parts[name].graphs)
-        return forward, backward
+                self.parts |= self._split(gm, joint_inputs, None, ways, kwargs)
+        forward, backward = self.parts[ways[0]].graphs
+        return copied(forward), copied(backward)
 
-    def _halves(
-        self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, kwargs: dict[str, Any]
-    ) -> Halves:
+    def _by_options(self) -> Iterator[tuple[Options | None, list[Way]]]:
+        """The variants whose joint graphs are the same, the lowest price first."""
+        given = list(self.named.values())
+        for options in (o for i, o in enumerate(given) if o not in given[:i]):
+            yield options, sorted((w for w, o in self.named.items() if o == options), key=lambda w: w.price)
+
+    def _split(
+        self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, ways: Sequence[Way], kwargs: Any
+    ) -> dict[Way, Halves]:
+        """The halves at each price: the first split is as the partitioner makes it, which is then told what to keep."""
         assert self.joint.graph is not None
-        joint = GraphModule(gm, copy_graph(self.joint.graph))
+        joint = copied(gm, self.joint.graph)
         ours = None
         if options is not None:
             record = Record(self.gm, [], self.roles, options, True, device=self.retarget.device)
             ours = RetargetedPass(record, self.retarget)
         after = None if ours is None else Finish(ours)
+        kept: dict[float, set[str]] = {}
+
+        def choose(price: float, graph: Graph, values: list[Node]) -> list[Node]:
+            if not kept:
+                kept.update(self._kept(graph, values, {p for way in ways for p in VARIANTS[way.name].prices}))
+            return [n for n in graph.nodes if n.name in kept[price]] if price else values
+
+        found: dict[Way, Halves] = {}
         with compat.inductor_config.patch(joint_custom_pre_pass=ours, joint_custom_post_pass=after, **self.patterns):
             joint = compat.joint_graph_passes(joint, skip_invoke_subgraph=True)
             self.retarget.exchange(joint.graph, compat.V.fake_mode)  # what patterns have made
-            handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-            with contextlib.nullcontext() if ours is None else ours.holding():
-                forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
-            (results,) = forward.graph.find_nodes(op="output")
-            places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
-            if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
-                self._lowered(forward, backward)
+            for way in ways:
+                same = next((w for w in found if kept[w.price] == kept[way.price]), None)
+                with compat.choosing(functools.partial(choose, way.price)):
+                    found[way] = found[same] if same else self._halves(copied(joint), joint_inputs, kwargs)
+        return found
+
+    def _kept(self, graph: Graph, values: list[Node], prices: Iterable[float]) -> dict[float, set[str]]:
+        """The names of what the partitioner is to keep at each price, where it would keep those values by itself."""
+        hint, dear = compat.hint_for(compat.V.fake_mode), sorted(filter(None, prices))
+        prices = [p / self.machine.bandwidth for p in dear]
+        chosen = budgeting.along(graph, values, prices, self.machine, hint) if dear else []
+        return {p: {n.name for n in nodes} for p, nodes in zip([0.0, *dear], [values, *chosen], strict=True)}
+
+    def _halves(self, joint: GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any]) -> Halves:
+        handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
+        forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+        (results,) = forward.graph.find_nodes(op="output")
+        places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
+        if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
+            self._lowered(forward, backward)
         kept = {places[name]: component for name, (component, _) in saved.items()}
         theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on
         lent = {n.name for n in backward.graph.find_nodes(op="placeholder") if is_tangent(n) or n.name in theirs}

@@ -21,6 +21,7 @@ from torch.fx.node import map_aggregate
 from peft_fx.compat import pytree
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
+K = TypeVar("K")
 X = TypeVar("X")
 
 
@@ -80,15 +81,15 @@ def on(graphs: Sequence[GraphModule], layouts: Iterable[Sequence[Layout]]) -> No
 
 def filled(
     lengths: Sequence[int],
-    names: Iterable[str],
-    trace: Callable[[int, list[str]], Mapping[str, X]],
+    names: Iterable[K],
+    trace: Callable[[int, list[K]], Mapping[K, X]],
     between: Callable[[X, X, Fraction], X | None],
-) -> dict[tuple[str, int], X]:
+) -> dict[tuple[K, int], X]:
     """What is found of each name at each length: `trace` gives it of several names, `between` at a length so far
     between two, or None where it cannot be told from these. Then the length in the middle is traced."""
-    found: dict[tuple[str, int], X] = {}
+    found: dict[tuple[K, int], X] = {}
 
-    def fill(first: int, last: int, names: list[str]) -> None:
+    def fill(first: int, last: int, names: list[K]) -> None:
         apart = []
         for name in names if last - first > 1 else ():
             low, high = lengths[first], lengths[last]
@@ -104,7 +105,7 @@ def filled(
             fill(first, middle, apart)
             fill(middle, last, apart)
 
-    def at(T: int, names: list[str]) -> None:
+    def at(T: int, names: list[K]) -> None:
         found.update({(name, T): x for name, x in trace(T, names).items()})
 
     for T in dict.fromkeys((lengths[0], lengths[-1])):

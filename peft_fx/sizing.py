@@ -16,7 +16,8 @@ import peft_fx
 from peft_fx import configs
 from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.estimates import Estimate, unit_of
-from peft_fx.estimating import EXACT, VARIANTS, LeftOut, by_preparation
+from peft_fx.estimating import EXACT, VARIANTS, WITHIN, LeftOut, by_preparation
+from peft_fx.options import parse
 from peft_fx.terminal import Problem, Say, check_writable, progress, require, silence_others
 
 DESCRIPTION = """\
@@ -35,6 +36,8 @@ examples:
         lengths from 2048 on, each twice the last, and a figure
   python -m peft_fx estimate ~/models/llama --seq 2048:131072 --variants inductor,peft_fx,full --memory 80
         and the longest sequence that fits in 80 GB
+  python -m peft_fx estimate config.json --seq 2048:131072 --machine rtx4090 --budget 24GB --png frontier.png
+        and what a step takes that is held to 24 GB
 
 exit status: 0; 2 where something is missing or wrong
 """
@@ -54,9 +57,11 @@ def add_command(commands: Any) -> None:
     seq = "tokens of a sequence: one number, or FIRST:LAST, each twice the one before (default: %(default)s)"
     command.add_argument("--seq", type=lengths, default="2048", metavar="T", help=seq)
     configs.add_backend_arguments(command, "whose speeds are reckoned with")
-    names = f"with commas between, of {', '.join(VARIANTS)} (default: all but the lossy keeps)"
+    names = f"with commas between, of {', '.join(VARIANTS)} (default: without lossy keeps; -budget where there is one)"
     command.add_argument("--variants", nargs="+", type=variants, metavar="NAME,…", help=names)
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
+    budget = "bytes that a step may take in all, as 24GB: what is quickest within them, and which T fits"
+    command.add_argument("--budget", metavar="BYTES", help=budget)
     command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
     command.add_argument("--json", type=Path, metavar="FILE", help="the estimate as JSON")
     command.add_argument("--png", type=Path, metavar="FILE", help="a figure of it; needs matplotlib")
@@ -86,18 +91,24 @@ def variants(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Estimates and writes what was asked for; returns the exit status."""
-    configs.options_of(args)  # a Problem now rather than in each group
+    if args.budget:
+        args.option.append(f"memory_budget={args.budget!r}")
+    options = configs.options_of(args)  # a Problem now rather than in each group
+    budget = parse(options).memory_budget
+    if isinstance(budget, (float, str)):
+        raise Problem(f"--budget {args.budget}: it must be bytes, as 24GB: what a share is of is not known here")
     names = list(dict.fromkeys(itertools.chain.from_iterable(args.variants or ()))) or None
     for path in filter(None, (args.json, args.png)):
         check_writable(path)
     if args.png:
         require("A figure", "matplotlib", extra="bench")
-    groups = list(by_preparation(names or EXACT).values())
+    order = names or [*EXACT, *WITHIN * (budget is not None)]
+    groups = list(by_preparation(order).values())
     with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) * len(groups)) as say:  # at most
         found = list(_estimates(args, groups, asked=names is not None, say=say))
-    whole = _joined(found, list(names or EXACT))
+    whole = _joined(found, order)
     print(whole)
-    print(_conclusions(whole, args.memory))
+    print(_conclusions(whole, budget or (args.memory and args.memory * 1e9)))
     if args.json:
         args.json.write_text(whole.to_json(), encoding="utf-8")
     if args.png:
@@ -157,7 +168,8 @@ def _joined(found: Sequence[Estimate], order: Sequence[str]) -> Estimate:
     """One estimate of the variants of several."""
     rows = sorted((r for e in found for r in e.rows), key=lambda r: (r.tokens, order.index(r.name)))
     left_out = {name: e.left_out[name] for name in order for e in found if name in e.left_out}
-    return Estimate(rows, next((e.machine for e in found if e.rows), ""), left_out)
+    frontier = [row for e in found for row in e.frontier]
+    return Estimate(rows, next((e.machine for e in found if e.rows), ""), left_out, frontier)
 
 
 def without_mask(model: Any) -> Any:
@@ -174,14 +186,15 @@ def without_mask(model: Any) -> Any:
 
 
 def _conclusions(estimate: Estimate, memory: float | None) -> str:
+    """What follows of it; `memory` are the bytes that a step may take."""
     lines = []
     if {"inductor", "full"} <= {r.name for r in estimate.rows}:
         tokens = estimate.crossover()
         text = f"from T = {tokens} on" if tokens else "at none of these lengths"
         lines.append(f"PEFT by Inductor needs more memory than full fine-tuning {text}.")
     if memory:
-        fits = ", ".join(f"{name} {T}" for name, T in estimate.largest(memory * 1e9).items())
-        lines.append(f"T that fits in {memory:g} GB: {fits}")
+        fits = ", ".join(f"{name} {T}" for name, T in estimate.largest(memory).items())
+        lines.append(f"T that fits in {memory / 1e9:g} GB: {fits}")
     if len({r.tokens for r in estimate.rows}) == 1 and estimate.rows:
         unit, size = unit_of(r.kept_bytes for r in estimate.rows)
         for row in estimate.rows:

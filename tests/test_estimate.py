@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import transformers as tf
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
-from peft_fx.estimates import Estimate, Row
+from peft_fx import estimating
+from peft_fx.estimates import Estimate, Row, quickest
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import lengths
 from peft_fx.step.fusion import Fused, outputs
@@ -201,6 +203,42 @@ def test_a_model_without_weights_gives_the_same_figures(found: tuple[Any, Estima
     assert again.rows == [r for r in found[1].rows if (r.name, r.tokens) == ("peft_fx", 64)]
 
 
+def deep() -> Any:
+    return adapt(tf.LlamaForCausalLM(llama_config(64, 128, 8)))
+
+
+@pytest.fixture(scope="module")
+def choices() -> Estimate:
+    given = {"peft_fx.memory_budget": 1, "peft_fx.memory_budget_of": "step"}
+    names = ["peft_fx", "peft_fx-budget"]
+    return peft_fx.estimate(deep(), machine="cpu", options=given, variants=names, **batch(256))
+
+
+def test_choices_of_a_deep_model_are_those_of_all_its_layers(
+    choices: Estimate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What turns at a price turns in every layer, so two depths tell of any."""
+    monkeypatch.setattr(estimating, "DEEP", 100)
+    whole = peft_fx.estimate(deep(), machine="cpu", variants=["peft_fx-budget"], **batch(256))
+    kept = [r.kept_bytes for r in choices.frontier]
+    assert kept == [r.kept_bytes for r in whole.frontier]
+    assert len(set(kept)) > 2
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_a_budget_is_held_as_estimated(choices: Estimate, share: float) -> None:
+    """The choice that is made for the whole model takes no longer than what is told of."""
+    plain = next(r for r in choices.rows if r.name == "peft_fx")
+    beside = plain.weight_bytes + plain.optimizer_bytes
+    budget = int(share * (plain.peak_bytes - beside))
+    row = next(r for r in choices.within(budget + beside).rows if r.name == "peft_fx-budget")
+    assert row.peak_bytes - beside <= budget
+    given = {"peft_fx.machine": "cpu", "peft_fx.memory_budget": budget, "peft_fx.memory_budget_of": "step"}
+    (held,) = peft_fx.explain(deep(), options=given, **batch(256)).budgets
+    assert held.is_held
+    assert 0 < held.seconds <= row.seconds - plain.seconds
+
+
 @pytest.mark.parametrize(
     ("given", "names"),
     [({"optimizer": "adamx"}, "adamw"), ({"variants": ["peft"]}, "inductor"), ({"machine": "h1000"}, "h100")],
@@ -222,6 +260,35 @@ def test_what_fits_and_what_crosses() -> None:
     assert estimate.crossover() == 20
     assert estimate.largest(150) == {"inductor": 15, "full": 10}
     assert estimate.largest(50) == {"inductor": 0, "full": 0}
+
+
+def choice(peak: int, seconds: float) -> Row:
+    return Row("peft_fx-budget", 10, 5, 1, 2, peak - 9, 1, seconds, {"MLP": peak - 9})
+
+
+CHOICES = [choice(100, 1.0), choice(90, 5.0), choice(60, 2.0), choice(80, 1.2), choice(95, 1.5), choice(70, 9.0)]
+
+
+def test_the_quickest_choices_are_a_line_that_bends_one_way() -> None:
+    assert [(r.peak_bytes, r.seconds) for r in quickest(CHOICES)] == [(100, 1.0), (80, 1.2), (60, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "peak", "seconds"),
+    [(200, 100, 1.0), (100, 100, 1.0), (90, 90, 1.1), (80, 80, 1.2), (70, 70, 1.6), (60, 60, 2.0), (50, 60, 2.0)],
+)
+def test_within_a_budget_some_layers_are_as_in_one_choice_and_some_as_in_another(
+    budget: int, peak: int, seconds: float
+) -> None:
+    (row,) = Estimate([], "cpu", frontier=CHOICES).within(budget).rows
+    assert (row.peak_bytes, row.seconds) == (peak, pytest.approx(seconds))
+    assert row.kept_bytes == sum(row.components.values())
+
+
+def test_what_fits_with_a_budget_is_what_the_least_choice_lets_fit() -> None:
+    shorter = [replace(row, tokens=5, kept_bytes=row.kept_bytes // 2) for row in CHOICES]
+    estimate = Estimate(rows("peft_fx", {5: 60, 10: 100}), "cpu", frontier=[*shorter, *CHOICES])
+    assert estimate.largest(60) == {"peft_fx": 5, "peft_fx-budget": 10}
 
 
 def test_lengths_double() -> None:

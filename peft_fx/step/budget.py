@@ -124,6 +124,10 @@ class Choices:
             lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
         return lowest
 
+    def at(self, price: float) -> frozenset[Node]:
+        """The values kept where a byte kept costs so many seconds."""
+        return self._cut(price)
+
     def of(self, kept: frozenset[Node]) -> Choice:
         """A set of values kept, with what comes of it."""
         if kept not in self._known:
