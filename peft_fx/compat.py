@@ -55,7 +55,7 @@ from torch._functorch import config as functorch_config
 
 # what backward would keep of a joint graph, before and after; which of its functions says so
 from torch._functorch import partitioners
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
@@ -115,6 +115,7 @@ __all__ = [
     "choosing",
     "compile_fx",
     "counters",
+    "default_partition",
     "default_store",
     "detect_fake_mode",
     "dynamo_config",

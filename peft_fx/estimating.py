@@ -101,16 +101,19 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 class Variant:
     """One way to train: `prepare` makes its model of a copy of the one given; `options` are ours beside those given,
     None for Inductor alone; `trains` is the component of what only gradients of parameters read; `prices` are those of
-    a byte kept, in passes over it, at each of which the step is reckoned."""
+    a byte kept, in passes over it, at each of which the step is reckoned. What is not compiled keeps all that backward
+    reads, and is reckoned with Inductor's kernels: its time is below eager mode's."""
 
     prepare: Callable[[nn.Module], nn.Module] = _as_it_is
     options: Mapping[str, Any] | None = None
     trains: str = ADAPTERS
     prices: tuple[float, ...] = (0.0,)
+    compiles: bool = True
 
 
 PRICES = (0.0, *(2.0**i for i in range(3, 9)))  # a product that sums K numbers takes as long as 0.005 to 0.02 K passes
 VARIANTS: Mapping[str, Variant] = {
+    "eager": Variant(compiles=False),
     "inductor": Variant(),
     "peft_fx": Variant(options={}),
     **{f"peft_fx-{keep}": Variant(options={f"{PREFIX}keep": keep}) for keep in POLICIES},
@@ -124,7 +127,11 @@ VARIANTS: Mapping[str, Variant] = {
     "frozen": Variant(_frozen),
 }
 WITHIN = tuple(name for name, variant in VARIANTS.items() if len(variant.prices) > 1)  # a budget
-EXACT = tuple(n for n in VARIANTS if n.removeprefix("peft_fx-") not in POLICIES and n not in WITHIN)  # no lossy keep
+EXACT = tuple(  # compiled, no lossy keep, no budget
+    name
+    for name, variant in VARIANTS.items()
+    if variant.compiles and name.removeprefix("peft_fx-") not in POLICIES and name not in WITHIN
+)
 
 
 # -------------------------------------------------------------------------------------------------------- estimate
@@ -397,6 +404,14 @@ def _handed_on(inputs: Iterable[Any], given: Set[int]) -> dict[int, Role]:
     return {i: Role("", False, False) for i, x in tensors.items() if x.requires_grad and not x.is_leaf}
 
 
+def _all_that_is_read(
+    joint: GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **kwargs: Any
+) -> tuple[GraphModule, GraphModule]:
+    """Keeps what backward reads of forward, and makes nothing again, as autograd does."""
+    forward, backward = compat.default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs)
+    return forward, backward
+
+
 def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
     """A graph, by default the module's own, once more."""
     return GraphModule(gm, copy_graph(graph or gm.graph))
@@ -437,7 +452,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
     def __call__(
         self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        for options, ways in self._by_options():
+        for options, ways in self._alike():
             try:
                 self.parts |= self._split(gm, joint_inputs, options, ways, kwargs)
             except PassError:  # then the backend leaves the graph to Inductor
@@ -445,11 +460,12 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         forward, backward = self.parts[ways[0]].graphs
         return copied(forward), copied(backward)
 
-    def _by_options(self) -> Iterator[tuple[Options | None, list[Way]]]:
+    def _alike(self) -> Iterator[tuple[Options | None, list[Way]]]:
         """The variants whose joint graphs are the same, the lowest price first."""
-        given = list(self.named.values())
-        for options in (o for i, o in enumerate(given) if o not in given[:i]):
-            yield options, sorted((w for w, o in self.named.items() if o == options), key=lambda w: w.price)
+        given = [(options, VARIANTS[way.name].compiles) for way, options in self.named.items()]
+        for alike in (x for i, x in enumerate(given) if x not in given[:i]):
+            ways = [way for way, other in zip(self.named, given, strict=True) if other == alike]
+            yield alike[0], sorted(ways, key=lambda way: way.price)
 
     def _split(
         self, gm: GraphModule, joint_inputs: Sequence[object], options: Options | None, ways: Sequence[Way], kwargs: Any
@@ -463,6 +479,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             ours = RetargetedPass(record, self.retarget)
         after = None if ours is None else Finish(ours)
         kept: dict[float, set[str]] = {}
+        compiles = VARIANTS[ways[0].name].compiles
 
         def choose(price: float, graph: Graph, values: list[Node]) -> list[Node]:
             if not kept:
@@ -476,7 +493,7 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
             for way in ways:
                 same = next((w for w in found if kept[w.price] == kept[way.price]), None)
                 with compat.choosing(functools.partial(choose, way.price)):
-                    found[way] = found[same] if same else self._halves(copied(joint), joint_inputs, kwargs)
+                    found[way] = found[same] if same else self._halves(copied(joint), joint_inputs, kwargs, compiles)
         return found
 
     def _kept(self, graph: Graph, values: list[Node], prices: Iterable[float]) -> dict[float, set[str]]:
@@ -486,12 +503,15 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         chosen = budgeting.along(graph, values, prices, self.machine, hint) if dear else []
         return {p: {n.name for n in nodes} for p, nodes in zip([0.0, *dear], [values, *chosen], strict=True)}
 
-    def _halves(self, joint: GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any]) -> Halves:
+    def _halves(
+        self, joint: GraphModule, joint_inputs: Sequence[object], kwargs: dict[str, Any], compiles: bool
+    ) -> Halves:
         handed_on = {n.name for n in roles_in(joint.graph, self.handed_on)}
-        forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on)
+        partition = compat.min_cut_rematerialization_partition if compiles else _all_that_is_read
+        forward, backward, saved = partitioned(joint, joint_inputs, self.roles, kwargs, handed_on, partition)
         (results,) = forward.graph.find_nodes(op="output")
         places = {n.name: i for i, n in enumerate(results.args[0]) if isinstance(n, Node)}
-        if self.machine.is_cpu == (self.retarget.device.type == "cpu"):
+        if compiles and self.machine.is_cpu == (self.retarget.device.type == "cpu"):
             self._lowered(forward, backward)
         kept = {places[name]: component for name, (component, _) in saved.items()}
         theirs = returned(forward, kwargs["num_fwd_outputs"]) | handed_on

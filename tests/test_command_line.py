@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,18 @@ def test_an_estimate_is_one_on_however_many_processors(llama, monkeypatch, capsy
     assert told[0].out == told[1].out
     assert told[0].out.count("\nfull ") == told[0].out.count("\nfrozen ") == 2
     assert all(sorted(told[1].err.splitlines()) == sorted(each.err.splitlines()) for each in told)
+
+
+def test_a_budget_says_what_fits_in_it(llama, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    asked = ["estimate", str(llama), "--seq", "64:128", "--machine", "h100", "--variants", "peft_fx,peft_fx-budget"]
+    assert main([*asked, "--budget", "80GB"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("\npeft_fx-budget ") == 2
+    assert re.search(r"T that fits in 80 GB: peft_fx \d+, peft_fx-budget \d+", told)
+    for wrong in ("0.9", "auto", "a lot"):
+        assert main([*asked, "--budget", wrong]) == 2
+        assert "GB" in capsys.readouterr().err
 
 
 def test_what_a_model_does_not_allow_is_left_out_unless_it_is_asked_for(llama, monkeypatch, capsys) -> None:

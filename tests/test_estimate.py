@@ -13,8 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import peft_fx
 from peft_fx import estimating
 from peft_fx.estimates import Estimate, Row, quickest
+from peft_fx.measuring import memory_of
 from peft_fx.passes.decide.machine import MACHINES
-from peft_fx.sizing import lengths
+from peft_fx.sizing import lengths, without_mask
 from peft_fx.step.fusion import Fused, outputs
 from peft_fx.step.memory import PACKED, walk
 from tests.peft_models import adapt, llama_config
@@ -165,6 +166,15 @@ def test_parts_add_up(found: tuple[Any, Estimate]) -> None:
         parts = ("weight_bytes", "adapter_grad_bytes", "optimizer_bytes", "kept_bytes", "transient_bytes")
         assert row["peak_bytes"] == sum(row[p] for p in parts)
         assert row["kept_bytes"] == sum(row["components"].values())
+
+
+def test_eager_keeps_what_autograd_does() -> None:
+    """Of a model without a mask of T×T, whose two dimensions Dynamo computes at once and eager mode does not keep."""
+    model = without_mask(tiny())
+    row = peft_fx.estimate(model, machine="cpu", variants=["eager"], **batch(64)).rows[0]
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    kept = memory_of(lambda: model(input_ids=ids, labels=ids).loss, model.zero_grad, torch.device("cpu")).kept
+    assert row.kept_bytes == pytest.approx(kept, rel=0.001)
 
 
 class Broken(torch.nn.Module):
