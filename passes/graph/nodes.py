@@ -16,6 +16,7 @@ from peft_fx.passes.analyse.algebra import MANTISSA, Size, coarser
 aten, prims = torch.ops.aten, torch.ops.prims
 
 CAST = prims.convert_element_type.default
+ORDERED = prims.inductor_force_stride_order.default  # Inductor computes what it is given in that order: no copy
 SUMS = {aten.add.Tensor, aten.sub.Tensor}
 SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}

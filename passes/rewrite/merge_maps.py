@@ -16,6 +16,7 @@ from peft_fx.passes.findings import Settings
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import aten, expr, shape, value
+from peft_fx.passes.rewrite.layout import as_read
 from peft_fx.passes.rewrite.materialise import Materialise
 from peft_fx.passes.rewrite.rounding import rounded
 
@@ -26,26 +27,26 @@ def merge_maps(joint: Joint, settings: Settings) -> None:
     if not notes.maps:
         return
     before = set(joint.position)
-    rewrite(joint, notes.chosen_maps, settings.rounding)
+    rewrite(joint, notes.chosen_maps, settings)
     # a region's own sums stay for its parameters' gradients: no sites, and no more are those that a W' is made of
     groups = [g for g in joint.sums.groups if (g.backward or g.root in joint.flow.forward) and g.root in before]
     consider(joint, settings, groups)
 
 
-def rewrite(joint: Joint, chosen: Iterable[MapCandidate], rounding: str) -> None:
+def rewrite(joint: Joint, chosen: Iterable[MapCandidate], settings: Settings) -> None:
     """Makes each region one product `u·W' + b'`."""
     edit, rows, position = joint.edit, joint.maps, joint.position
     for region in sorted(chosen, key=lambda r: position[r.ends[-1]], reverse=True):  # a source may be another's end
         last = max(region.ends, key=position.__getitem__)
         with edit.at(last, like=region.base):
-            new = _product(edit, rows, region, last, rounding)
+            new = _product(edit, rows, region, last, settings)
         for end in region.ends:
             if end is not last:
                 _drop(edit, end)
         edit.replace(last, new)
 
 
-def _product(edit: Editor, rows: AffineMaps, region: MapCandidate, last: Node, rounding: str) -> Node:
+def _product(edit: Editor, rows: AffineMaps, region: MapCandidate, last: Node, settings: Settings) -> Node:
     K, N = region.features
     dtype = value(region.base).dtype
     with edit.provenance(region.base, rebuilt=True):
@@ -55,7 +56,8 @@ def _product(edit: Editor, rows: AffineMaps, region: MapCandidate, last: Node, r
         parts = [replay.matrix(end) for end in region.ends]
         merged = functools.reduce(edit.add, [m for m, _ in parts])
         constants = [c for _, c in parts if c is not None]
-        merged = rounded(edit, merged, dtype, rounding, transposed=region.backward)
+        merged = rounded(edit, merged, dtype, settings.rounding, transposed=region.backward)
+        merged = as_read(edit, merged, settings.machine, at_left=False)
         bias = edit.reshape(edit.cast(functools.reduce(edit.add, constants), dtype), [N]) if constants else None
     u = edit.reshape(edit.cast(region.source, dtype), [-1, K])
     y = edit.call(aten.mm.default, u, merged) if bias is None else edit.call(aten.addmm.default, bias, u, merged)

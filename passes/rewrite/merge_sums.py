@@ -30,6 +30,7 @@ from peft_fx.passes.findings import Settings
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import aten, shape, value
+from peft_fx.passes.rewrite.layout import as_read
 from peft_fx.passes.rewrite.rounding import rounded
 
 PLAIN = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
@@ -46,7 +47,7 @@ def merge_sums(joint: Joint, settings: Settings) -> None:
     notes.adapter_of = parameters_of(notes.groups, joint.flow) | notes.adapter_of
     if notes.as_written is not None:
         joint.found.merged = merged_already(notes.as_written, notes.adapter_of.keys(), joint.sizes.hint)
-    rewriter = Rewriter(joint.edit, settings.rounding, settings.kernels)
+    rewriter = Rewriter(joint.edit, settings)
     rewriter.rewrite(sorted(chosen, key=lambda g: position[g.root]))
     for tentative in reversed(notes.tentative):
         tentative.settle()
@@ -55,8 +56,9 @@ def merge_sums(joint: Joint, settings: Settings) -> None:
 class Rewriter:
     """Rewrites chosen groups. Sums are rebuilt once, whatever the number of groups in them."""
 
-    def __init__(self, edit: Editor, rounding: str = "nearest", kernels: bool = True):
-        self.edit, self.rounding, self.kernels = edit, rounding, kernels
+    def __init__(self, edit: Editor, settings: Settings):
+        self.edit, self.rounding, self.kernels = edit, settings.rounding, settings.kernels
+        self.machine = settings.machine
         self._merged: dict[Any, Node] = {}
 
     def rewrite(self, groups: Iterable[SumCandidate]) -> None:
@@ -190,7 +192,8 @@ class Rewriter:
             if group.product.window is not None:
                 return self.edit.reshape(self._merged[key], list(shape(group.operand)))
             read = weight.T if group.base.flipped else weight
-            return self._as_operand(self._merged[key], read, group.operand)
+            operand = self._as_operand(self._merged[key], read, group.operand)
+            return as_read(self.edit, operand, self.machine, group.at_left)
 
     def _merge(self, weight: Matrix, inner: Scale, terms: list[tuple[Scale, Term]], dtype: torch.dtype) -> Node:
         """W + Σ s·Π factors, in the weight's own orientation."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.graph.nodes import CAST, aten, expr, numel, prims, value
+from peft_fx.passes.graph.nodes import CAST, ORDERED, aten, expr, numel, prims, value
 
 LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
     "library",
@@ -67,7 +67,7 @@ def kind_of(node: Node) -> str:
     if target is operator.getitem:
         source = node.args[0]
         return VIEW if isinstance(source, Node) and is_view(source.target) else ITEM
-    if is_view(target) or _is_the_same(node):
+    if is_view(target) or target is ORDERED or _is_the_same(node):
         return VIEW
     if name_of(node) in REDUCTIONS:
         return REDUCTION
