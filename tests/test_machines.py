@@ -334,6 +334,22 @@ def test_a_probe_disturbs_nothing() -> None:
     assert rates == pytest.approx([probing.rounded(r) for r in rates], rel=1e-12)
 
 
+def test_one_disturbed_product_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first small product of each dtype takes ten milliseconds; quick ones are measured at the larger size all the
+    same."""
+    taken, late = probing._taken, dict.fromkeys(RATES, True)
+
+    def disturbed(run: Any) -> float:
+        dtype = str(run.args[0].dtype).removeprefix("torch.")
+        small = run.args[0].shape == (probing.SMALL, probing.SMALL)
+        return 0.01 if small and late.pop(dtype, False) else taken(run)
+
+    monkeypatch.setattr(probing, "_taken", disturbed)
+    _, sides = probing._seconds()
+    assert sides["float32"] == probing.LARGE
+    assert not late
+
+
 def test_small_changes_of_a_probe_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of constants that decide: times that differ by a fifth give the same ones."""
     sides = dict.fromkeys(RATES, 64)
