@@ -17,7 +17,7 @@ from bench.tables import of_kind
 from bench.variants import VARIANTS
 from peft_fx.terminal import Problem
 
-KNOWN = ("gpu", "cpu", "methods", "loss")  # of two that have the same table for a page the first one stands there
+KNOWN = ("gpu", "cpu", "methods", "methods-avx2", "loss")  # of two that have the same table for a page the first one stands there
 
 
 class Report(Command):
@@ -79,7 +79,8 @@ def _loss(rows: Sequence[Row]) -> str:
 
 
 _STEPS = {"step": _headline, "kept": _kept}
-PAGE_TABLES = {"cpu": _STEPS, "gpu": _STEPS, "methods": {"methods": _methods}, "loss": {"loss": _loss}}
+PAGE_TABLES = {"cpu": _STEPS, "gpu": _STEPS, "loss": {"loss": _loss}}
+PAGE_TABLES |= {name: {name: _methods} for name in ("methods", "methods-avx2")}
 
 # -------------------------------------------------------------------------------------------------------- figures
 
@@ -149,7 +150,7 @@ REPORT = Report(
     text="""\
 Tables and figures from the results of suites.
 
-Reads bench/results/cpu.json, methods.json, loss.json and gpu.json, or the files named, and writes next to them
+Reads bench/results/cpu.json, methods.json, methods-avx2.json, loss.json and gpu.json, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant
