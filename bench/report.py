@@ -17,12 +17,13 @@ from bench.tables import of_kind
 from bench.variants import VARIANTS
 from peft_fx.terminal import Problem
 
-KNOWN = ("gpu", "cpu", "methods", "methods-avx2", "loss")  # of two that have the same table for a page the first one stands there
+KNOWN = ("gpu", "cpu", "methods", "loss")  # of two that have the same table for a page the first one stands there
+AVX2 = "methods-avx2"  # on a CPU held to that
 
 
 class Report(Command):
     def run(self, args: Namespace) -> None:
-        paths = [path for path in args.files or (FOLDER / f"{name}.json" for name in KNOWN) if path.exists()]
+        paths = [path for path in args.files or (FOLDER / f"{name}.json" for name in (*KNOWN, AVX2)) if path.exists()]
         if not paths:
             raise Problem("There are no results yet. Measure some: python -m bench suite cpu")
         stored = {path.stem: json.loads(path.read_text()) for path in paths}
@@ -80,7 +81,7 @@ def _loss(rows: Sequence[Row]) -> str:
 
 _STEPS = {"step": _headline, "kept": _kept}
 PAGE_TABLES = {"cpu": _STEPS, "gpu": _STEPS, "loss": {"loss": _loss}}
-PAGE_TABLES |= {name: {name: _methods} for name in ("methods", "methods-avx2")}
+PAGE_TABLES |= {name: {name: _methods} for name in ("methods", AVX2)}
 
 # -------------------------------------------------------------------------------------------------------- figures
 
@@ -150,7 +151,8 @@ REPORT = Report(
     text="""\
 Tables and figures from the results of suites.
 
-Reads bench/results/cpu.json, methods.json, methods-avx2.json, loss.json and gpu.json, or the files named, and writes next to them
+Reads cpu.json, methods.json, methods-avx2.json, loss.json and gpu.json of bench/results, or the files named, and writes
+next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant

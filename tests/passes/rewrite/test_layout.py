@@ -44,7 +44,8 @@ def summed(graph: Graph) -> list[int]:
     found = []
     for node in (n for n in graph.nodes if n.target in PRODUCTS):
         a, b = node.args[-2:]
-        assert isinstance(a, Node) and isinstance(b, Node)
+        assert isinstance(a, Node)
+        assert isinstance(b, Node)
         found += [value(a).stride(-1)] * (a.target is ORDERED) + [value(b).stride(-2)] * (b.target is ORDERED)
     return found
 
