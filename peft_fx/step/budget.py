@@ -85,8 +85,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Turn:
-    """What is kept just below a λ, and the choice that it turns into there."""
+    """A choice, what is kept just below a higher λ, and the choice that it turns into there."""
 
+    here: Choice
     before: frozenset[Node]
     after: Choice
 
@@ -109,6 +110,7 @@ class Choices:
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
         self._cuts: list[frozenset[Node]] = []
+        self._made: dict[tuple[float, frozenset[Node]], frozenset[Node]] = {}
         self._lines: dict[frozenset[Node], tuple[float, float]] = {}
         self._about = Known()
         self._connect()
@@ -118,7 +120,7 @@ class Choices:
         lowest = self.of(frozenset(self.before))
         if lowest.peak <= peak:
             return lowest
-        for turn in self._turns():
+        for turn in self._turns(peak):
             if turn.after.peak <= peak:
                 return self._between(turn, peak)
             lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
@@ -136,14 +138,15 @@ class Choices:
             self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
         return self._known[kept]
 
-    def _turns(self) -> Iterator[Turn]:
-        """What is kept at higher and higher λ, each with a lower peak. What is made again and alive at the highest
-        point stays kept; and so does all that turns at a λ where the peak is no lower."""
+    def _turns(self, peak: float = 0) -> Iterator[Turn]:
+        """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
+        again and alive at the highest point stays kept; and so does all that turns at a λ where the peak is no
+        lower."""
         held: frozenset[Node] = frozenset()
         here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
         if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
             here = self.of(kept)
-            yield Turn(kept, here)
+            yield Turn(here, kept, here)
         while (following := self._further(here.kept, held)) is not None:
             price, before, kept = following
             after = self.of(kept)
@@ -151,10 +154,10 @@ class Choices:
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
                 after, held = other, held | wasted
-            turn = Turn(before, after)
+            turn = Turn(here, before, after)
             if after.peak >= here.peak:
                 after = self._lowest(turn, here)
-            elif self._spent(before, after.kept) > here.peak - after.peak:
+            elif after.peak > peak and self._spent(before, after.kept) > here.peak - after.peak:
                 after = self._between(turn, after.peak)
             is_lower, here = after.peak < here.peak, after
             held |= here.kept - turn.after.kept
@@ -170,7 +173,9 @@ class Choices:
     def _is_much(self, before: Set[Node], after: Set[Node]) -> bool:
         return self._spent(before, after) >= FEW * self._line(self.before)[0] > 0
 
-    def _further(self, here: frozenset[Node], held: Set[Node]) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
+    def _further(
+        self, here: frozenset[Node], held: frozenset[Node]
+    ) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
         """The λ at which enough more turns to be walked, what is kept just below it, and above."""
         before, found = here, self._next(here, held)
         while found is not None and not self._is_much(here, found[1]):
@@ -180,7 +185,7 @@ class Choices:
             before, found = found[1], following
         return None if found is None else (found[0], before, found[1])
 
-    def _next(self, here: Set[Node], held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
+    def _next(self, here: Set[Node], held: frozenset[Node]) -> tuple[float, frozenset[Node]] | None:
         """The least λ at which something else is worth keeping, and what is then kept least: where the line of seconds
         by λ of what is kept here is first crossed by another one. Looked for from the steepest that are known."""
         high, least = self._line(here)
@@ -207,7 +212,8 @@ class Choices:
         """
         changed = self._changed(turn)
         low, high = 0, len(changed)
-        best, most, over = turn.after, turn.after.kept, math.inf  # bytes kept that are too many
+        best, most = turn.after, turn.after.kept
+        over = self._line(turn.here.kept)[0] - (turn.here.peak - peak)  # bytes kept that are too many
         while high - low > 1:
             middle = (low + high) // 2
             kept = turn.before.symmetric_difference(changed[:middle])
@@ -219,7 +225,7 @@ class Choices:
             elif (found := self.of(kept)).peak <= peak:
                 high, best, most = middle, found, kept
             else:
-                low, over = middle, self._line(kept)[0] - (found.peak - peak)
+                low, over = middle, min(over, self._line(kept)[0] - (found.peak - peak))
         last = self.of(most)
         return last if last.peak <= peak else best
 
@@ -268,19 +274,21 @@ class Choices:
             return 0.0
         return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
 
-    def _cut(self, price: float, held: Set[Node] = frozenset()) -> frozenset[Node]:
+    def _cut(self, price: float, held: frozenset[Node] = frozenset()) -> frozenset[Node]:
         """The values kept where a byte kept costs so many seconds; those `held` are not made again.
 
         Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
         """
-        left = list(self._always)
-        for node, made, there in self._parts:
-            left[made] = _capacity(math.inf if node in held else self.seconds[node])
-            left[there] = _capacity(price * self.bytes[node])
-        side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
-        kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
-        self._cuts.append(kept)
-        return kept
+        if (price, held) not in self._made:
+            left = list(self._always)
+            for node, made, there in self._parts:
+                left[made] = _capacity(math.inf if node in held else self.seconds[node])
+                left[there] = _capacity(price * self.bytes[node])
+            side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
+            kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
+            self._made[price, held] = kept
+        self._cuts.append(self._made[price, held])
+        return self._cuts[-1]
 
     def _connect(self) -> None:
         """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it
