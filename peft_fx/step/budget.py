@@ -141,15 +141,19 @@ class Choices:
     def _turns(self, peak: float = 0) -> Iterator[Turn]:
         """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
         again and alive at the highest point stays kept; and so does all that turns at a λ where the peak is no
-        lower."""
+        lower. As long as every byte that is no longer kept lowers the peak by one, it is known which λ is enough."""
         held: frozenset[Node] = frozenset()
         here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
         if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
             here = self.of(kept)
             yield Turn(here, kept, here)
-        while (following := self._further(here.kept, held)) is not None:
+        is_known = True
+        while (following := self._further(here.kept, held, here.peak - peak if is_known else 0)) is not None:
             price, before, kept = following
             after = self.of(kept)
+            if is_known and self._spent(here.kept, kept) > here.peak - after.peak:
+                is_known = False
+                continue
             wasted, known = after.taken.alive & after.rebuilt & before, held
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
@@ -174,11 +178,12 @@ class Choices:
         return self._spent(before, after) >= FEW * self._line(self.before)[0] > 0
 
     def _further(
-        self, here: frozenset[Node], held: frozenset[Node]
+        self, here: frozenset[Node], held: frozenset[Node], least: float
     ) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
-        """The λ at which enough more turns to be walked, what is kept just below it, and above."""
+        """The λ at which enough more turns to be walked, at least so many bytes; what is kept just below it, and
+        above."""
         before, found = here, self._next(here, held)
-        while found is not None and not self._is_much(here, found[1]):
+        while found is not None and not (self._is_much(here, found[1]) and self._spent(here, found[1]) >= least):
             following = self._next(found[1], held)
             if following is None:
                 break

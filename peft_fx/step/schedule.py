@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,11 @@ class Plan:
     alive: list[int]
 
     @classmethod
-    def of(cls, fused: Fused, kernels: Sequence[Kernel], given: Sequence[Node], stays: frozenset[Node]) -> Plan:
+    def of(cls, fused: Fused, kernels: Sequence[Kernel], sizes: Mapping[Node, int], stays: frozenset[Node]) -> Plan:
         start = {b: i for i, k in enumerate(kernels) for b in k.makes}
         end = start | {r: i for i, k in enumerate(kernels) for r in k.reads}
         change = [0] * (len(kernels) + 2)
-        for b in (*given, *start):
-            size = fused.size(b)
+        for b, size in sizes.items():
             change[start.get(b, 0)] += size
             if b not in stays:
                 change[end.get(b, -1) + 1] -= size
@@ -82,19 +81,19 @@ class Plan:
 def reordered(fused: Fused, given: Sequence[Node], stays: frozenset[Node]) -> Plan:
     """The kernels in that order, of those that Inductor tries, of which it reckons the lowest peak; the graph's own is
     the first."""
-    first = Plan.of(fused, fused.kernels, given, stays)
-    around = _Around(first, given, stays)
+    sizes = {b: fused.size(b) for b in (*given, *(b for k in fused.kernels for b in k.makes))}
+    first = Plan.of(fused, fused.kernels, sizes, stays)
+    around = _Around(first, sizes, given, stays)
     others = around.by_memory(), around.by_age(), around.by_size()
-    plans = (first, *(Plan.of(fused, kernels, given, stays) for kernels in others))
+    plans = (first, *(Plan.of(fused, kernels, sizes, stays) for kernels in others))
     return min(plans, key=lambda plan: max(plan.alive))
 
 
 class _Around:
     """What each kernel, by its place in the graph's order, makes and waits for; the three other orders."""
 
-    def __init__(self, plan: Plan, given: Sequence[Node], stays: frozenset[Node]):
-        self.kernels, self.stays, start = plan.kernels, stays, plan.start
-        self.size = {b: plan.fused.size(b) for b in (*start, *given)}
+    def __init__(self, plan: Plan, sizes: Mapping[Node, int], given: Sequence[Node], stays: frozenset[Node]):
+        self.kernels, self.size, self.stays, start = plan.kernels, sizes, stays, plan.start
         self.given = sum(self.size[b] for b in given)
         self.makes = [k.makes for k in self.kernels]
         self.reads = [[r for r in k.reads if r in self.size and start.get(r) != i] for i, k in enumerate(self.kernels)]
