@@ -38,7 +38,6 @@ from peft_fx.step.seconds import seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 FEW = 0.02  # of the bytes kept: turns that free less are taken together
-NEAR = 4  # cuts that the next turn is looked for from
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
 LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
@@ -109,11 +108,11 @@ class Choices:
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
-        self._cuts: list[frozenset[Node]] = []
         self._made: dict[tuple[float, frozenset[Node]], frozenset[Node]] = {}
         self._lines: dict[frozenset[Node], tuple[float, float]] = {}
         self._about = Known()
         self._connect()
+        self._few = FEW * self._line(self.before)[0]
 
     def within(self, peak: int) -> Choice:
         """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
@@ -144,11 +143,11 @@ class Choices:
         lower. As long as every byte that is no longer kept lowers the peak by one, it is known which λ is enough."""
         held: frozenset[Node] = frozenset()
         here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
-        if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
+        if self._spent(here.kept, kept) >= self._few > 0:  # what is returned is there anyway: a partitioner misses that
             here = self.of(kept)
             yield Turn(here, kept, here)
         is_known = True
-        while (following := self._further(here.kept, held, here.peak - peak if is_known else 0)) is not None:
+        while following := self._further(here.kept, held, max(self._few, here.peak - peak if is_known else 0)):
             price, before, kept = following
             after = self.of(kept)
             if is_known and self._spent(here.kept, kept) > here.peak - after.peak:
@@ -174,40 +173,31 @@ class Choices:
         """Bytes that are no longer kept."""
         return self._line(before)[0] - self._line(after)[0]
 
-    def _is_much(self, before: Set[Node], after: Set[Node]) -> bool:
-        return self._spent(before, after) >= FEW * self._line(self.before)[0] > 0
-
     def _further(
         self, here: frozenset[Node], held: frozenset[Node], least: float
     ) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
-        """The λ at which enough more turns to be walked, at least so many bytes; what is kept just below it, and
-        above."""
-        before, found = here, self._next(here, held)
-        while found is not None and not (self._is_much(here, found[1]) and self._spent(here, found[1]) >= least):
-            following = self._next(found[1], held)
-            if following is None:
-                break
-            before, found = found[1], following
-        return None if found is None else (found[0], before, found[1])
+        """The λ at which so many bytes, or all that do at any, have turned; what is kept just below it, and above.
 
-    def _next(self, here: Set[Node], held: frozenset[Node]) -> tuple[float, frozenset[Node]] | None:
-        """The least λ at which something else is worth keeping, and what is then kept least: where the line of seconds
-        by λ of what is kept here is first crossed by another one. Looked for from the steepest that are known."""
-        high, least = self._line(here)
-
-        def crossing(kept: Set[Node]) -> float:
-            low, most = self._line(kept)
-            return (most - least) / (high - low) if low < high else math.inf
-
-        known = [kept | held for kept in self._cuts[-NEAR:]]
-        known.append(self._cut(self._sum(self.seconds, self.nodes), held))  # a byte less is worth all of them
-        found = min(known, key=crossing)
-        while (price := crossing(found)) < math.inf:
-            after = self._cut(price * (1 + EXACT), held)
-            if not crossing(after) < price * (1 - EXACT):
-                return price, after if crossing(after) < math.inf else found
-            found = after
+        Of two lines of seconds by λ the crossing, where no other one is lower: else that one takes the place of one of
+        them.
+        """
+        before, after = here, self._cut(self._sum(self.seconds, self.nodes), held)  # a byte less is worth all of them
+        most = max(self._line(here)[0] - least, self._line(after)[0])
+        while (price := self._crossing(before, after)) < math.inf:
+            kept = self._cut(price * (1 + EXACT), held)
+            crossed = self._crossing(before, kept)
+            if crossed < math.inf and self._line(kept)[0] > most:
+                before = kept
+            elif crossed < price * (1 - EXACT):
+                after = kept
+            else:
+                return price, before, kept if crossed < math.inf else after
         return None
+
+    def _crossing(self, before: frozenset[Node], after: frozenset[Node]) -> float:
+        """The λ from which on what has fewer bytes kept takes less, seconds by λ."""
+        (high, least), (low, most) = self._line(before), self._line(after)
+        return (most - least) / (high - low) if low < high else math.inf
 
     def _between(self, turn: Turn, peak: int) -> Choice:
         """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes.
@@ -292,8 +282,7 @@ class Choices:
             side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
             kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
             self._made[price, held] = kept
-        self._cuts.append(self._made[price, held])
-        return self._cuts[-1]
+        return self._made[price, held]
 
     def _connect(self) -> None:
         """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it
