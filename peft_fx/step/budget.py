@@ -38,7 +38,6 @@ from peft_fx.step.seconds import seconds_of
 
 PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 FEW = 0.02  # of the bytes kept: turns that free less are taken together
-NEAR = 4  # cuts that the next turn is looked for from
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
 LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
@@ -85,8 +84,9 @@ class Held:
 
 @dataclass(frozen=True)
 class Turn:
-    """What is kept just below a λ, and the choice that it turns into there."""
+    """A choice, what is kept just below a higher λ, and the choice that it turns into there."""
 
+    here: Choice
     before: frozenset[Node]
     after: Choice
 
@@ -108,17 +108,18 @@ class Choices:
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
         self._known: dict[frozenset[Node], Choice] = {}
-        self._cuts: list[frozenset[Node]] = []
+        self._made: dict[tuple[float, frozenset[Node]], frozenset[Node]] = {}
         self._lines: dict[frozenset[Node], tuple[float, float]] = {}
         self._about = Known()
         self._connect()
+        self._few = FEW * self._line(self.before)[0]
 
     def within(self, peak: int) -> Choice:
         """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
         lowest = self.of(frozenset(self.before))
         if lowest.peak <= peak:
             return lowest
-        for turn in self._turns():
+        for turn in self._turns(peak):
             if turn.after.peak <= peak:
                 return self._between(turn, peak)
             lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
@@ -136,25 +137,30 @@ class Choices:
             self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
         return self._known[kept]
 
-    def _turns(self) -> Iterator[Turn]:
-        """What is kept at higher and higher λ, each with a lower peak. What is made again and alive at the highest
-        point stays kept; and so does all that turns at a λ where the peak is no lower."""
+    def _turns(self, peak: float = 0) -> Iterator[Turn]:
+        """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
+        again and alive at the highest point stays kept; and so does all that turns at a λ where the peak is no
+        lower. As long as every byte that is no longer kept lowers the peak by one, it is known which λ is enough."""
         held: frozenset[Node] = frozenset()
         here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
-        if self._is_much(here.kept, kept):  # the partitioner does not see what is returned and there anyway
+        if self._spent(here.kept, kept) >= self._few > 0:  # what is returned is there anyway: a partitioner misses that
             here = self.of(kept)
-            yield Turn(kept, here)
-        while (following := self._further(here.kept, held)) is not None:
+            yield Turn(here, kept, here)
+        is_known = True
+        while following := self._further(here.kept, held, max(self._few, here.peak - peak if is_known else 0)):
             price, before, kept = following
             after = self.of(kept)
+            if is_known and self._spent(here.kept, kept) > here.peak - after.peak:
+                is_known = False
+                continue
             wasted, known = after.taken.alive & after.rebuilt & before, held
             other = self.of(self._cut(price * (1 + EXACT), held | wasted)) if wasted else after
             if other.peak <= after.peak:
                 after, held = other, held | wasted
-            turn = Turn(before, after)
+            turn = Turn(here, before, after)
             if after.peak >= here.peak:
                 after = self._lowest(turn, here)
-            elif self._spent(before, after.kept) > here.peak - after.peak:
+            elif after.peak > peak and self._spent(before, after.kept) > here.peak - after.peak:
                 after = self._between(turn, after.peak)
             is_lower, here = after.peak < here.peak, after
             held |= here.kept - turn.after.kept
@@ -167,37 +173,31 @@ class Choices:
         """Bytes that are no longer kept."""
         return self._line(before)[0] - self._line(after)[0]
 
-    def _is_much(self, before: Set[Node], after: Set[Node]) -> bool:
-        return self._spent(before, after) >= FEW * self._line(self.before)[0] > 0
+    def _further(
+        self, here: frozenset[Node], held: frozenset[Node], least: float
+    ) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
+        """The λ at which so many bytes, or all that do at any, have turned; what is kept just below it, and above.
 
-    def _further(self, here: frozenset[Node], held: Set[Node]) -> tuple[float, frozenset[Node], frozenset[Node]] | None:
-        """The λ at which enough more turns to be walked, what is kept just below it, and above."""
-        before, found = here, self._next(here, held)
-        while found is not None and not self._is_much(here, found[1]):
-            following = self._next(found[1], held)
-            if following is None:
-                break
-            before, found = found[1], following
-        return None if found is None else (found[0], before, found[1])
-
-    def _next(self, here: Set[Node], held: Set[Node]) -> tuple[float, frozenset[Node]] | None:
-        """The least λ at which something else is worth keeping, and what is then kept least: where the line of seconds
-        by λ of what is kept here is first crossed by another one. Looked for from the steepest that are known."""
-        high, least = self._line(here)
-
-        def crossing(kept: Set[Node]) -> float:
-            low, most = self._line(kept)
-            return (most - least) / (high - low) if low < high else math.inf
-
-        known = [kept | held for kept in self._cuts[-NEAR:]]
-        known.append(self._cut(self._sum(self.seconds, self.nodes), held))  # a byte less is worth all of them
-        found = min(known, key=crossing)
-        while (price := crossing(found)) < math.inf:
-            after = self._cut(price * (1 + EXACT), held)
-            if not crossing(after) < price * (1 - EXACT):
-                return price, after if crossing(after) < math.inf else found
-            found = after
+        Of two lines of seconds by λ the crossing, where no other one is lower: else that one takes the place of one of
+        them.
+        """
+        before, after = here, self._cut(self._sum(self.seconds, self.nodes), held)  # a byte less is worth all of them
+        most = max(self._line(here)[0] - least, self._line(after)[0])
+        while (price := self._crossing(before, after)) < math.inf:
+            kept = self._cut(price * (1 + EXACT), held)
+            crossed = self._crossing(before, kept)
+            if crossed < math.inf and self._line(kept)[0] > most:
+                before = kept
+            elif crossed < price * (1 - EXACT):
+                after = kept
+            else:
+                return price, before, kept if crossed < math.inf else after
         return None
+
+    def _crossing(self, before: frozenset[Node], after: frozenset[Node]) -> float:
+        """The λ from which on what has fewer bytes kept takes less, seconds by λ."""
+        (high, least), (low, most) = self._line(before), self._line(after)
+        return (most - least) / (high - low) if low < high else math.inf
 
     def _between(self, turn: Turn, peak: int) -> Choice:
         """Of values that turn at one λ those of the earliest layers, as many as bring the peak within so many bytes.
@@ -207,7 +207,8 @@ class Choices:
         """
         changed = self._changed(turn)
         low, high = 0, len(changed)
-        best, most, over = turn.after, turn.after.kept, math.inf  # bytes kept that are too many
+        best, most = turn.after, turn.after.kept
+        over = self._line(turn.here.kept)[0] - (turn.here.peak - peak)  # bytes kept that are too many
         while high - low > 1:
             middle = (low + high) // 2
             kept = turn.before.symmetric_difference(changed[:middle])
@@ -219,7 +220,7 @@ class Choices:
             elif (found := self.of(kept)).peak <= peak:
                 high, best, most = middle, found, kept
             else:
-                low, over = middle, self._line(kept)[0] - (found.peak - peak)
+                low, over = middle, min(over, self._line(kept)[0] - (found.peak - peak))
         last = self.of(most)
         return last if last.peak <= peak else best
 
@@ -268,19 +269,20 @@ class Choices:
             return 0.0
         return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
 
-    def _cut(self, price: float, held: Set[Node] = frozenset()) -> frozenset[Node]:
+    def _cut(self, price: float, held: frozenset[Node] = frozenset()) -> frozenset[Node]:
         """The values kept where a byte kept costs so many seconds; those `held` are not made again.
 
         Of each node there are two ends: one is cut off where it is not made again, the other where it is not there.
         """
-        left = list(self._always)
-        for node, made, there in self._parts:
-            left[made] = _capacity(math.inf if node in held else self.seconds[node])
-            left[there] = _capacity(price * self.bytes[node])
-        side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
-        kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
-        self._cuts.append(kept)
-        return kept
+        if (price, held) not in self._made:
+            left = list(self._always)
+            for node, made, there in self._parts:
+                left[made] = _capacity(math.inf if node in held else self.seconds[node])
+                left[there] = _capacity(price * self.bytes[node])
+            side, ends = self._network.apart(KEPT, BACKWARD, left), self._network.ends
+            kept = frozenset(n for n, made, there in self._parts if side[ends[made]] and not side[ends[there]])
+            self._made[price, held] = kept
+        return self._made[price, held]
 
     def _connect(self) -> None:
         """The network that is cut. What is neither kept nor costs anything to make again, as a view, is in it what it

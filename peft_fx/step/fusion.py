@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,12 @@ ROUNDS = 10  # of fusion: what was in the way is in a kernel by then
 
 @dataclass
 class Kernel:
-    """Nodes computed together."""
+    """Nodes computed together; the buffers that they make, and of each that they read how many of them do."""
 
     nodes: list[Node]
-    library: bool = False
+    library: bool
+    makes: list[Node]
+    reads: dict[Node, int]
 
 
 @dataclass
@@ -111,9 +113,8 @@ class Fused:
         position = {n: i for i, n in enumerate(self.part.reads)}
         for node, inputs in self.part.reads.items():
             kind = self.kinds[node]
-            found: frozenset[Node] = frozenset().union(*(self.leaves[i] for i in inputs))
-            heavy[node] = any(heavy[i] for i in inputs) if kind in (POINTWISE, VIEW) else False
-            self.leaves[node] = found
+            found = self.leaves[node] = frozenset().union(*(self.leaves[i] for i in inputs))
+            heavy[node] = kind in (POINTWISE, VIEW) and any(heavy[i] for i in inputs)
             if kind in (GIVEN, ITEM):
                 self.leaves[node] = frozenset([node])
             elif kind in (LIBRARY, REDUCTION, POINTWISE):
@@ -187,72 +188,103 @@ class Fused:
         return (self._numel(source), own) if inner else (-1, *(self.hint(expr(n)) for n in given.shape))
 
 
-@dataclass
-class _Groups:
-    """The nodes of each kernel, by any of them. `level` is below those of the kernels that read from it, by a kernel's
-    id: what is not above one cannot lead to it."""
+@dataclass(eq=False)
+class _Group:
+    """The nodes of a kernel; what those that are sums run over, and the others; the places of the first and the last.
+    `level` is below those of the kernels that read from it: what is not above one cannot lead to it."""
 
-    of: dict[Node, list[Node]]
-    level: dict[int, int]
-    users: dict[Node, list[Node]]
+    nodes: list[Node]
+    level: int
+    sums: Set[tuple[int, ...]]
+    others: Set[tuple[int, ...]]
+    first: int
+    last: int
 
     @classmethod
-    def alone(cls, fused: Fused) -> _Groups:
-        """Each node a kernel by itself."""
-        of = {n: [n] for n in fused.made}
-        users: dict[Node, list[Node]] = {n: [] for n in fused.made}
+    def alone(cls, fused: Fused, node: Node, place: int) -> _Group:
+        if fused.kinds[node] == LIBRARY:
+            return cls([node], place, frozenset(), frozenset(), place, place)
+        spaces = frozenset([fused.space(node)])
+        sums, others = (spaces, frozenset()) if fused.kinds[node] == REDUCTION else (frozenset(), spaces)
+        return cls([node], place, sums, others, place, place)
+
+    def in_one_loop(self, other: _Group) -> bool:
+        """Whether both run over the same space, or over the rows of the one that all sums among them run over."""
+        sums, others = self.sums | other.sums, self.others | other.others
+        return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
+
+
+class _Groups:
+    """The kernel of each node."""
+
+    def __init__(self, fused: Fused):
+        self.of = {n: _Group.alone(fused, n, i) for i, n in enumerate(fused.made)}
+        self.before, self.users = fused.before, {n: list[Node]() for n in fused.made}
+        self._apart: set[tuple[_Group, _Group, int]] = set()
         for node, before in fused.before.items():
             for read in before:
-                users[read].append(node)
-        return cls(of, {id(group): i for i, group in enumerate(of.values())}, users)
+                self.users[read].append(node)
 
-    def join(self, a: list[Node], b: list[Node]) -> None:
-        self.level[id(a)] = max(self.level[id(a)], self.level[id(b)])
-        a += b
-        self.of |= dict.fromkeys(b, a)
-        todo = [a]
+    def join(self, one: Node, other: Node) -> bool:
+        """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
+        a, b = self.of[one], self.of[other]
+        if a is b:
+            return True
+        if (pair := (a, b, len(a.nodes) + len(b.nodes))) in self._apart:
+            return False  # what is in the way of two stays there until one of them grows
+        self._apart.add(pair)
+        far = max(a.last, b.last) - min(a.first, b.first) > FAR and not (self._reads(a, b) or self._reads(b, a))
+        if far or len(a.nodes) + len(b.nodes) > MOST or not a.in_one_loop(b):
+            return False
+        if self._between(a, b) or self._between(b, a):
+            return False
+        a.nodes += b.nodes
+        a.level, a.sums, a.others = max(a.level, b.level), a.sums | b.sums, a.others | b.others
+        a.first, a.last = min(a.first, b.first), max(a.last, b.last)
+        self.of |= dict.fromkeys(b.nodes, a)
+        self._raise_above(a)
+        return True
+
+    def _raise_above(self, group: _Group) -> None:
+        todo = [group]
         while todo:
             group = todo.pop()
-            for other in (self.of[user] for n in group for user in self.users[n]):
-                if other is not group and self.level[id(other)] <= self.level[id(group)]:
-                    self.level[id(other)] = self.level[id(group)] + 1
+            for other in (self.of[user] for n in group.nodes for user in self.users[n]):
+                if other is not group and other.level <= group.level:
+                    other.level = group.level + 1
                     todo.append(other)
 
+    def _reads(self, group: _Group, other: _Group) -> bool:
+        return any(self.of[r] is other for n in group.nodes for r in self.before[n])
 
-def _grouped(fused: Fused) -> dict[Node, list[Node]]:
-    """The nodes of each kernel, by any of them: those that share most first, as long as no kernel then reads, by way of
-    another, what it writes itself. What only shares an input, and is far away, stays apart."""
-    groups = _Groups.alone(fused)
-    order = {n: i for i, n in enumerate(fused.made)}
-    sharing = _sharing(fused)
+    def _between(self, first: _Group, last: _Group) -> bool:
+        """Whether a way leads from one kernel to another by way of a third."""
+        seen, todo = {last}, [last]
+        while todo:
+            group = todo.pop()
+            for g in (self.of[r] for n in group.nodes for r in self.before[n]):
+                if g is first and group is not last:
+                    return True
+                if g.level > first.level and g not in seen:
+                    seen.add(g)
+                    todo.append(g)
+        return False
+
+
+def _grouped(fused: Fused) -> dict[Node, _Group]:
+    """The kernel of each node: nodes that share most first, as long as no kernel then reads, by way of another, what
+    it writes itself. What only shares an input, and is far away, stays apart."""
+    groups = _Groups(fused)
+    sharing = _sharing(fused, groups.of)
     for _ in range(ROUNDS):
-        apart = [pair for pair in sharing if not _join(fused, groups, order, *pair)]
+        apart = [pair for pair in sharing if not groups.join(*pair)]
         if len(apart) == len(sharing):
             break
         sharing = apart
     return groups.of
 
 
-def _join(fused: Fused, groups: _Groups, order: dict[Node, int], one: Node, other: Node) -> bool:
-    """Makes one kernel of those of two nodes, where it can be done; whether they are in one."""
-    a, b = groups.of[one], groups.of[other]
-    if a is b:
-        return True
-    places = [order[n] for n in (*a, *b)]
-    far = max(places) - min(places) > FAR and not (_reads(fused, a, b) or _reads(fused, b, a))
-    if far or len(a) + len(b) > MOST or not _in_one_loop(fused, (*a, *b)):
-        return False
-    if _between(fused, groups, a, b) or _between(fused, groups, b, a):
-        return False
-    groups.join(a, b)
-    return True
-
-
-def _reads(fused: Fused, group: list[Node], other: list[Node]) -> bool:
-    return any(r in other for n in group for r in fused.before[n])
-
-
-def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
+def _sharing(fused: Fused, alone: Mapping[Node, _Group]) -> list[tuple[Node, Node]]:
     """Pairs of nodes that run in one loop and read the same, or one the other; by the bytes that they share."""
     readers: dict[Node, list[Node]] = defaultdict(list)
     for node in fused.made:
@@ -261,60 +293,38 @@ def _sharing(fused: Fused) -> list[tuple[Node, Node]]:
                 readers[buffer].append(node)
     shared: dict[tuple[Node, Node], int] = defaultdict(int)
     for buffer, among in readers.items():
-        for pair in itertools.combinations(among, 2):
-            if _in_one_loop(fused, pair):
-                shared[pair] += fused.size(buffer)
+        for one, other in itertools.combinations(among, 2):
+            if alone[one].in_one_loop(alone[other]):
+                shared[one, other] += fused.size(buffer)
     alike = {pair: fused.kinds[pair[0]] == fused.kinds[pair[1]] for pair in shared}
-    order = {n: i for i, n in enumerate(fused.made)}
-    near = {(a, b): -abs(order[a] - order[b]) for a, b in shared}
+    near = {(a, b): -abs(alone[a].first - alone[b].first) for a, b in shared}
     return sorted(shared, key=lambda pair: (alike[pair], shared[pair], near[pair]), reverse=True)
 
 
-def _in_one_loop(fused: Fused, nodes: Iterable[Node]) -> bool:
-    """Whether nodes run over the same space, or over the rows of the one that all sums among them run over."""
-    nodes = list(nodes)
-    sums = {fused.space(n) for n in nodes if fused.kinds[n] == REDUCTION}
-    others = {fused.space(n) for n in nodes if fused.kinds[n] != REDUCTION}
-    return len(others) == 1 if not sums else len(sums) == 1 and {n for (n,) in others} <= set(*sums)
-
-
-def _between(fused: Fused, groups: _Groups, first: list[Node], last: list[Node]) -> bool:
-    """Whether a way leads from one kernel to another by way of a third."""
-    of, level = groups.of, groups.level
-    least = level[id(first)]
-    todo = [g for n in last for r in fused.before[n] if (g := of[r]) is not first and g is not last]
-    seen = {id(g) for g in todo}
-    while todo:
-        group = todo.pop()
-        if level[id(group)] <= least:
-            continue
-        for g in (of[r] for n in group for r in fused.before[n]):
-            if g is first:
-                return True
-            if id(g) not in seen:
-                seen.add(id(g))
-                todo.append(g)
-    return False
-
-
-def _ordered(fused: Fused, groups: dict[Node, list[Node]]) -> list[Kernel]:
+def _ordered(fused: Fused, groups: Mapping[Node, _Group]) -> list[Kernel]:
     """Kernels in the graph's order, each after those that it reads from."""
     position = {n: i for i, n in enumerate(fused.part.reads)}
-    begun: set[int] = set()
+    begun: set[_Group] = set()
     kernels: list[Kernel] = []
     for node in fused.made:
         todo = [(groups[node], False)]
         while todo:
             group, ready = todo.pop()
             if ready:
-                library = fused.kinds[group[0]] == LIBRARY
-                kernels.append(Kernel(group, library))
-            elif id(group) not in begun:
-                begun.add(id(group))
+                kernels.append(_kernel(fused, group.nodes))
+            elif group not in begun:
+                begun.add(group)
                 todo.append((group, True))
-                read = {r for n in group for r in fused.before[n]}
+                read = {r for n in group.nodes for r in fused.before[n]}
                 todo += [(groups[r], False) for r in sorted(read, key=position.__getitem__)[::-1]]
     return kernels
+
+
+def _kernel(fused: Fused, nodes: list[Node]) -> Kernel:
+    reads: dict[Node, int] = {}
+    for read in (r for n in nodes for r in fused.reads[n]):
+        reads[read] = reads.get(read, 0) + 1
+    return Kernel(nodes, fused.kinds[nodes[0]] == LIBRARY, [b for n in nodes for b in fused.buffers(n)], reads)
 
 
 def _maker(buffer: Node, fused: Fused) -> Node:

@@ -66,11 +66,10 @@ class Sides:
 
 @dataclass(frozen=True)
 class Taken:
-    """Bytes at the highest point of each half, and seconds of both; what backward has made that is alive at its own."""
+    """Bytes at the highest point of each half; what backward has made that is alive at its own."""
 
     forward: int
     backward: int
-    seconds: float
     alive: frozenset[Node] = frozenset()
 
     @property
@@ -101,7 +100,7 @@ def taken(
     backward = Fused(_part(graph, order, ends, frozenset(saved)), hint, frozenset(saved), known)
     tangents = [n for n in inputs if is_tangent(n)]
     behind = walk(backward, [*tangents, *saved], ends, machine, [*tangents, *(n for n in saved if n in results)])
-    return Taken(there.peak, behind.peak, there.seconds + behind.seconds, behind.alive)
+    return Taken(there.peak, behind.peak, behind.alive)
 
 
 def _backward(graph: Graph, sides: Sides, there: list[Node], ends: list[Node]) -> list[Node]:

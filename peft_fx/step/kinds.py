@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -54,7 +55,12 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 
 
 def name_of(node: Node) -> str:
-    schema = getattr(node.target, "_schema", None)
+    return _name(node.target)
+
+
+@functools.cache
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
     return schema.name.rpartition("::")[2] if schema is not None else ""
 
 

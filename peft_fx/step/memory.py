@@ -1,4 +1,4 @@
-"""What is alive at each kernel of a forward or backward graph: bytes, and seconds.
+"""Bytes alive at each kernel of a forward or backward graph.
 
 Kernels run in the graph's order, each after what it reads, or in another that has a lower peak. A kernel writes over an
 input that it alone reads, for the last time. Memory of the same size and dtype that is free later on is kept for the
@@ -23,8 +23,8 @@ from peft_fx.step.kinds import (
     INTO,
     name_of,
 )
-from peft_fx.step.schedule import Plan, lives, reordered
-from peft_fx.step.seconds import Attention, kernel_seconds
+from peft_fx.step.schedule import reordered
+from peft_fx.step.seconds import Attention
 
 PACKED = 128 << 10  # bytes, as measured: from 64 to 190 KB, whatever the size of large matrices
 
@@ -32,14 +32,13 @@ PACKED = 128 << 10  # bytes, as measured: from 64 to 190 KB, whatever the size o
 @dataclass
 class Walk:
     """Bytes at the highest point of a graph and at the highest of its second half, from what it was given to what it
-    leaves; the same two as Inductor reckons them, where no memory waits to be used again; seconds of its kernels; the
-    buffers whose memory is taken at the highest point, whether or not they are read again."""
+    leaves; the same two as Inductor reckons them, where no memory waits to be used again; the buffers whose memory is
+    taken at the highest point, whether or not they are read again."""
 
     peak: int = 0
     late: int = 0
     planned: int = 0
     planned_late: int = 0
-    seconds: float = 0.0
     alive: frozenset[Node] = frozenset()
 
 
@@ -56,17 +55,11 @@ def walk(
     """
     given, size = list(given), fused.size
     stays = frozenset().union(*(fused.leaves[n] for n in kept))
-    kernels = fused.kernels = reordered(fused, given, stays)
-    start, end = lives(fused, kernels)
-    readers: dict[tuple[Node, int], int] = defaultdict(int)
-    for i, kernel in enumerate(kernels):
-        for read in (r for n in kernel.nodes for r in fused.reads[n]):
-            readers[read, i] += 1
+    plan = reordered(fused, given, stays)
+    kernels, start, end, reckoned = plan.kernels, plan.start, plan.end, plan.alive
     mortal = [b for b in (*given, *start) if b in end and b not in stays]
-    passing = {b for b in mortal if b in start and end[b] == start[b] and readers[b, end[b]]}  # within a kernel
-    plan = Plan.of(fused, start, end, given, stays)
-    reckoned = list(plan.alive)
-    taken = plan.reuse(start, end, readers, set(given), stays, passing | set(lent))
+    passing = {b for b in mortal if b in start and end[b] == start[b] and b in kernels[end[b]].reads}  # within a kernel
+    taken = plan.reuse(set(given), stays, passing | set(lent))
     reused = {before: b for b, before in taken.items()}
     change = [0] * (len(kernels) + 1)
     for b in start:
@@ -87,7 +80,6 @@ def walk(
         if 2 * i >= len(kernels):
             walked.late = max(walked.late, top)
             walked.planned_late = max(walked.planned_late, reckoned[i] + top - now)
-        walked.seconds += kernel_seconds(fused, kernel, machine) if machine else 0.0
         now -= freed[i]
     until = {b: start[reused[b]] - 1 if b in reused else end[b] for b in start}
     walked.alive = frozenset(b for b, made in start.items() if made <= highest and (b in stays or highest <= until[b]))

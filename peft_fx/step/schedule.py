@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,64 +19,49 @@ from peft_fx.step.kinds import (
 )
 
 
-def lives(fused: Fused, kernels: Sequence[Kernel]) -> tuple[dict[Node, int], dict[Node, int]]:
-    """The kernel that makes each buffer, and the last one that reads it."""
-    start = {b: i for i, k in enumerate(kernels) for n in k.nodes for b in fused.buffers(n)}
-    end = start | {r: i for i, k in enumerate(kernels) for n in k.nodes for r in fused.reads[n]}
-    return start, end
-
-
 @dataclass
 class Plan:
-    """What Inductor's planner reckons: bytes at each kernel, nothing in place, all that a fused kernel computes."""
+    """Kernels in an order: the one that makes each buffer, the last one that reads it; and bytes at each, as Inductor's
+    planner reckons them: nothing in place, all that a fused kernel computes."""
 
     fused: Fused
+    kernels: Sequence[Kernel]
+    start: dict[Node, int]
+    end: dict[Node, int]
     alive: list[int]
 
     @classmethod
-    def of(
-        cls, fused: Fused, start: dict[Node, int], end: dict[Node, int], given: Sequence[Node], stays: frozenset[Node]
-    ) -> Plan:
-        change = [0] * (len(fused.kernels) + 2)
-        for b in (*given, *start):
-            change[start.get(b, 0)] += fused.size(b)
+    def of(cls, fused: Fused, kernels: Sequence[Kernel], sizes: Mapping[Node, int], stays: frozenset[Node]) -> Plan:
+        start = {b: i for i, k in enumerate(kernels) for b in k.makes}
+        end = start | {r: i for i, k in enumerate(kernels) for r in k.reads}
+        change = [0] * (len(kernels) + 2)
+        for b, size in sizes.items():
+            change[start.get(b, 0)] += size
             if b not in stays:
-                change[end.get(b, -1) + 1] -= fused.size(b)
-        alive, now = [], 0
-        for step in change:
-            now += step
-            alive.append(now)
-        return cls(fused, alive)
+                change[end.get(b, -1) + 1] -= size
+        return cls(fused, kernels, start, end, list(itertools.accumulate(change)))
 
-    def reuse(
-        self,
-        start: dict[Node, int],
-        end: dict[Node, int],
-        readers: dict[tuple[Node, int], int],
-        given: set[Node],
-        stays: frozenset[Node],
-        apart: set[Node],
-    ) -> dict[Node, Node]:
+    def reuse(self, given: set[Node], stays: frozenset[Node], apart: set[Node]) -> dict[Node, Node]:
         """The buffers that take over another's memory, at once or later, and that other; none `apart` does."""
-        fused, most, alive = self.fused, max(self.alive, default=0), self.alive
+        fused, most, alive = self.fused, max(self.alive, default=0), self.alive[:]
         reused: set[Node] = set()
         taken: dict[Node, Node] = {}
         idle: dict[Any, list[tuple[Node, int]]] = defaultdict(list)
         dying: dict[int, list[Node]] = defaultdict(list)
-        for b, at in end.items():
-            if b not in stays and b not in apart and (b in given or b in start):
+        for b, at in self.end.items():
+            if b not in stays and b not in apart and (b in given or b in self.start):
                 dying[at].append(b)
-        for i, kernel in enumerate(fused.kernels):
-            for node in kernel.nodes:
-                over = not kernel.library or name_of(node) in SCATTERS
-                if not over and name_of(node) not in INTO:
-                    continue
+        for i, kernel in enumerate(self.kernels):
+            name = name_of(kernel.nodes[0]) if kernel.library else ""
+            over = not kernel.library or name in SCATTERS
+            for node in kernel.nodes if over or name in INTO else ():
+                free = [r for r in dying[i] if over and kernel.reads.get(r) == 1 and r in fused.reads[node]]
                 for b in fused.buffers(node):
                     if b in apart:
                         continue
-                    free = [r for r in dying[i] if over and r in fused.reads[node] and r not in reused]
-                    last = next((r for r in free if readers[r, i] == 1 and fused.memory(r) == fused.memory(b)), None)
-                    waiting = idle[fused.memory(b)]
+                    memory = fused.memory(b)
+                    last = next((r for r in free if r not in reused and fused.memory(r) == memory), None)
+                    waiting = idle[memory]
                     if last is None and waiting:
                         before, since = waiting[-1]
                         size = fused.size(b)
@@ -92,34 +78,28 @@ class Plan:
         return taken
 
 
-def reordered(fused: Fused, given: Sequence[Node], stays: frozenset[Node]) -> list[Kernel]:
+def reordered(fused: Fused, given: Sequence[Node], stays: frozenset[Node]) -> Plan:
     """The kernels in that order, of those that Inductor tries, of which it reckons the lowest peak; the graph's own is
     the first."""
-
-    def peak(order: list[Kernel]) -> int:
-        return max(Plan.of(fused, *lives(fused, order), given, stays).alive)
-
-    around = _Around(fused, given, stays)
-    return min((fused.kernels, around.by_memory(), around.by_age(), around.by_size()), key=peak)
+    sizes = {b: fused.size(b) for b in (*given, *(b for k in fused.kernels for b in k.makes))}
+    first = Plan.of(fused, fused.kernels, sizes, stays)
+    around = _Around(first, sizes, given, stays)
+    others = around.by_memory(), around.by_age(), around.by_size()
+    plans = (first, *(Plan.of(fused, kernels, sizes, stays) for kernels in others))
+    return min(plans, key=lambda plan: max(plan.alive))
 
 
 class _Around:
     """What each kernel, by its place in the graph's order, makes and waits for; the three other orders."""
 
-    def __init__(self, fused: Fused, given: Sequence[Node], stays: frozenset[Node]):
-        self.kernels, self.stays = fused.kernels, stays
-        start, _ = lives(fused, fused.kernels)
-        known = {*start, *given}
-        self.size = {b: fused.size(b) for b in known}
+    def __init__(self, plan: Plan, sizes: Mapping[Node, int], given: Sequence[Node], stays: frozenset[Node]):
+        self.kernels, self.size, self.stays, start = plan.kernels, sizes, stays, plan.start
         self.given = sum(self.size[b] for b in given)
-        self.makes = [[b for n in k.nodes for b in fused.buffers(n)] for k in fused.kernels]
-        self.reads = [
-            [r for r in dict.fromkeys(r for n in k.nodes for r in fused.reads[n]) if r in known and start.get(r) != i]
-            for i, k in enumerate(fused.kernels)
-        ]
+        self.makes = [k.makes for k in self.kernels]
+        self.reads = [[r for r in k.reads if r in self.size and start.get(r) != i] for i, k in enumerate(self.kernels)]
         self.before = [{start[r] for r in reads if r in start} for reads in self.reads]
-        self.after: list[list[int]] = [[] for _ in fused.kernels]
-        self.readers: dict[Node, list[int]] = {b: [] for b in known}
+        self.after: list[list[int]] = [[] for _ in self.kernels]
+        self.readers: dict[Node, list[int]] = {b: [] for b in self.size}
         for i, reads in enumerate(self.reads):
             for j in self.before[i]:
                 self.after[j].append(i)
@@ -138,32 +118,41 @@ class _Around:
             for i, made in enumerate(self.makes)
         ]
         waits = [len(before) for before in self.before]
-        ready = {i for i, n in enumerate(waits) if n == 0}
+        ready: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by what they make; those that free most first
+
+        def add(i: int) -> None:
+            heapq.heappush(ready[self.takes[i]], (-frees[i], i))
+
+        for i, n in enumerate(waits):
+            if n == 0:
+                add(i)
         alive = self.given
         most = max(alive, sum(self.size[b] for b in self.stays if b in self.size))
-        order = []
+        order: dict[int, None] = {}
         while ready:
             gap = most - alive
-
-            def rank(i: int, gap: int = gap) -> tuple[int, int, int]:
-                return self.takes[i] if self.takes[i] > gap else 0, self.takes[i] - frees[i], i
-
-            chosen = min(ready, key=rank)
-            ready.remove(chosen)
-            order.append(self.kernels[chosen])
-            alive += self.takes[chosen]
-            most = max(most, alive)
-            alive -= frees[chosen]
+            ranks = ((n if n > gap else 0, n + heap[0][0], heap[0][1]) for n, heap in ready.items())
+            *_, chosen = min(ranks)
+            order[chosen] = None
+            takes, heap = self.takes[chosen], ready[self.takes[chosen]]
+            while heap and heap[0][1] in order:  # also where it once freed less
+                heapq.heappop(heap)
+            if not heap:
+                del ready[takes]
+            most = max(most, alive + takes)
+            alive += takes - frees[chosen]
             for i in self.after[chosen]:
                 waits[i] -= 1
                 if waits[i] == 0:
-                    ready.add(i)
+                    add(i)
             for b in self.reads[chosen]:
                 left[b] -= 1
                 if left[b] == 1:
                     for i in self.readers[b]:
                         frees[i] += self.size[b]
-        return order
+                        if waits[i] == 0 and i not in order:
+                            add(i)
+        return [self.kernels[i] for i in order]
 
     def by_age(self) -> list[Kernel]:
         """Of those that can run the one whose last value to wait for has been there longest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,15 +15,17 @@ from peft_fx.lengths import Sized, on
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.step.fusion import Fused, outputs
 from peft_fx.step.memory import Walk, walk
+from peft_fx.step.seconds import kernel_seconds
 
 
 @dataclass(frozen=True)
 class Part:
-    """One graph of a step: bytes kept, by component, and its two halves."""
+    """One graph of a step: bytes kept, by component; its two halves, and seconds of both."""
 
     components: dict[str, int]
     forward: Walk
     backward: Walk
+    seconds: float = 0.0
 
     @property
     def kept(self) -> int:
@@ -54,7 +57,8 @@ class Halves:
         back = walk(second, made, outputs(backward), self.machine, [n for n in made if n.name in self.lent])
         (results,) = forward.find_nodes(op="output")
         kept = by_component((name, first.size(results.args[0][i])) for i, name in self.kept.items())
-        return Part(kept, there, back)
+        seconds = (kernel_seconds(half, kernel, self.machine) for half in (first, second) for kernel in half.kernels)
+        return Part(kept, there, back, math.fsum(seconds))
 
     def between(self, other: Halves, share: Fraction) -> Halves | None:
         """The graph at a length so far between those of two traces; None where these differ in more than sizes."""
@@ -102,7 +106,7 @@ def step_of(parts: Sequence[Part]) -> Step:
         step.peaks = tuple(max(a, before + b) for a, b in zip(step.peaks, peaks, strict=True))
         step.planned = tuple(max(a, before + b) for a, b in zip(step.planned, planned, strict=True))
         before += part.kept
-        step.seconds += part.forward.seconds + part.backward.seconds
+        step.seconds += part.seconds
         for k, n in part.components.items():
             step.components[k] = step.components.get(k, 0) + n
     return step
