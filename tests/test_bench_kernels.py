@@ -72,6 +72,7 @@ def test_a_slice_of_the_gpu_suite_without_a_gpu(
     asked = Namespace(toy=False, offline=True, device="cpu")
     (request,) = [r for r in suites.gpu(asked) if r["variants"] == ["peft_fx"] and not r["setup"]["dropout"]]
     request["setup"] |= {"layers": 1, "vocab": 512}
+    request["variants"] += ["full"]  # the one whose embedding has a gradient
     session = Session(Results(tmp_path / "results.json", "cpu"), again=False)
     rehearsing.rehearse([request], session, in_a_worker)
     told = capsys.readouterr().out
