@@ -69,6 +69,7 @@ def pretend() -> None:
     torch.accelerator.is_available = lambda: False  # Dynamo would ask for its current stream
     torch._C._cuda_getCurrentRawStream = lambda *args: 0  # type: ignore[attr-defined]
     fake_tensor.init_gpu_context = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.Tensor.__invert__ = torch.Tensor.bitwise_not  # type: ignore[assignment]  # `~` itself sets the device
     post_grad.reinplace_inplaceable_ops = lambda *args, **kwargs: None  # runs ops on the device; costs a copy at most
     told = {"get_current_target": GPUTarget("cuda", 90, 32), "get_current_device": 0, "get_active_torch_device": GPU}
     told |= {"get_device_interface": torch.cuda, "get_current_stream": 0, "is_active": True}

@@ -2,7 +2,7 @@
 
 The code of each case is generated, forward and backward, for a card that is not there. What it calls of our kernels is
 run by Triton's interpreter (interpreting.py), at smaller sizes and on integers, where it must give its decomposition's
-bits. Nothing is timed, nothing is stored.
+bits. Nothing is timed. What went well is stored, and the same command again goes on behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch._inductor.graph import GraphLowering
 
 from bench import offline, tables
-from bench.experiment import Request, Row, Say, in_a_worker
+from bench.experiment import Kind, Request, Row, Say, Session, attempt, quieten
 from bench.experiments.kernels import kernels_of, prepared
 from bench.results import ROOT, request, unique
 from bench.variants import VARIANTS
@@ -32,26 +32,33 @@ from zoo.models import Setup, make_batch
 
 LAYERS = 2  # of a model: the code of a third is that of the second
 MACHINE = "h100"
+INTERPRETED = {"kind": "interpreted", "variants": ["peft_fx"]}
 SMALL = 256  # sizes up to here stay: those of ranks and heads
 TOLD = """\
 For a GPU that is not there: the code of each case is generated for an {machine}, {layers} layers of a model, and what
 it calls of our kernels is run by Triton's interpreter. Nothing was timed."""
 
 
-def rehearse(requests: Iterable[Request]) -> None:
+def here(asked: Request, say: Say) -> Row:
+    """A case in this process, which is of no other use from then on: to start one takes as long as most cases."""
+    quieten()
+    return attempt(lambda: rehearsal(asked, say))
+
+
+def rehearse(requests: Iterable[Request], session: Session, by: Kind = here) -> None:
     """Prints what there is of each case; a Problem where code cannot be generated, or a kernel gives wrong numbers."""
     if importlib.util.find_spec("triton") is None:
         raise Problem("Inductor's code for a GPU needs Triton: pip install --no-deps triton==3.7.1")
     asked = cases(requests)
-    rows = []
-    for case in asked:
-        print(f"{case['variants'][0]}, T = {case['setup']['tokens']}", file=sys.stderr)
-        rows.append({**case, **in_a_worker(case, lambda text: None)})
-    told = interpreted(unique(smaller(call) for row in rows for call in row.get("ours", [])))
+    rows = session.measure(asked, by, only=[*asked, INTERPRETED])
+    calls = unique(call for row in rows for call in row.get("ours", []))
+    if len(rows) < len(asked) or not (done := session.measure([INTERPRETED], lambda *_: interpreted(calls))):
+        return
+    told = done[0]["kernels"]
     print(f"{TOLD.format(machine=MACHINE, layers=LAYERS)}\n\n{table(rows)}\n\n{table_of_kernels(told)}")
     eager = sorted({name for r in requests for name in r["variants"] if not VARIANTS[name].compiled})
     print(f"\nWithout code of their own, op by op: {', '.join(eager)}.")
-    wrong = [row for row in rows if "error" in row] + [row for row in told if not row["equal"]]
+    wrong = [row for row in rows if "error" in row] + [one for one in told if not one["equal"]]
     if wrong:
         raise Problem(f"{len(wrong)} of {len(rows)} cases and {len(told)} kernels failed")
 
@@ -68,7 +75,7 @@ def cases(requests: Iterable[Request]) -> list[Request]:
 
 
 def rehearsal(asked: Request, say: Say) -> dict[str, Any]:
-    """What the code of a step consists of, by direction, and its calls of our kernels."""
+    """What the code of a step consists of, by direction, and its calls of our kernels, each once, at smaller sizes."""
     setup, (name,) = Setup(**asked["setup"]), asked["variants"]
     offline.pretend()
     model, backend, options = prepared(name, setup, MACHINE, "flash")
@@ -83,7 +90,7 @@ def rehearsal(asked: Request, say: Say) -> dict[str, Any]:
         found["ours"] += [{"op": node.target.name(), "given": torch.fx.map_arg(node.args, _told)} for node in calls]
 
     offline.step(model, make_batch(setup), backend, options, read)
-    return found
+    return found | {"ours": unique(map(smaller, found["ours"]))}
 
 
 def _told(node: Any) -> dict[str, Any]:
@@ -111,14 +118,15 @@ def smaller(call: Any) -> Any:
     return [smaller(v) for v in call] if isinstance(call, (list, tuple)) else call
 
 
-def interpreted(calls: Sequence[Any]) -> list[Row]:
+def interpreted(calls: Sequence[Any]) -> Row:
     """Whether each gives its decomposition's bits: in a process whose Triton interprets."""
     command, env = [sys.executable, "-m", "tests.interpreting"], os.environ | {"TRITON_INTERPRET": "1"}
     asked = {"input": json.dumps(calls), "capture_output": True, "text": True, "cwd": ROOT.parent, "env": env}
     done = subprocess.run(command, check=False, **asked)  # type: ignore[call-overload]
     if done.returncode:
         raise Problem(f"Triton's interpreter failed:\n{done.stderr[-4000:]}")
-    return [{**call, "equal": equal} for call, equal in zip(calls, json.loads(done.stdout), strict=True)]
+    told = [{**call, "equal": equal} for call, equal in zip(calls, json.loads(done.stdout), strict=True)]
+    return {"kernels": told} | ({} if all(one["equal"] for one in told) else {"error": "other bits"})
 
 
 def table(rows: Iterable[Row]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bench.experiment import in_a_worker
+from bench.experiment import Session, in_a_worker
 from bench.experiments import suites
-from bench.results import ROOT, request
+from bench.results import ROOT, Results, request
 from bench.variants import VARIANTS
 from tests import interpreting, rehearsing
 from zoo.models import setup_of
@@ -63,17 +64,25 @@ def test_the_weight_form_has_the_products_of_a_model_without_adapters() -> None:
 
 
 @pytest.mark.slow
-def test_a_slice_of_the_gpu_suite_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its code is generated, and each kernel of ours that it calls gives its decomposition's bits; no times."""
+def test_a_slice_of_the_gpu_suite_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code is generated, and each kernel of ours that it calls gives its decomposition's bits; no times. All of it
+    is stored."""
     asked = Namespace(toy=False, offline=True, device="cpu")
     (request,) = [r for r in suites.gpu(asked) if r["variants"] == ["peft_fx"] and not r["setup"]["dropout"]]
     request["setup"] |= {"layers": 1, "vocab": 512}
-    rehearsing.rehearse([request])
+    request["variants"] += ["full"]  # the one whose embedding has a gradient
+    session = Session(Results(tmp_path / "results.json", "cpu"), again=False)
+    rehearsing.rehearse([request], session, in_a_worker)
     told = capsys.readouterr().out
     assert "Nothing was timed" in told
     counts = {op: found for op, *found in re.findall(r"^peft_fx::(\w+) +(\d+) +(\d+)$", told, re.M)}
     assert set(counts) == {"merge", "narrow_out", "narrow_in", "narrow_both"}
     assert all(int(right) and not int(wrong) for right, wrong in counts.values())
+    monkeypatch.setattr(rehearsing, "interpreted", None)
+    rehearsing.rehearse([request], session, by=None)  # type: ignore[arg-type]
+    assert told == capsys.readouterr().out
 
 
 def test_a_wrong_kernel_is_told() -> None:

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import machines
 from peft_fx.compiling import AdapterPass, Record
 from peft_fx.kernels import library, trial
-from peft_fx.kernels.merge import MOST, merge
+from peft_fx.kernels.merge import MOST, WIDER, merge
 from peft_fx.kernels.narrow import WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
 from peft_fx.options import parse
 from peft_fx.passes.decide import price
@@ -93,13 +93,14 @@ def compiled(kernel: Any, given: list[Any], constants: dict[str, Any], capabilit
 
 @with_triton
 @pytest.mark.parametrize(("capability", "count"), [*((card, 1) for card in SHARED), (90, MOST)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_cards_can_run_the_merge(
-    capability: int, count: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, count: int, dtype: torch.dtype, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from peft_fx.kernels import triton_merge
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    W, L, B = torch.empty(64, 64, dtype=BF16), torch.empty(64, 16), torch.empty(16, 64)
+    W, L, B = torch.empty(64, 64, dtype=dtype), torch.empty(64, 16), torch.empty(16, 64)
     several = [[t] * count for t in (W, W, L, B, 2.0, 1)]
     _, given, constants = triton_merge.arguments(*several)
     built = compiled(triton_merge.merge_kernel, given, constants, capability)
@@ -338,20 +339,24 @@ class Chain(nn.Module):
         return (x @ self.W + delta).to(x.dtype)
 
 
-def test_several_adapters_and_factors(triton: None) -> None:
-    traced, graph = weight_form(Chain(), x())
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_several_adapters_and_factors(dtype: torch.dtype, triton: None) -> None:
+    """In one launch; what is a product of several is made in the dtype of the sum."""
+    traced, graph = weight_form(Chain(dtype), x().detach().to(dtype).requires_grad_())
     (node,) = graph.find_nodes(op="call_function", target=merge)
     assert node.args[4] == [2]
     assert sorted(node.args[3]) == [1.0, 3.0]
+    made = [n for n in (*node.args[1], *node.args[2]) if n.op != "placeholder"]  # type: ignore[misc]
+    assert {value(n).dtype for n in made if n.target is not aten.permute.default} == {WIDER[dtype]}
     assert exact(traced, graph)
 
 
-LEFT = {"fp32": (torch.float32, {}), "dithered": (BF16, {"rounding": "dithered"})}
+LEFT = {"fp64": (torch.float64, {}), "dithered": (BF16, {"rounding": "dithered"})}
 
 
 @pytest.mark.parametrize(("dtype", "options"), LEFT.values(), ids=LEFT)
 def test_what_is_left_to_inductor(dtype: torch.dtype, options: dict[str, str], triton: None) -> None:
-    """W' that is built in fp64, and dithered rounding."""
+    """W in fp64, and dithered rounding."""
     traced, graph = weight_form(Chain(dtype), x().detach().to(dtype).requires_grad_(), **options)
     assert not ops(graph)[merge]
     assert exact(traced, graph)
@@ -504,6 +509,10 @@ def test_the_price_of_a_merge_in_one_kernel() -> None:
     assert price.decide(machine, low, low, True).forward == "weight"
     alone = replace(low, fused=False)
     assert price.decide(machine, alone, alone, True).forward == "activation"
+    whole = replace(low, base_dtype=torch.float32)
+    assert price.merge(machine, whole).seconds == machine.one_pass(8 * n * n)
+    flops = 2 * 16 * n * n  # a consumer's card has few units of fp64
+    assert price.merge(MACHINES["rtx4090"], whole).seconds >= flops / MACHINES["rtx4090"].speed(torch.float64).peak
 
 
 def test_the_price_of_narrow_products_in_kernels() -> None:

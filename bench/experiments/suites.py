@@ -72,7 +72,7 @@ def gpu(args: Namespace) -> Iterable[dict[str, Any]]:
     Per layer at one length; then T = 2048, 8192, 16384 and 32768, every variant, in two processes each. In calls of
     --minutes each: the same command again goes on where the last one stopped. A toy of it has two layers of width 64,
     and runs on a CPU if need be: what takes time then is compiling. --offline does all of it that takes no GPU, on any
-    machine with Triton: code is generated, kernels of ours are interpreted, nothing is timed or stored.
+    machine with Triton: code is generated, kernels of ours are interpreted, nothing is timed.
     """
     if device_of(args) == "cpu" and not (args.toy or args.offline):
         raise Problem("There is no GPU here. --toy runs the same suite at toy size, --offline what of it takes no GPU.")
@@ -93,11 +93,12 @@ def suite(requests: Callable[[Namespace], Iterable[dict[str, Any]]], *arguments:
         if args.list:
             print("\n".join(map(describe, asked)))
             raise SystemExit(0)
-        if getattr(args, "offline", False):
-            rehearse(asked)
+        apart = next((mode for mode in ("offline", "toy") if getattr(args, mode, False)), "")
+        if apart and not args.output:
+            session = replace(session, results=Results(FOLDER / f"gpu-{apart}.json", device_of(args)))
+        if apart == "offline":
+            rehearse(asked, session)
             raise SystemExit(0)
-        if getattr(args, "toy", False) and not args.output:
-            session = replace(session, results=Results(FOLDER / "gpu-toy.json", device_of(args)))
         return session.measure(asked, only=every)
 
     common = (

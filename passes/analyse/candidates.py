@@ -9,8 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from peft_fx.kernels.library import available
-from peft_fx.kernels.merge import DTYPES as MERGED
-from peft_fx.kernels.merge import WIDEST
+from peft_fx.kernels.merge import WIDER, WIDEST
 from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Scale, Size, Term, without_left
 from peft_fx.passes.analyse.dims import Token
 from peft_fx.passes.analyse.flow import Flow
@@ -113,14 +112,14 @@ class SumCandidate:
 
     @property
     def has_kernel(self) -> bool:
-        """Whether a kernel of our own builds W' at once: of a half-precision matrix on a GPU with Triton."""
+        """Whether a kernel of our own builds W' at once: of a matrix in a dtype that it takes, on a GPU with Triton."""
         known, dtype = value(self.weight.name), self.product.dtype  # type: ignore[arg-type]
         ranks = [t.narrowest for t in self.remainders]
         factors = [self.weight, *(f for t in self.remainders for f in t.factors)]
         return (
             available(known.device)
             and (known.ndim, known.dtype) == (2, dtype)
-            and dtype in MERGED
+            and dtype in WIDER
             and self.inner == Scale()
             and all(isinstance(r, int) and 0 < r <= WIDEST for r in ranks)
             and all(len(t.factors) > 1 for t in self.remainders)

@@ -156,11 +156,11 @@ def _cost(
     costs = {}
     for label, chosen in (("before", (ACTIVATION, ACTIVATION)), ("after", forms)):
         total = price.Price()
-        for shape, form in zip(shapes, chosen, strict=True):
+        for shape, form, grad in zip(shapes, chosen, (False, True), strict=True):
             if shape is not None:
                 total += price.base(machine, shape)
                 weight = price.merge(machine, shape)
-                total += weight if form == WEIGHT else price.activation(machine, shape, skip_first=trained)
+                total += weight if form == WEIGHT else price.activation(machine, shape, trained, grad)
         for shape in shapes:
             if trained and shape is not None:  # u·A for the gradients, and the gradients themselves
                 total += price.first_products(machine, shape) + price.first_products(machine, shape)

@@ -18,7 +18,8 @@ In bytes alone, by e and b bytes of an element of the adapter and of W, in each 
     weight form       (K·r + r·N)·m + K·N·(2m + 2b)       the same of the merge, m bytes each: 4, and 8 for an fp32 W
 
 so for r much less than K = N they meet at T = K·(2m + 2b) / (2e + b): 1.2·K for a bf16 W under fp32 adapters, 2·K in
-fp32. A merge in one kernel moves 2b·K·N alone: T = 0.4·K.
+fp32. On a GPU, an input gradient's last product in b itself adds to the sum, (e + b)·T·N: 2.4·K in fp32. A merge in one
+kernel moves 2b·K·N alone: T = 0.4·K, and 0.8·K in fp32.
 
 >>> flop_crossover(4096, 4096, training=False), flop_crossover(4096, 4096, training=True)
 (2048.0, 4096.0)
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_fx.kernels.merge import WIDER
 from peft_fx.kernels.narrow import DTYPE, WIDEST_OF_BOTH
 from peft_fx.passes.analyse.algebra import cheapest_order
 from peft_fx.passes.decide.machine import Machine
@@ -72,7 +74,7 @@ def merge_dtype(weight: torch.dtype) -> torch.dtype:
     gradients: with the delta itself computed in fp32, an fp32 model's gradients were up to 1.7 times as far from fp64
     as before, with fp64 1.2 times.
     """
-    return torch.float64 if weight in (torch.float32, torch.float64) else torch.float32
+    return WIDER.get(weight, torch.promote_types(weight, torch.float32))
 
 
 def merge(machine: Machine, s: Shape) -> Price:
@@ -95,29 +97,34 @@ def merge(machine: Machine, s: Shape) -> Price:
 
 
 def _fused(m: Machine, s: Shape) -> Price:
-    """One pass over W and W', with each term's product L·R in its shade: in TF32, three times, where there is that. The
-    products that a term of more factors takes to be two are of low rank throughout."""
+    """One pass over W and W', with each term's product L·R in its shade: in TF32, three times, where there is that, and
+    for an fp32 W in fp64. The products that a term of more factors takes to be two are of low rank throughout."""
     flops = 2 * s.K * s.N * sum(min(n for _, n in term[:-1]) for term in s.terms)
-    rate = max(m.speed(torch.float32).peak, m.tf32 / 3)
+    wide = merge_dtype(s.base_dtype)
+    rate = max(m.speed(wide).peak, m.tf32 / 3 if wide == torch.float32 else 0.0)
     whole = one_pass(m, 2 * s.K * s.N * s.base_dtype.itemsize)
     return Price(max(whole.seconds, flops / rate + m.launch), flops, whole.bytes)
 
 
-def activation(machine: Machine, s: Shape, skip_first: bool) -> Price:
+def activation(machine: Machine, s: Shape, skip_first: bool, grad: bool = False) -> Price:
     """(u·A)·B from the left, and the pass that adds it; without the first product where a gradient needs it in any
-    case."""
-    total = Price()
+    case. An input gradient of one dtype has no scale behind its products, and on a GPU the last adds to the sum."""
+    total, own = Price(), s.base_dtype.itemsize
+    summed = grad and not machine.is_cpu and s.batch == 1 and s.base_dtype == s.adapter_dtype
     for step in (step for step in s.steps if not step.base):
         width = step.batch * step.N
         if not (skip_first and step.first and 2 * width <= s.N):
             total += product(machine, s.T, step.K, step.N, s.adapter_dtype, step.batch)
         if 2 * width > s.N:
-            total += one_pass(machine, s.T * width * (s.adapter_dtype.itemsize + s.base_dtype.itemsize))
+            total += one_pass(machine, s.T * width * (s.adapter_dtype.itemsize + own))
     for term in s.terms:
         for i, (k, n) in enumerate(term):
             if not ((skip_first or s.gathered) and i == 0 and len(term) > 1):
                 total += product(machine, s.T, k, n, s.adapter_dtype, s.batch)
-        total += one_pass(machine, s.batch * s.T * s.N * (s.adapter_dtype.itemsize + s.base_dtype.itemsize))
+        if summed:
+            total += Price(s.T * s.N * own / machine.bandwidth, 0, s.T * s.N * own)
+        else:
+            total += one_pass(machine, s.batch * s.T * s.N * (s.adapter_dtype.itemsize + own))
     return total
 
 
@@ -227,10 +234,10 @@ def decide(
     def options(s: Shape | None) -> tuple[str, ...]:
         return ("none",) if s is None else FORMS
 
-    def seconds(s: Shape | None, chosen: str) -> float:
+    def seconds(s: Shape | None, chosen: str, grad: bool) -> float:
         if s is None:
             return 0.0
-        return (merge(machine, s) if chosen == "weight" else activation(machine, s, skip_first=training)).seconds
+        return (merge(machine, s) if chosen == "weight" else activation(machine, s, training, grad)).seconds
 
     def read(*chosen: str) -> float:
         half = [s for s in (forward, grad) if s is not None and s.base_dtype.itemsize < s.adapter_dtype.itemsize]
@@ -239,7 +246,7 @@ def decide(
         return sum(both) if training and in_place else 0.0
 
     prices = {
-        (f, g): seconds(forward, f) + seconds(grad, g) + read(f, g)
+        (f, g): seconds(forward, f, False) + seconds(grad, g, True) + read(f, g)
         for f, g in itertools.product(options(forward), options(grad))
     }
     allowed = {k: v for k, v in prices.items() if form == "auto" or all(c in (form, "none") for c in k)}

@@ -17,8 +17,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from peft_fx.kernels.merge import DTYPES as MERGED
-from peft_fx.kernels.merge import merge
+from peft_fx.kernels.merge import WIDER, merge
 from peft_fx.passes.analyse.algebra import Matrix, Scale, Size, Term, cheapest_order
 from peft_fx.passes.analyse.candidates import SumCandidate
 from peft_fx.passes.analyse.linear_rules import Product, addends
@@ -213,18 +212,18 @@ class Rewriter:
             return None
         left, right, scales = [], [], []
         for scale, term in terms:
-            first, *others = self._narrow(term)
+            first, *others = self._narrow(term, WIDER[value(node).dtype])
             left.append(first)
             right.append(self._scaled(self._multiply(others), replace(scale, number=1.0)))
             scales.append(float(scale.number))
         return self.edit.item(self.edit.call(merge, [node], left, right, scales, [len(terms)]), 0)
 
-    def _narrow(self, term: Term) -> list[Node]:
+    def _narrow(self, term: Term, wide: torch.dtype) -> list[Node]:
         """A term's factors up to its narrowest place as one, and those behind it; a single one in its own dtype."""
         i = min(range(1, len(term.factors)), key=lambda i: term.factors[i].shape[0])
         sides = term.factors[:i], term.factors[i:]
-        dtypes = [value(s[0].name).dtype if len(s) == 1 and not term.scale.names else torch.float32 for s in sides]  # type: ignore[arg-type]
-        dtypes = [d if d in MERGED else torch.float32 for d in dtypes]
+        dtypes = [value(s[0].name).dtype if len(s) == 1 and not term.scale.names else wide for s in sides]  # type: ignore[arg-type]
+        dtypes = [d if d in WIDER else wide for d in dtypes]
         first, second = ([self._matrix(f, d) for f in side] for side, d in zip(sides, dtypes, strict=True))
         return [self._multiply(first), *second]
 

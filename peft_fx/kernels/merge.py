@@ -3,9 +3,9 @@
     merge([W1, W2, …], [L, …], [R, …], [s, …], [n1, n2, …]) -> [W'1, W'2, …]
     W'i = round(Wi + Σ s·L·R)          over the next ni of the factors
 
-Wi [Mi, Ni] of any strides, all in bfloat16 or all in float16, L [Mi, r] and R [r, Ni] of any strides and float dtype;
-products and sums are in fp32, and W' [Mi, Ni] is rounded once, to nearest. What is built beside a W' does not touch its
-bits.
+Wi [Mi, Ni] of any strides, all in bfloat16, all in float16 or all in float32, L [Mi, r] and R [r, Ni] of any strides
+and float dtype; products and sums are in the wider dtype of `WIDER`, and W' [Mi, Ni] is rounded once, to nearest. What
+is built beside a W' does not touch its bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peft_fx.kernels.library import define
 
-DTYPES = (torch.bfloat16, torch.float16)
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}  # by dtype of W
 MOST = 8  # weights of one launch: each is a piece of the kernel's code
 WIDEST = 256  # rank
 
@@ -32,9 +32,10 @@ def _decomposed(
 ) -> list[Tensor]:
     merged, at = [], 0
     for W, n in zip(weights, terms, strict=True):
-        total = W.float()
+        wide = WIDER[W.dtype]
+        total = W.to(wide)
         for L, R, s in zip(left[at : at + n], right[at : at + n], scales[at : at + n], strict=True):
-            total = total + (L.float() @ R.float()) * s
+            total = total + (L.to(wide) @ R.to(wide)) * s
         merged.append(_saturated(total, W.dtype).to(W.dtype).contiguous())
         at += n
     return merged

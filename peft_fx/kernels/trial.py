@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from peft_fx.kernels.library import KERNELS
-from peft_fx.kernels.merge import DTYPES, merge
+from peft_fx.kernels.merge import WIDER, merge
 from peft_fx.kernels.narrow import DTYPE, narrow_both, narrow_in, narrow_out
 
 log = logging.getLogger("peft_fx")
 CLOSE = 2.0**-14  # of the norm: sums in fp32 err by less, and factors in half precision, or in TF32, by far more
+CLOSE_IN_FP64 = 2.0**-40  # as much, of sums in fp64
 Case = tuple[Any, tuple[Any, ...], float]  # op, arguments, and what its results may err by at most
 
 _answers: dict[torch.device, bool] = {}
@@ -95,14 +96,15 @@ def _on(device: torch.device, argument: Any) -> Any:
 def cases() -> Iterator[Case]:
     """Ragged sizes, either order of strides, several of everything; integers, which must be exact, and fractions; few
     tokens, and so many that they are split."""
-    for dtype in DTYPES:
+    for dtype, wide in WIDER.items():
         W, V = _integers(70, 50, dtype), _integers(140, 33, dtype).t()
         L, R = [_integers(70, 4), _integers(33, 3, dtype), _integers(33, 20)], [_integers(4, 50)]
         yield merge, ([W, V], L, [*R, _integers(3, 140), _integers(140, 20).t()], [2.0, 1.0, -0.5], [1, 2]), 0.0
         left, right = _fractions(70, 16), _fractions(16, 130)
-        delta = left @ right
+        delta = left.double() @ right.double() / 3
+        near = CLOSE_IN_FP64 if wide == torch.float64 else CLOSE
         # W' is what W, the delta rounded, lacks: as precise as the kernel's own delta
-        yield merge, ([-delta.to(dtype)], [left], [right], [1.0], [1]), CLOSE * float(delta.norm())
+        yield merge, ([-delta.to(dtype)], [left], [right], [1 / 3], [1]), near * float(delta.norm())
     for T in (40, 600):
         for make, allowed in ((_integers, 0.0), (_fractions, CLOSE)):
             us = [make(T, 72).to(DTYPE), make(50, T).to(DTYPE).t()]

@@ -1,7 +1,8 @@
 """The Triton kernel of `merge`: one program a tile of some weight, whatever others there are.
 
 A tile of W and of W' goes through memory once; the factors' rows and columns for it come from the cache. Tensor cores
-multiply no fp32: three passes in TF32 stand for it, to 2⁻²¹ of the delta, far below W's own rounding.
+multiply no fp32: three passes in TF32 stand for it, to 2⁻²¹ of the delta, far below W's own rounding. An fp32 W has
+its products in fp64.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 64, 128  # of a tile
+from peft_fx.kernels.merge import WIDER
+
+TILES = {torch.float32: (64, 128), torch.float64: (32, 64)}  # what registers hold; fp64 of 64 rows fails on sm_100
 HALF = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """fp32 to nearest even in a half-precision dtype. In bits: Triton's interpreter cuts where a card rounds."""
+    """Rounded to nearest even: fp64 to fp32; fp32 to half precision, in bits, as Triton's interpreter cuts where a card
+    rounds."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -33,12 +37,14 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def product(total, L, R, scale, m, n, M, N, strides, r: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):
-    """A tile of total + scale·L·R."""
+    """A tile of total + scale·L·R, the scale being a sum of two in fp32."""
+    wide: tl.constexpr = total.dtype
+    s = tl.full([], scale[0], wide) + tl.full([], scale[1], wide)
     for start in tl.static_range(0, PADDED, 16 if PADDED < 32 else 32):
         k = start + tl.arange(0, 16 if PADDED < 32 else 32)
         a = tl.load(L + m[:, None] * strides[0] + k[None, :] * strides[1], (m < M)[:, None] & (k < r)[None, :], 0.0)
         b = tl.load(R + k[:, None] * strides[2] + n[None, :] * strides[3], (k < r)[:, None] & (n < N)[None, :], 0.0)
-        total += scale * tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        total += s * tl.dot(a.to(wide), b.to(wide), input_precision=PRECISION)
     return total
 
 
@@ -56,6 +62,7 @@ def merge_kernel(
     TERMS: tl.constexpr,
     RANKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -73,7 +80,7 @@ def merge_kernel(
             inside = (m < M)[:, None] & (n < N)[None, :]
             at = m[:, None].to(tl.int64) * strides[i][0] + n[None, :].to(tl.int64) * strides[i][1]
             w = tl.load(weights[i] + at, inside, 0.0)
-            total = w.to(tl.float32)
+            total = w.to(WIDE)
             for j in tl.static_range(len(RANKS)):
                 if TERMS[i][0] <= j and j < TERMS[i][1]:
                     padded: tl.constexpr = triton.next_power_of_2(RANKS[j])
@@ -82,6 +89,12 @@ def merge_kernel(
                     )
             tl.store(outs[i] + m[:, None].to(tl.int64) * N + n[None, :], rounded(total, w.dtype), inside)
         first += tiles
+
+
+def halves(scale: float) -> tuple[float, float]:
+    """A number as the sum of two that fp32 holds, which is what a kernel takes."""
+    high = torch.tensor(scale, dtype=torch.float32, device="cpu").item()
+    return high, scale - high
 
 
 def arguments(
@@ -95,20 +108,23 @@ def arguments(
     """Grid, arguments and constants of a launch."""
     ends = [sum(terms[: i + 1]) for i in range(len(terms))]
     exact = all(f.dtype in HALF for f in (*left, *right))  # TF32 holds them
+    wide = WIDER[weights[0].dtype]
+    tile_rows, tile_columns = TILES[wide]
     constants = {
         "TERMS": tuple((end - n, end) for end, n in zip(ends, terms, strict=True)),
         "RANKS": tuple(L.shape[1] for L in left),
         "PRECISION": "tf32" if exact else "tf32x3",
-        "BM": ROWS,
-        "BN": COLUMNS,
+        "WIDE": getattr(tl, str(wide).removeprefix("torch.")),
+        "BM": tile_rows,
+        "BN": tile_columns,
     }
-    grid = sum(triton.cdiv(W.shape[0], ROWS) * triton.cdiv(W.shape[1], COLUMNS) for W in weights)
+    grid = sum(triton.cdiv(W.shape[0], tile_rows) * triton.cdiv(W.shape[1], tile_columns) for W in weights)
     given = [
         tuple(outs),
         tuple(weights),
         tuple(left),
         tuple(right),
-        tuple(float(s) for s in scales),
+        tuple(map(halves, scales)),
         tuple(W.shape[0] for W in weights),
         tuple(W.shape[1] for W in weights),
         tuple(W.stride() for W in weights),

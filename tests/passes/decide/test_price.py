@@ -85,17 +85,24 @@ def test_seconds_meet_at_the_crossover(K: int, N: int, r: int, inner: float) -> 
             assert min(price.FORMS, key=lambda form: seconds[form, form]) == wanted
 
 
-@pytest.mark.parametrize(("base", "adapter", "crossing"), [(BF16, FP32, 1.2), (FP32, FP32, 2.0)])
-def test_passes_meet_where_as_many_bytes_move(base: torch.dtype, adapter: torch.dtype, crossing: float) -> None:
-    """Where only memory takes time, for K = N: T·(r·e + K·(2e + b)) + r·K·e bytes of the activation form meet
-    K·(2r·m + K·(2m + 2b)) of the weight form; for a small r at `crossing`·K."""
-    K, r = 4096, 16
+@pytest.mark.parametrize(
+    ("base", "mixed", "fused", "crossing"),
+    [(BF16, True, False, 1.2), (FP32, False, False, 2.0), (FP32, True, False, 2.4), (FP32, True, True, 0.8)],
+)
+def test_passes_meet_where_as_many_bytes_move(base: torch.dtype, mixed: bool, fused: bool, crossing: float) -> None:
+    """Where only memory takes time, for K = N: T·(r·e + K·(2e + b)) + r·K·e bytes of the activation form, of which an
+    input gradient in one dtype spares e·T·K where products can add, meet K·(2r·m + K·(2m + 2b)) of the weight form, or
+    2b·K² of one kernel; for a small r at `crossing`·K."""
+    K, r, adapter = 4096, 16, FP32
     e, b, wide = adapter.itemsize, base.itemsize, price.merge_dtype(base).itemsize
-    T = (K * (2 * r * wide + K * (2 * wide + 2 * b)) - r * K * e) / (r * e + K * (2 * e + b))
+    merge = 2 * b * K * K if fused else K * (2 * r * wide + K * (2 * wide + 2 * b))
+    spared = e if mixed and base == adapter else 0
+    T = 2 * (merge - r * K * e) / (2 * r * e + K * (2 * (2 * e + b) - spared))
     assert pytest.approx(crossing, rel=0.02) == T / K
-    m = machine(float("inf"), bandwidth=1.0)
+    m = machine(float("inf"), bandwidth=1.0, mixed=mixed)
     for off, wanted in ((0.99, "activation"), (1.01, "weight")):
-        seconds = training(lora(round(T * off), K, K, r, base, adapter), m).seconds
+        layer = replace(lora(round(T * off), K, K, r, base, adapter), fused=fused)
+        seconds = decide(m, layer, layer, training=True).seconds
         assert min(price.FORMS, key=lambda form: seconds[form, form]) == wanted
 
 
