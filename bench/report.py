@@ -151,8 +151,7 @@ REPORT = Report(
     text="""\
 Tables and figures from the results of suites.
 
-Reads cpu.json, methods.json, methods-avx2.json, loss.json and gpu.json of bench/results, or the files named, and writes
-next to them
+Reads bench/results/cpu.json, methods.json, loss.json and so on, or the files named, and writes next to them
 
   tables.md            every table, each with the command, device, versions and commit of its numbers
   kept_per_layer.png   bytes that a layer keeps for backward, by variant

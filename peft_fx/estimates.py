@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,16 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         told = {"machine": self.machine, "variants": [r.to_dict() for r in self.rows], "left_out": self.left_out}
         return told | ({"frontier": [r.to_dict() for r in self.frontier]} if self.frontier else {})
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Estimate:
+        """An equal one, of what `to_dict` gives."""
+        names = {field.name for field in fields(Row)}
+        rows, frontier = (
+            [Row(**{k: v for k, v in row.items() if k in names}) for row in told.get(key, ())]
+            for key in ("variants", "frontier")
+        )
+        return cls(rows, told["machine"], dict(told["left_out"]), frontier)
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent)
@@ -130,6 +140,13 @@ def unit_of(sizes: Iterable[int]) -> tuple[str, float]:
 
 def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def joined(found: Sequence[Estimate]) -> Estimate:
+    """One of several: their rows one after the other."""
+    rows, frontier = ([row for e in found for row in getattr(e, kind)] for kind in ("rows", "frontier"))
+    left_out = {name: why for e in found for name, why in e.left_out.items()}
+    return Estimate(rows, next((e.machine for e in found if e.rows), ""), left_out, frontier)
 
 
 def _within(rows: Sequence[Row], bytes_: float) -> Row:

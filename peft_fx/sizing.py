@@ -15,7 +15,7 @@ from typing import Any
 import peft_fx
 from peft_fx import configs
 from peft_fx.budgeting import OPTIMIZERS
-from peft_fx.estimates import Estimate, unit_of
+from peft_fx.estimates import Estimate, joined, unit_of
 from peft_fx.estimating import EXACT, VARIANTS, WITHIN, LeftOut, by_preparation
 from peft_fx.options import parse
 from peft_fx.terminal import Problem, Say, check_writable, progress, require, silence_others
@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     groups = list(by_preparation(order).values())
     with progress(f"{args.config}, rank {args.rank}", steps=len(args.seq) * len(groups)) as say:  # at most
         found = list(_estimates(args, groups, asked=names is not None, say=say))
-    whole = _joined(found, order)
+    whole = joined(found)
+    whole.rows.sort(key=lambda r: (r.tokens, order.index(r.name)))
     print(whole)
     print(_conclusions(whole, budget or (args.memory and args.memory * 1e9)))
     if args.json:
@@ -162,14 +163,6 @@ def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: 
         return Estimate([], "", dict.fromkeys(names, str(why.__cause__)))
     except ValueError as error:
         raise Problem(str(error)) from error
-
-
-def _joined(found: Sequence[Estimate], order: Sequence[str]) -> Estimate:
-    """One estimate of the variants of several."""
-    rows = sorted((r for e in found for r in e.rows), key=lambda r: (r.tokens, order.index(r.name)))
-    left_out = {name: e.left_out[name] for name in order for e in found if name in e.left_out}
-    frontier = [row for e in found for row in e.frontier]
-    return Estimate(rows, next((e.machine for e in found if e.rows), ""), left_out, frontier)
 
 
 def without_mask(model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -233,6 +234,10 @@ def test_choices_of_a_deep_model_are_those_of_all_its_layers(
     kept = [r.kept_bytes for r in choices.frontier]
     assert kept == [r.kept_bytes for r in whole.frontier]
     assert len(set(kept)) > 2
+
+
+def test_an_estimate_as_data_is_the_same_again(choices: Estimate) -> None:
+    assert Estimate.from_dict(json.loads(choices.to_json())) == choices
 
 
 @pytest.mark.parametrize("share", [0.8, 0.6])

@@ -58,8 +58,7 @@ def _points(row: Row) -> list[Point]:
 
 def _matched(point: Point, points: Sequence[Point]) -> bool:
     """Whether one of ours takes as little memory in as little time."""
-    ours = [p for p in points if p.name.startswith("peft_fx")]
-    return any(p.peak <= point.peak and p.seconds <= 1.05 * point.seconds for p in ours)
+    return any(p.base == "peft_fx" and p.peak <= point.peak and p.seconds <= 1.05 * point.seconds for p in points)
 
 
 def _table(rows: Sequence[Row], style: str) -> str:

@@ -18,7 +18,7 @@ from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
 from bench.variants import FLOORS
 from peft_fx import configs, estimates
-from peft_fx.estimating import VARIANTS
+from peft_fx.estimating import VARIANTS, WITHIN
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import without_mask
 from zoo.models import Setup, make_base, make_batch, precision, with_adapters
@@ -76,8 +76,8 @@ def _off(rows: Sequence[Row], style: str) -> str:
         found = [(row["estimated"][name], row["measured"][name]) for row in rows if name in row["measured"]]
         kept, peak = ([told[what] / size[what] for told, size in found] for what in ("kept", "peak"))
         if peak:
-            near = sum(abs(ratio - 1) <= 0.1 for ratio in peak)
             kept_told, worst = (f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in (kept, peak))
+            near = sum(abs(ratio - 1) <= 0.1 for ratio in peak)
             lines.append((name, str(len(peak)), kept_told, f"{statistics.median(peak):.2f}", worst, str(near)))
     head = ("variant", "steps", "kept, × measured", "peak, × measured", "from … to", "within 10 %")
     return tables.table(head, lines, style)
@@ -85,13 +85,7 @@ def _off(rows: Sequence[Row], style: str) -> str:
 
 ESTIMATE = Experiment(
     name="estimate",
-    text="""\
-Estimated memory against measured.
-
-Takes the kept bytes and the peak of a step that bench/results has of the suites, each of every
-setup and variant that `peft_fx.estimate` knows too, and puts beside them what it says of the same model. Nothing is
-measured.
-""",
+    text="Estimated memory against measured.\n\nOf each step of the suites' results that `peft_fx.estimate` knows too.",
     arguments=(option("files", nargs="*", type=Path, metavar="FILE", help="results (default: the suites')"),),
     measured=_measured,
     tables={"estimate": _off},
@@ -102,64 +96,72 @@ measured.
 
 MODELS = ROOT.parent / "examples" / "configs"
 LENGTHS = (131072, 2048)
-LONG_VARIANTS = ("inductor", "peft_fx", "peft_fx-loss", "inductor-ckpt", "peft_fx-ckpt-loss", "full", "frozen")
-GPU = 80e9  # bytes that the longest sequence is asked for
+PLAIN = ("eager", "inductor", "peft_fx", "peft_fx-loss", "inductor-ckpt", "peft_fx-ckpt-loss", *WITHIN)
+LONG_VARIANTS = (*PLAIN, "full", "frozen")
+GPUS = {"rtx4090": (16, 24), "h100": (80,)}  # GB that the longest sequence is asked for
+NF4 = 4.127 / 16  # of bfloat16, the scales of blocks among it
 
 
 def _long(args: Namespace, session: Session) -> list[Row]:
     requests = [
-        {"kind": "estimate", "model": path.stem, "targets": targets, "tokens": T, "variants": list(LONG_VARIANTS)}
+        {"kind": "estimate", "model": path.stem, "tokens": T, "machine": machine, "variants": list(LONG_VARIANTS)}
         for T in LENGTHS
         for path in sorted(MODELS.glob("llama-*.json"))
-        for targets in configs.TARGETS
+        for machine in GPUS
     ]
     return session.measure(requests, _of_config, only=requests)
 
 
 def _of_config(asked: Request, say: Say) -> Row:
-    model = without_mask(configs.adapted_model(MODELS / f"{asked['model']}.json", targets=asked["targets"]))
+    model = without_mask(configs.adapted_model(MODELS / f"{asked['model']}.json"))
     batch = configs.batch_of(model, asked["tokens"])
-    return {"estimated": peft_fx.estimate(model, machine="h100", variants=asked["variants"], **batch).to_dict()}
+    found = peft_fx.estimate(model, machine=asked["machine"], variants=asked["variants"], **batch)
+    layers = [m.base_layer.weight.nbytes for m in model.modules() if hasattr(m, "base_layer")]
+    return {"estimated": found.to_dict(), "adapted_bytes": sum(layers), "largest_bytes": max(layers)}
 
 
-def _of(rows: Iterable[Row]) -> Iterator[tuple[str, str, str, estimates.Estimate]]:
-    """Model, what its adapters are on, T, and the estimate; in order."""
-    for row in sorted(rows, key=lambda row: (row["model"], configs.TARGETS.index(row["targets"]), row["tokens"])):
-        stored = [{k: v for k, v in r.items() if k != "peak_bytes"} for r in row["estimated"]["variants"]]
-        estimate = estimates.Estimate([estimates.Row(**r) for r in stored], row["estimated"]["machine"])
-        yield row["model"], row["targets"], str(row["tokens"]), estimate
+def _of(rows: Iterable[Row]) -> dict[tuple[str, str], estimates.Estimate]:
+    """The estimate for all T, by model and machine."""
+    found: dict[tuple[str, str], list[estimates.Estimate]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["machine"], row["tokens"])):
+        told = found.setdefault((row["model"], row["machine"]), [])
+        told.append(estimates.Estimate.from_dict(row["estimated"]))
+    return {about: estimates.joined(told) for about, told in found.items()}
 
 
 def _peaks(rows: Iterable[Row], style: str) -> str:
     """Gigabytes at the highest point of a step, all told."""
     lines = []
-    for *about, estimate in _of(rows):
-        peaks = {r.name: f"{r.peak_bytes / 1e9:.1f}" for r in estimate.rows}
-        lines.append([*about, *(peaks[name] for name in LONG_VARIANTS)])
-    return tables.table(("model", "adapters on", "T", *LONG_VARIANTS), lines, style, left=2)
+    for (model, machine), estimate in _of(rows).items():
+        for T in sorted(LENGTHS) if machine == "h100" else ():
+            peaks = {r.name: f"{r.peak_bytes / 1e9:.1f}" for r in estimate.within(0).rows if r.tokens == T}
+            lines.append([model, str(T), *(peaks[name] for name in LONG_VARIANTS)])
+    return tables.table(("model", "T", *LONG_VARIANTS), lines, style)
 
 
 def _parts(rows: Iterable[Row], style: str) -> str:
     """What backward keeps, in units of the weights, by what reads it."""
     lines = []
     components = ("attention", "MLP", "norms", "logits and loss", "adapters")
-    for *about, estimate in _of(rows):
-        for r in (r for r in estimate.rows if r.name in ("inductor", "peft_fx", "peft_fx-loss")):
+    for (model, machine), estimate in _of(rows).items():
+        for r in (r for r in estimate.rows if machine == "h100" and r.name in ("inductor", "peft_fx", "peft_fx-loss")):
             sizes = (*(r.components.get(c, 0) for c in components), r.kept_bytes)
-            lines.append([*about, r.name, *(f"{size / r.weight_bytes:.2f}" for size in sizes)])
-    return tables.table(("model", "adapters on", "T", "variant", *components, "all"), lines, style, left=4)
+            lines.append([model, str(r.tokens), r.name, *(f"{size / r.weight_bytes:.2f}" for size in sizes)])
+    return tables.table(("model", "T", "variant", *components, "all"), lines, style, left=3)
 
 
-def _fits(rows: Iterable[Row], style: str) -> str:
-    """The longest sequence in the memory of one GPU, on the line through the lengths estimated."""
-    lines, found = [], list(_of(rows))
-    for about in dict.fromkeys((model, targets) for model, targets, _, _ in found):
-        mine = [estimate for *whose, _, estimate in found if tuple(whose) == about]
-        if len(mine) == len(LENGTHS):
-            whole = estimates.Estimate([r for e in mine for r in e.rows], mine[0].machine)
-            longest = whole.largest(GPU)
-            lines.append([*about, *(str(longest[name]) for name in LONG_VARIANTS), str(whole.crossover() or "none")])
-    return tables.table(("model", "adapters on", *LONG_VARIANTS, "inductor above full from"), lines, style, left=2)
+def _fits(rows: Sequence[Row], style: str) -> str:
+    """The longest sequence in the memory of a GPU, on the line through the lengths estimated; and by 4-bit weights, of
+    which one layer's are there in full while it is computed."""
+    sizes = {row["model"]: (row["adapted_bytes"], row["largest_bytes"]) for row in rows}
+    lines = []
+    for (model, machine), estimate in _of(rows).items():
+        adapted, largest = sizes[model]
+        for base, less in (("bf16", 0), ("4-bit", adapted * (1 - NF4) - largest)):
+            for memory in GPUS[machine]:
+                longest = estimate.largest(memory * 1e9 + less)
+                lines.append([model, base, f"{machine}, {memory} GB", *(str(longest[name]) for name in PLAIN)])
+    return tables.table(("model", "weights", "GPU", *PLAIN), lines, style, left=3)
 
 
 LONG = Experiment(
@@ -167,9 +169,8 @@ LONG = Experiment(
     text="""\
 Memory at up to 131072 tokens, estimated.
 
-The memory of a training step of Llamas of 1, 3 and 8 billion parameters, LoRA of rank 16 on all linear layers or on
-attention's alone, one sequence, by `peft_fx.estimate`: no weight exists, nothing is computed. What was
-estimated already, from the same source, is kept.
+A training step of Llamas of 1, 3 and 8 billion parameters, LoRA of rank 16 on all linear layers, one sequence, by
+`peft_fx.estimate`: no weight exists, nothing is computed. What was estimated already, from the same source, is kept.
 """,
     measured=_long,
     tables={"long-context": _peaks, "long-context parts": _parts, "long-context fits": _fits},
