@@ -178,6 +178,16 @@ def test_eager_keeps_what_autograd_does() -> None:
     assert row.kept_bytes == pytest.approx(kept, rel=0.001)
 
 
+def test_attention_under_a_checkpoint_takes_its_time() -> None:
+    """Of long sequences it is nearly all: two products in forward, five in backward, and two again. Where a generator's
+    state is saved for it, the op is an argument of another."""
+    seconds = [
+        peft_fx.estimate(without_mask(tiny()), machine="h100", variants=[name], **batch(65536)).rows[0].seconds
+        for name in ("inductor", "inductor-ckpt")
+    ]
+    assert seconds[1] > 8 / 7 * seconds[0]
+
+
 class Broken(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -55,13 +55,20 @@ def tensor_arg(node: Node, i: int) -> Node:
     return arg
 
 
+def call_of(node: Node) -> tuple[Any, Sequence[Any]]:
+    """The op that a node calls, and its arguments in order. What saves a generator's state for a checkpoint, or
+    restores it, calls another op with it: that one."""
+    i = next((i for i, arg in enumerate(node.args[:2]) if isinstance(arg, torch._ops.OpOverload)), -1)
+    return (node.target, node.args) if i < 0 else (node.args[i], node.args[i + 1 :])
+
+
 def argument(node: Node, name: str) -> Any:
     """What an op is called with under a name of its schema, or its default."""
-    for i, known in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    op, args = call_of(node)
+    for i, known in enumerate(op._schema.arguments):
         if known.name == name:
-            given = node.args[i] if i < len(node.args) else node.kwargs.get(name, known.default_value)
-            return given
-    raise KeyError(f"{node.target} has no argument {name!r}")
+            return args[i] if i < len(args) else node.kwargs.get(name, known.default_value)
+    raise KeyError(f"{op} has no argument {name!r}")
 
 
 def is_number(arg: Any) -> TypeGuard[int | float]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.graph.nodes import CAST, ORDERED, aten, expr, numel, prims, value
+from peft_fx.passes.graph.nodes import CAST, ORDERED, aten, call_of, expr, numel, prims, value
 
 LIBRARY, POINTWISE, REDUCTION, VIEW, ITEM, GIVEN, NONE = (
     "library",
@@ -55,7 +55,7 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 
 
 def name_of(node: Node) -> str:
-    return _name(node.target)
+    return _name(call_of(node)[0])
 
 
 @functools.cache

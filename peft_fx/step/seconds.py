@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from peft_fx.passes.decide.machine import Machine
-from peft_fx.passes.graph.nodes import argument, expr, tensor_arg, value
+from peft_fx.passes.graph.nodes import argument, expr, value
 from peft_fx.step.fusion import Fused, Kernel
 from peft_fx.step.kinds import (
     ATTENTION,
@@ -66,6 +66,6 @@ class Attention:
     @classmethod
     def of(cls, hint: Any, node: Node) -> Attention:
         backward = "backward" in name_of(node)
-        q, k = (value(tensor_arg(node, i + backward)) for i in range(2))
+        q, k = (value(argument(node, name)) for name in ("query", "key"))
         batch, heads, tokens, width = (hint(expr(n)) for n in q.shape)
         return cls(backward, batch, heads, tokens, width, hint(expr(k.shape[-2])), q.dtype)
