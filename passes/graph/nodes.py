@@ -58,7 +58,7 @@ def tensor_arg(node: Node, i: int) -> Node:
 def call_of(node: Node) -> tuple[Any, Sequence[Any]]:
     """The op that a node calls, and its arguments in order. What saves a generator's state for a checkpoint, or
     restores it, calls another op with it: that one."""
-    i = next((i for i, arg in enumerate(node.args[:2]) if isinstance(arg, torch._ops.OpOverload)), -1)
+    i = next((i for i, arg in enumerate(node.args[:2]) if hasattr(arg, "_schema")), -1)
     return (node.target, node.args) if i < 0 else (node.args[i], node.args[i + 1 :])
 
 
