@@ -178,6 +178,7 @@ def test_eager_keeps_what_autograd_does() -> None:
     assert row.kept_bytes == pytest.approx(kept, rel=0.001)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="this torch tells no sizes of an op under a checkpoint")
 def test_attention_under_a_checkpoint_takes_its_time() -> None:
     """Of long sequences it is nearly all: two products in forward, five in backward, and two again. Where a generator's
     state is saved for it, the op is an argument of another."""
