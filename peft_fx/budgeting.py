@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.pipeline import without_collection
-from peft_fx.step.budget import Choice, Choices, Held, is_saved
+from peft_fx.step.budget import Choices, Held, is_saved
 from peft_fx.step.kinds import VIEW, bytes_of, kind_of
 
 log = logging.getLogger("peft_fx")
@@ -138,7 +138,7 @@ def hold(
     rebuilt = len(after.rebuilt - before.rebuilt)
     held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
     log.debug("memory budget: %s", held)
-    return held, values if after is before else saved(choices, after)
+    return held, values if after is before else saved(choices, after.kept)
 
 
 def along(
@@ -148,7 +148,7 @@ def along(
     costs so many seconds: at each of several prices, the least first."""
     with without_collection():
         choices = choices_in(graph, values, hint, machine)
-        return [saved(choices, choices.of(choices.at(price))) for price in prices]
+        return [saved(choices, choices.at(price)) for price in prices]
 
 
 def choices_in(graph: Graph, values: Iterable[Node], hint: Callable[[Size], int], machine: Machine) -> Choices:
@@ -156,10 +156,10 @@ def choices_in(graph: Graph, values: Iterable[Node], hint: Callable[[Size], int]
     return Choices(graph, {n for v in values if (n := _seen(v)).op == "call_function"}, hint, machine)
 
 
-def saved(choices: Choices, choice: Choice) -> list[Node]:
+def saved(choices: Choices, kept: Set[Node]) -> list[Node]:
     """What the partitioner is to hand backward: what is kept, and the graph's inputs that backward reads."""
-    read = choices.sides.reads.union(*(n.all_input_nodes for n in choice.rebuilt))
-    return [n for n in choices.graph.nodes if n in choice.kept or (n in read and n.op == "placeholder")]
+    read = choices.sides.reads.union(*(n.all_input_nodes for n in choices.sides.rebuilt(kept)))
+    return [n for n in choices.graph.nodes if n in kept or (n in read and n.op == "placeholder")]
 
 
 def _seen(node: Node) -> Node:

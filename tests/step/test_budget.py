@@ -117,7 +117,7 @@ def choices_in(found: joint.Joint, graph: Graph) -> Choices:
 
 def split(found: joint.Joint, graph: Graph, choices: Choices, chosen: Choice) -> tuple[GraphModule, GraphModule]:
     """Forward and backward as the partitioner makes them for a choice."""
-    names = {n.name for n in budgeting.saved(choices, chosen)}
+    names = {n.name for n in budgeting.saved(choices, chosen.kept)}
     with compat.choosing(lambda graph, _: [n for n in graph.nodes if n.name in names]):
         return found.split(graph)
 
