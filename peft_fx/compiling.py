@@ -27,6 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
 from peft_fx import budgeting, compat
+from peft_fx.frames import with_room
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
 from peft_fx.passes import pipeline
@@ -393,6 +394,7 @@ def lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> A
     return _lower(gm, example_inputs, options, AdapterPass(record))
 
 
+@with_room
 def _lower(gm: GraphModule, example_inputs: Sequence[Any], options: Options, ours: AdapterPass | None) -> Any:
     patches = dict(options.inductor) if ours is None else patches_for(ours, options.inductor)
     inner: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import compat
 from peft_fx.compat import pytree
 from peft_fx.copying import Copies
+from peft_fx.frames import with_room
 from peft_fx.passes.graph.nodes import expr
 
 CPU = torch.device("cpu")
@@ -120,6 +121,7 @@ def compiled_call(backend: Any, dynamic: bool | None = None) -> Callable[..., An
     return compiled
 
 
+@with_room
 def call_compiled(
     model: Any,
     args: tuple[Any, ...],
