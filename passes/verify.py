@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.graph.editor import fake
+from peft_fx.passes.graph.fakes import fake
 from peft_fx.passes.graph.nodes import expr, is_mutable, is_random, signature, value
 from peft_fx.passes.keep.changed_inputs import stale_reads
 

@@ -75,8 +75,12 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
+    in_kernel_invocation_manager,
 )
 from torch.fx import Graph, Node
+
+# a graph's module that writes its code when that is called for the first time
+from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 # trees of tensors: what calls take and give back
@@ -101,6 +105,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "LazyGraphModule",
     "OptimizedModule",
     "RestartAnalysis",
     "ShapeEnv",
@@ -119,6 +124,7 @@ __all__ = [
     "default_store",
     "detect_fake_mode",
     "dynamo_config",
+    "fake_like",
     "forgetting",
     "functorch_config",
     "gathered",
@@ -126,6 +132,7 @@ __all__ = [
     "hint_for",
     "inductor_config",
     "innermost_backend",
+    "is_in_memory_of",
     "is_sharded",
     "is_traceable_wrapper_subclass",
     "joint_graph_passes",
@@ -140,6 +147,22 @@ __all__ = [
     "tracing",
     "without_compiled_autograd",
 ]
+
+
+def fake_like(known: FakeTensor, of: FakeTensor | None = None) -> FakeTensor:
+    """A fake tensor laid out as another is, with fixed sizes; in new memory, or in that of a third one."""
+    mode = known.fake_mode
+    sizes, strides = known.shape, known.stride()
+    with in_kernel_invocation_manager(mode):  # here a tensor on the meta device is what it says
+        new = torch.empty_strided(sizes, strides, dtype=known.dtype, device="meta")
+        if of is not None:
+            new.set_(of.untyped_storage(), known.storage_offset(), sizes, strides)  # type: ignore[call-overload]
+    return FakeTensor(mode, new, known.device)
+
+
+def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is a view of another, or of what that is a view of."""
+    return bool(x.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def hint_for(fake_mode: FakeTensorMode) -> Callable[[Any], int]:

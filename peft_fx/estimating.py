@@ -413,8 +413,9 @@ def _all_that_is_read(
 
 
 def copied(gm: GraphModule, graph: Graph | None = None) -> GraphModule:
-    """A graph, by default the module's own, once more."""
-    return GraphModule(gm, copy_graph(graph or gm.graph))
+    """A graph, by default the module's own, once more: to be read, and never called."""
+    lazy: GraphModule = compat.LazyGraphModule(gm, copy_graph(graph or gm.graph))
+    return lazy
 
 
 class Joint(compat.CustomGraphPass):  # type: ignore[misc]

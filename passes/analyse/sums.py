@@ -20,10 +20,10 @@ from peft_fx.passes.analyse import adapters
 from peft_fx.passes.analyse.algebra import MANTISSA, Matrix, Term, shares_left
 from peft_fx.passes.analyse.candidates import SumCandidate, factors_in
 from peft_fx.passes.analyse.flow import Flow, shared_path
-from peft_fx.passes.analyse.linear_rules import addends, products_in, through
+from peft_fx.passes.analyse.linear_rules import Product, addends, products_in, through
 from peft_fx.passes.analyse.reader import Occurrence, Reader
 from peft_fx.passes.findings import Refusal
-from peft_fx.passes.graph.nodes import coarsest, is_rounded
+from peft_fx.passes.graph.nodes import coarsest, is_rounded, shape
 
 BASE_READ_TOO = "what the layer gives without the adapter is read as well: x·W' would be another product beside x·W"
 
@@ -50,6 +50,7 @@ class Sums:
         self.groups: list[SumCandidate] = []
         self.refusals: list[Refusal] = []
         self.sums: list[Sum] = []
+        self._weighted: dict[Node, list[tuple[Product, Node]]] = {}
         inside: set[Node] = set()
         for node in reversed(graph.nodes):
             if node in inside or len(addends(node) or []) < 2:
@@ -66,6 +67,13 @@ class Sums:
         """The first equals of the values that a product multiplies weights by."""
         operands = (n for p in products_in(node) for n in (p.left, p.right))
         return [self.reader.number[through(n)] for n in operands if not self.flow.is_weight(n)]
+
+    def weighted(self, node: Node) -> list[tuple[Product, Node]]:
+        """The products that a node is made of, each with the weight that it multiplies a value by."""
+        if node not in self._weighted:
+            found = [(p, [n for n in (p.left, p.right) if self.flow.is_weight(n)]) for p in products_in(node)]
+            self._weighted[node] = [(p, ns[0]) for p, ns in found if len(ns) == 1 and len(shape(ns[0])) > 1]
+        return self._weighted[node]
 
     @functools.cached_property
     def group_of(self) -> Mapping[Node, SumCandidate]:

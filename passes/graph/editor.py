@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.analyse.algebra import Matrix
+from peft_fx.passes.graph.fakes import Fakes
 from peft_fx.passes.graph.nodes import CAST, RESHAPES, aten, is_tensor, shape, value
 
 REBUILD, SAVE = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE
@@ -39,7 +40,7 @@ class Editor:
     """Edits one graph, under the fake mode that its values are of."""
 
     def __init__(self, graph: Graph, fake_mode: AbstractContextManager[Any]):
-        self.graph, self.fake_mode = graph, fake_mode
+        self.graph, self.fake_mode, self.fakes = graph, fake_mode, Fakes(fake_mode)
         self.changes = 0
         self._like: Node | None = None
         self._rebuilt = False
@@ -70,8 +71,7 @@ class Editor:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
-        with self.fake_mode:
-            node.meta["val"] = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
+        node.meta["val"] = self.fakes.of(target, args, kwargs)
         return self._noted(node)
 
     def _noted(self, node: Node) -> Node:
@@ -186,8 +186,7 @@ class Editor:
         self.changes += 1
         node.args = args
         if node.op != "output":
-            with self.fake_mode:
-                node.meta["val"] = node.target(*map(fake, args), **node.kwargs)  # type: ignore[operator]
+            node.meta["val"] = self.fakes.of(node.target, args, node.kwargs)
 
     def drop(self, node: Node) -> None:
         """Removes a node that has lost its users, and what only it used."""
@@ -230,10 +229,3 @@ class Editor:
     def _tag(self, node: Node, tag: CheckpointPolicy) -> None:
         self.changes += 1
         node.meta["recompute"] = tag
-
-
-def fake(arg: Any) -> Any:
-    """An argument with fake values in the place of nodes."""
-    if isinstance(arg, Node):
-        return value(arg)
-    return [fake(a) for a in arg] if isinstance(arg, (list, tuple)) else arg

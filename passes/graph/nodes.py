@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeGuard
 
@@ -121,26 +121,27 @@ def value_numbers(graph: Graph) -> dict[Node, Node]:
     yet."""
     first: dict[Hashable, Node] = {}
     number: dict[Node, Node] = {}
-
-    def key(arg: Any) -> Hashable:
-        if isinstance(arg, Node):
-            first_equal: Hashable = number[arg]
-            return first_equal
-        if isinstance(arg, (list, tuple)):
-            return tuple(key(a) for a in arg)
-        if isinstance(arg, dict):
-            return tuple(sorted((k, key(v)) for k, v in arg.items()))
-        return (type(arg), arg)
-
     for node in graph.nodes:
         number[node] = node
         if node.op != "call_function" or is_random(node):
             continue
         try:
-            number[node] = first.setdefault((node.target, key(node.args), key(node.kwargs)), node)
+            number[node] = first.setdefault(key_of((node.target, node.args, node.kwargs), number.__getitem__), node)
         except TypeError:  # an argument that does not hash or sort: the node stays its own first
             continue
     return number
+
+
+def key_of(arg: Any, number: Callable[[Node], Hashable]) -> Hashable:
+    """Equal for equal arguments; `number` is the same for equal nodes. Raises TypeError for what does not hash or
+    sort."""
+    if isinstance(arg, Node):
+        return number(arg)
+    if isinstance(arg, (list, tuple)):
+        return tuple([key_of(a, number) for a in arg])
+    if isinstance(arg, dict):
+        return tuple(sorted((k, key_of(v, number)) for k, v in arg.items()))
+    return (type(arg), arg)
 
 
 def signature(arg: Any) -> Any:

@@ -30,11 +30,13 @@ from peft_fx.passes.graph.nodes import (
     CASTS,
     LAYOUTS,
     MATRIX_PRODUCTS,
+    RESHAPES,
     SCALINGS,
     SUMS,
     aten,
     is_random,
     is_tensor,
+    key_of,
     shape,
     tensor_arg,
     value,
@@ -288,26 +290,29 @@ def _chunk(
     start, stop = bounds
     made: dict[Any, Node] = {}
 
+    def once(target: Any, *args: Any, **kwargs: Any) -> Node:
+        key = key_of((target, args, kwargs), lambda n: n)
+        if key not in made:
+            made[key] = edit.reshape(*args) if target in RESHAPES else edit.call(target, *args, **kwargs)
+        return made[key]
+
     def done(node: Node, how: RowEffect) -> Node:
         args: list[Any] = list(node.args)
         for i, arg in enumerate(args):
             if isinstance(arg, Node) and arg in region.nodes:
                 args[i] = made[arg]
             elif i in how.operands:
-                key = arg, how.operands[i]
-                if key not in made:
-                    part = edit.call(aten.slice.Tensor, flat[key], key[1].start, start, stop)
-                    made[key] = edit.reshape(part, key[1].part(shape(arg), stop - start))
-                args[i] = made[key]
-        target = aten.reshape.default if node.target is aten.view.default else node.target
+                rows = how.operands[i]
+                part = once(aten.slice.Tensor, flat[arg, rows], rows.start, start, stop)
+                args[i] = once(aten.reshape.default, part, rows.part(shape(arg), stop - start))
         if node.target in SIZED:
             assert how.rows is not None
             args[1] = how.rows.part(shape(node), stop - start)
         if how.rows is not None or not results[node]:
-            return edit.call(target, *args, **node.kwargs)
-        if target is aten.mm.default:
+            return once(node.target, *args, **node.kwargs)
+        if node.target is aten.mm.default:
             return edit.call(aten.addmm.default, results[node][-1], *args)
-        return edit.add(results[node][-1], edit.call(target, *args, **node.kwargs))
+        return edit.add(results[node][-1], edit.call(node.target, *args, **node.kwargs))
 
     for node, how in region.nodes.items():
         with edit.provenance(node):
@@ -316,3 +321,6 @@ def _chunk(
                 rows = how.rows
                 whole = new if rows is None else edit.reshape(new, rows.sizes(shape(new), [stop - start]))
                 results[node].append(whole)
+    ends = {parts[-1] for parts in results.values()}
+    for new in reversed([n for n in made.values() if n not in ends]):
+        edit.drop(new)  # what was reshaped again

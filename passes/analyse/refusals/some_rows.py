@@ -19,7 +19,6 @@ from peft_fx.passes.analyse.refusals.ways import (
     narrow_operand,
     reached,
     values_read,
-    weighted,
 )
 from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.findings import Refusal
@@ -68,13 +67,13 @@ def of_some_rows(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Iterato
     some tokens'."""
     flow, layers = analysis.flow, _Layers(analysis)
     for node in (n for n in analysis.position if n in flow.forward and n not in flow.backward):
-        for last, B in weighted(analysis, node):
+        for last, B in analysis.weighted(node):
             inner = last.right if last.left is B else last.left
             for first, A in _first_factors(analysis, inner):
                 parameters = [*flow.parameters(A), *flow.parameters(B)]
                 if not are_low_rank(shape(A)[-2:], shape(B)[-2:]) or not placed.isdisjoint(parameters):
                     continue
-                linear = (first, A) in weighted(analysis, through(inner))
+                linear = (first, A) in analysis.weighted(through(inner))
                 read = list(_rows_read(analysis, first, A))
                 weight = layers.weight_of_rows(node, read, parameters, linear)
                 if weight is not None:
@@ -103,7 +102,7 @@ def _first_factors(analysis: Sums, start: Node) -> Iterator[tuple[Product, Node]
         return values_read(analysis, n) if passed else ()
 
     for node in reached(start, read):
-        yield from weighted(analysis, node)
+        yield from analysis.weighted(node)
 
 
 def _rows_read(analysis: Sums, product: Product, weight: Node) -> Iterator[Node]:
@@ -147,7 +146,7 @@ class _Layers:
             return values_read(analysis, n) if _is_passed(n) else ()
 
         if end not in self._near:
-            found = [pair for node in reached(end, beside) for pair in weighted(analysis, node)]
+            found = [pair for node in reached(end, beside) for pair in analysis.weighted(node)]
             self._near[end] = [
                 (
                     Matrix(W, shape(W)[-1], rows=shape(W)[-2]),
@@ -171,7 +170,7 @@ def of_scaled_rows(analysis: Sums, rows: AffineMaps, placed: Set[Node]) -> Itera
         if vector is None or is_matrix(vector) or not placed.isdisjoint(flow.parameters(vector)):
             continue
         for way, ops in _ways_to_layers(analysis, node):
-            weights = (W for n in way for _, W in weighted(analysis, n) if not flow.is_trained(W))
+            weights = (W for n in way for _, W in analysis.weighted(n) if not flow.is_trained(W))
             W = next((W for W in weights if is_beside(analysis, vector, W)), None)
             if W is not None and any(is_of_rows(n, ops) for n in way):
                 yield Refusal(flow.site_name(Matrix(W, 0), [Matrix(vector, 0)]), "shape", SCALED_ROWS)
@@ -198,7 +197,7 @@ def _ways_to_layers(analysis: Sums, node: Node) -> Iterator[tuple[list[Node], Se
         return (u for u in n.users if u in flow.forward) if n is node or n.target in LAYOUTS | CASTS else ()
 
     def after(n: Node) -> Iterable[Node]:
-        return (u for u in n.users if passed(u) or any(weighted(analysis, u))) if n is node or passed(n) else ()
+        return (u for u in n.users if passed(u) or any(analysis.weighted(u))) if n is node or passed(n) else ()
 
     yield [*reached(node, before), *reached(node, put)], TAKING | PUTTING
     yield list(reached(node, after)), PUTTING

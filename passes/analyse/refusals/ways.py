@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch.fx import Node
 
-from peft_fx.passes.analyse.linear_rules import Product, products_in
+from peft_fx.passes.analyse.linear_rules import products_in
 from peft_fx.passes.analyse.maps import is_scaled_by_a_root
 from peft_fx.passes.analyse.sums import Sums
 from peft_fx.passes.graph.nodes import CASTS, LAYOUTS, SCALINGS, aten, is_tensor, shape, value
@@ -31,15 +31,6 @@ def reached(start: Node, step: Callable[[Node], Iterable[Node]]) -> Iterator[Nod
 def values_read(analysis: Sums, node: Node) -> list[Node]:
     """What a node reads besides weights."""
     return [n for n in node.all_input_nodes if not analysis.flow.is_weight(n)]
-
-
-def weighted(analysis: Sums, node: Node) -> Iterator[tuple[Product, Node]]:
-    """The products that a node is made of, each with the weight that it multiplies a value by."""
-    for product in products_in(node):
-        operands = (product.left, product.right)
-        weights = [n for n in operands if analysis.flow.is_weight(n)]
-        if len(weights) == 1 and len(shape(weights[0])) > 1:
-            yield product, weights[0]
 
 
 def narrow_operand(analysis: Sums, node: Node) -> Node | None:
