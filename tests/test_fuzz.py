@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuzz.oracles import Case, Failure, judge
 from tests.fuzz.search import CORPUS, Found, replayed, search, shrunk
-from tests.passes.test_mutants import MUTANTS
+from tests.passes.analyse.test_mutants_of_linear_rules import MUTANTS
 
 CASES = 150
 
@@ -33,7 +33,7 @@ def test_random_programs_hold(seed):
 
 def test_a_mutant_is_found_and_cut_down():
     """To a program that fails under the mutant, and not without it."""
-    with MUTANTS["scale_dropped"]():
+    with MUTANTS.applied("scale_dropped"):
         found = next(f for i in range(100) if isinstance(f := search(Random(f"0:{i}")), Found))
         small = shrunk(found)
         with pytest.raises(Failure):
