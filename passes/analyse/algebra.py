@@ -19,6 +19,13 @@ Size = Any  # int, or a sympy expression where the number of tokens is dynamic
 MANTISSA = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 
 
+def is_held_by(dtype: torch.dtype, wider: torch.dtype) -> bool:
+    """Whether a wider dtype holds all that another does: float16 has more bits than bfloat16, and not its range."""
+    if not {dtype, wider} <= MANTISSA.keys() or MANTISSA[dtype] >= MANTISSA[wider]:
+        return False
+    return bool(torch.finfo(dtype).max <= torch.finfo(wider).max)
+
+
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The dtype with fewer mantissa bits; one that is no float counts as the coarsest."""
     return a if MANTISSA.get(a, 0) <= MANTISSA.get(b, 0) else b

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from peft_fx.passes.analyse.algebra import MANTISSA
+from peft_fx.passes.analyse.algebra import MANTISSA, is_held_by
 from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.findings import Settings
@@ -132,19 +132,12 @@ def _way(node: Node, flow: Flow) -> list[Node]:
     if node.op != "call_function" or flow.is_weight(node):
         return []
     if node.target in CASTS:
-        return [node] if _is_copy(value(tensor_arg(node, 0)).dtype, value(node).dtype) else []
+        return [node] if is_held_by(value(tensor_arg(node, 0)).dtype, value(node).dtype) else []
     if node.target in LAYOUTS - {aten.expand.default} or node.target in SCALINGS:
         read = [n for n in node.args[:2] if is_tensor(n) and value(n).numel() == value(node).numel()]
         way = next((way for n in read if (way := _way(n, flow))), [])
         return [*way, node] if way else []
     return []
-
-
-def _is_copy(of: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether a wider dtype holds all that another does: float16 has more bits than bfloat16, and not its range."""
-    if not {of, dtype} <= MANTISSA.keys() or MANTISSA[of] >= MANTISSA[dtype]:
-        return False
-    return bool(torch.finfo(of).max <= torch.finfo(dtype).max)
 
 
 def _source(cast: Node) -> Node:

@@ -130,11 +130,12 @@ class Choices:
         return self._cut(price)
 
     def of(self, kept: frozenset[Node]) -> Choice:
-        """A set of values kept, with what comes of it."""
+        """What comes of a set of values kept, of which what nobody then reads is not kept."""
         if kept not in self._known:
             rebuilt = self.sides.rebuilt(kept)
-            found = taken(self.graph, self.sides, kept, self.hint, self.machine, self._about)
-            self._known[kept] = Choice(kept, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
+            read = kept & self.sides.reads.union(*(n.all_input_nodes for n in rebuilt))
+            found = taken(self.graph, self.sides, read, self.hint, self.machine, self._about)
+            self._known[kept] = Choice(read, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
         return self._known[kept]
 
     def _turns(self, peak: float = 0) -> Iterator[Turn]:
@@ -328,6 +329,8 @@ def is_repeatable(node: Node) -> bool:
     target = node.target
     if getattr(target, "_schema", None) is None or is_mutable(node) or is_saved(node):
         return False
+    if name_of(node) == "convolution" and node.all_input_nodes[0].op == "placeholder":
+        return False  # Inductor would keep the image and the weight as it lays them out for it, more than it makes
     if is_random(node):
         return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
     return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,22 @@ def test_the_partitioner_makes_what_was_chosen(name: str, share: float) -> None:
     choices = choices_of(name)
     chosen = choices.within(int(share * choices.of(frozenset(choices.before)).peak))
     assume(chosen.kept != choices.before)  # views are kept for what they are of
+    assert_made(found, graph, choices, chosen)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(sorted(MODELS)), st.randoms(use_true_random=False))
+def test_what_nobody_reads_is_not_kept(name: str, chance: Any) -> None:
+    """Where more is kept, what was read to make it again is read no more."""
+    choices = choices_of(name)
+    able = [n for n in choices.nodes if choices.bytes[n] < math.inf]
+    asked = frozenset(choices.before) | {n for n in able if chance.random() < 0.5}
+    chosen = choices.of(asked)
+    assert chosen.kept <= asked
+    assert_made(*traced(name), choices, chosen)
+
+
+def assert_made(found: joint.Joint, graph: Graph, choices: Choices, chosen: Choice) -> None:
     forward, backward = split(found, graph, choices, chosen)
     given_ = {n.name for n in graph.find_nodes(op="placeholder")}
     kept = [n for n in backward.graph.find_nodes(op="placeholder") if n.name not in given_]
@@ -450,6 +467,9 @@ def test_neither_chance_nor_effects_nor_unknown_ops_are_repeated() -> None:
     assert not is_repeatable(made(aten.rand.default, ([2],)))
     assert not is_repeatable(made(aten.copy_.default, (x, x)))
     assert not is_repeatable(made(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0")))
+    weight, size = graph.placeholder("w"), ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    assert not is_repeatable(made(aten.convolution.default, (x, weight, None, *size)))  # of the image itself
+    assert is_repeatable(made(aten.convolution.default, (made(aten.mul.Tensor, (x, x)), weight, None, *size)))
     kept = made(aten.mul.Tensor, (x, x))
     kept.meta["recompute"] = SAVE
     assert not is_repeatable(kept)
