@@ -90,6 +90,19 @@ def test_the_sentence_comes_first(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "100.0 … 120.0" in told
 
 
+def test_a_budget_is_one_more_variant() -> None:
+    """Of bytes alone: of a part of the device's memory a step of the demo's size would know nothing."""
+    asked = args("--budget", "18MB", "--layers", "1", "--hidden", "64", "--tokens", "8")
+    assert asked.budget == 18_000_000
+    found = demo.make_variants(asked, CPU, torch.float32)
+    assert list(found) == [EAGER, INDUCTOR, OURS, FROZEN, demo.WITHIN]
+    assert len({id(variant.model) for variant in found.values()}) == 5
+    assert list(demo.make_variants(args("--layers", "1"), CPU, torch.float32)) == [EAGER, INDUCTOR, OURS, FROZEN]
+    for wrong in ("0.9", "auto", "-3MB", "much"):
+        with pytest.raises(SystemExit):
+            args("--budget", wrong)
+
+
 def test_nothing_is_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch._dynamo.config.patch(disable=True), pytest.raises(Problem, match="TORCHDYNAMO_DISABLE"):
         demo.run(args())
