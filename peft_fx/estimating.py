@@ -291,11 +291,11 @@ def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], ghosts: Ghosts, depth: int = 0) -> Any:
+def _prepared(model: Any, prepare: Callable[[nn.Module], nn.Module], ghosts: Ghosts) -> Any:
     """A copy on fake tensors, as a variant has it."""
     ghost = ghosts.of(model)
     with ghosts.fake_mode:
-        return prepare(_cut(ghost, depth) if depth else ghost)
+        return prepare(ghost)
 
 
 Traced = list[list[Halves]]  # the graphs of a step, at each depth that is traced
@@ -313,13 +313,15 @@ class Tracer:
         target: Target,
         progress: Callable[[str], None] | None,
     ):
-        self.model, self.prepare, self.call, self.named, self.target = model, prepare, call, named, target
+        self.prepare, self.call, self.named, self.target = prepare, call, named, target
         self.progress = progress
         self.whole = _prepared(model, prepare, Ghosts(new_fake_mode(), "estimate"))
         self.layers = len(stacks[0]) if (stacks := _stacks(self.whole)) else 0
         # with checkpoints, memory that waits for the next layer is all there once there are three
         depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in self.whole.modules())
         self.depths = (depth, depth + 1) if self.layers else (0,)
+        # of a deep model the layers that are traced, cut out once: a copy of all of them takes longer
+        self.cut = {n: _cut(Ghosts(new_fake_mode(), "estimate").of(model), n) for n in self.depths if n} or {0: model}
 
     def at(self, T: int, ways: Sequence[Way]) -> dict[Way, Traced]:
         """The graphs of some variants at T tokens."""
@@ -329,7 +331,7 @@ class Tracer:
         one = functools.cache(lambda x: _at_length(x, given, T))  # ids that are labels too stay one input
         inputs = pytree.tree_map(lambda x: one(x) if isinstance(x, torch.Tensor) else x, self.call)
         named = {way: self.named[way] for way in ways}
-        depths = [_traced(self.model, inputs, self.prepare, named, self.target, n) for n in self.depths]
+        depths = [_traced(self.cut[n], inputs, self.prepare, named, self.target) for n in self.depths]
         return {way: [found[way] for found in depths] for way in ways}
 
     def between(self, low: Traced, high: Traced, share: Fraction) -> Traced | None:
@@ -366,10 +368,9 @@ def _traced(
     prepare: Callable[[nn.Module], nn.Module],
     named: Mapping[Way, Options | None],
     target: Target,
-    depth: int = 0,
 ) -> dict[Way, list[Halves]]:
     ghosts = Ghosts(new_fake_mode(), "estimate")
-    ghost = _prepared(model, prepare, ghosts, depth)
+    ghost = _prepared(model, prepare, ghosts)
     names = {p: name for name, p in ghost.named_parameters()}
     args, kwargs = ghosts(inputs)
     given = {id(copied) for copied in ghosts.known.values()}
