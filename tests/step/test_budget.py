@@ -282,7 +282,7 @@ def test_no_set_of_values_fits_in_less_time(widths: tuple[int, ...]) -> None:
     tried = [(choice.peak, choice.seconds) for choice in map(choices.of, sets)]
     budgets = {peak for peak, _ in tried}
     assert len(tried) == 256
-    assert len(budgets) > 4
+    assert len(budgets) > 3
     for least in budgets:
         chosen = choices.within(least)
         assert chosen.peak <= least
