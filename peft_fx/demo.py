@@ -57,7 +57,7 @@ examples:
   python -m peft_fx demo --tokens 64                    few tokens: adapters stay as they are written
   python -m peft_fx demo --tokens 64 --form weight      all the same in weight form, and what that costs
   python -m peft_fx demo --dtype bfloat16               in bfloat16, whatever the CPU
-  python -m peft_fx demo --budget 18MB                  once more, in a step of that many bytes, if there is one
+  python -m peft_fx demo --budget 9MB                   once more, in a step of that many bytes, if there is one
 
 exit status: 0; 2 where a package or a compiler is missing
 """
@@ -109,7 +109,7 @@ def add_command(commands: Any) -> None:
     dtype_help = "of the weights (default: bfloat16 where this machine multiplies it sooner than float32)"
     demo.add_argument("--dtype", choices=("bfloat16", "float32"), help=dtype_help)
     demo.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    budget_help = "bytes, as 18MB: peft_fx once more, with a step that allocates no more (docs/memory-budget.md)"
+    budget_help = "bytes, as 9MB: peft_fx once more, with a step that allocates no more (docs/memory-budget.md)"
     demo.add_argument("--budget", type=_budget, metavar="BYTES", help=budget_help)
     demo.set_defaults(run=run)
 
@@ -126,7 +126,7 @@ def _budget(text: str) -> int:
     except ValueError:
         found = text
     if not isinstance(found, int):
-        raise argparse.ArgumentTypeError(f"must be bytes, as 18MB, not {text}")
+        raise argparse.ArgumentTypeError(f"must be bytes, as 9MB, not {text}")
     return found
 
 
