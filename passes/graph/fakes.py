@@ -33,7 +33,7 @@ class Fakes:
             return fake_like(made, first if is_view else None)
         with self.mode:
             found = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
-        if asked is not None and isinstance(found, FakeTensor) and all(type(n) is int for n in found.shape):
+        if asked is not None and _is_plain(found):
             is_view = isinstance(first, FakeTensor) and is_in_memory_of(found, first)
             if is_view or not _may_be_a_view(target):
                 self._known[asked] = found, is_view
@@ -50,7 +50,7 @@ def fake(arg: Any) -> Any:
 def _asked(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any) -> Hashable | None:
     """Equal where the results are laid out alike; None where that is not known."""
     schema = getattr(target, "_schema", None)
-    if schema is None or schema.is_mutable:
+    if schema is None or schema.is_mutable or (isinstance(first, Tensor) and not _is_plain(first)):
         return None
     asked = target, signature(args), signature(kwargs), first.storage_offset() if isinstance(first, Tensor) else None
     try:
@@ -58,6 +58,13 @@ def _asked(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: An
     except TypeError:
         return None
     return asked
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether sizes, strides, dtype and device are all that there is to know of a fake value."""
+    if not isinstance(x, FakeTensor) or x.is_conj() or x.is_neg():
+        return False
+    return all(type(n) is int for n in (*x.shape, *x.stride()))
 
 
 def _may_be_a_view(target: Any) -> bool:

@@ -79,6 +79,14 @@ def test_another_layout_is_asked_for_anew(editor):
     assert value(editor.times(whole, 2.0)).dtype == torch.float32  # 2 == 2.0, and yet another op
 
 
+def test_what_has_more_to_tell_is_asked_for_each_time(editor):
+    z = _input(editor, 8, 8, dtype=torch.complex64)
+    for _ in range(2):
+        conjugate = editor.call(aten._conj.default, z)
+        assert value(conjugate).is_conj()
+        assert not value(editor.call(aten.resolve_conj.default, conjugate)).is_conj()
+
+
 def test_random_numbers_and_effects_are_no_obstacle(editor):
     x = _input(editor, 8, 8)
     assert value(editor.call(aten.rand.default, [2], device="cpu")).shape == (2,)
