@@ -42,12 +42,13 @@ def partitioned(
     roles: dict[int, Role],
     kwargs: Mapping[str, Any],
     handed_on: Set[str] = frozenset(),
-    partition: Callable[..., Any] = compat.min_cut_rematerialization_partition,
+    partition: Callable[..., Any] | None = None,
 ) -> tuple[GraphModule, GraphModule, dict[str, tuple[str, int]]]:
     """Forward, backward, and the values that the one keeps for the other, by name: the component of each, and its
     bytes. `kwargs` are the partitioner's, `roles` those of the graph's inputs. Those `handed_on` by an earlier graph
     are nothing that is there anyway."""
     gradients = {n.name for n in parameter_gradients(joint.graph, Flow(joint.graph, roles_in(joint.graph, roles)))}
+    partition = partition or compat.min_cut_rematerialization_partition
     forward, backward = partition(joint, joint_inputs, **kwargs)
     components = _components(joint.graph, backward, gradients)
     saved = saved_bytes(forward, kwargs["num_fwd_outputs"], handed_on)

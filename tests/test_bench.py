@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from bench import report
 from bench.__main__ import main, parser
 from bench.experiment import DOCS, Command, Experiment, Session, in_a_worker, publish
-from bench.experiments import COMMANDS, KINDS
+from bench.experiments import COMMANDS, KINDS, compiling
 from bench.results import FOLDER, Results, request
 from zoo.models import setup_of
 
@@ -126,6 +127,14 @@ def test_a_worker_that_fails_says_so(capfd: pytest.CaptureFixture) -> None:
     row = in_a_worker(request("memory", setup, ["no such variant"], depths=[1]), said.append)
     assert (row, said) == ({"error": "KeyError"}, ["1 layers"])
     assert "no such variant" in capfd.readouterr().err
+
+
+def test_a_choice_is_timed_beside_the_partitioner() -> None:
+    """Of which it is a share: all three are CPU seconds."""
+    setup = setup_of("llama-256", layers=1, hidden=64, tokens=64, vocab=64, dtype="fp32", device="cpu")
+    found = compiling.compile({"setup": asdict(setup), "form": "auto", "budget": 0.5}, lambda text: None)
+    assert found["choice_s"] > 0 < found["partitioner_s"]
+    assert found["held"]["peak"]["after"] < found["held"]["peak"]["before"]
 
 
 def test_what_is_missing_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
