@@ -30,6 +30,12 @@ class Mutants(dict[str, Mutation]):
         with self[name]():
             yield
 
+    def assert_red(self, name: str, holds: Callable[[], bool]) -> None:
+        """An oracle that holds by the rules as they are does not by a mutant."""
+        assert holds()
+        with self.applied(name):
+            assert not holds(), f"the mutant {name} lives"
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # sums of products
