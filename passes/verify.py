@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.passes.graph.fakes import fake
+from peft_fx.passes.graph.fakes import made_by
 from peft_fx.passes.graph.nodes import expr, is_mutable, is_random, signature, value
 from peft_fx.passes.keep.changed_inputs import stale_reads
 
@@ -61,9 +61,7 @@ def verify(graph: Graph, before: Contract, fake_mode: AbstractContextManager[Any
             continue  # a call of another graph, whose nodes say the truth for themselves
         asked = node.target, signature(node.args), signature(node.kwargs)
         if asked not in answers:  # layers are alike, and a fake call takes longer than to look it up
-            with fake_mode:
-                again = node.target(*map(fake, node.args), **{k: fake(v) for k, v in node.kwargs.items()})  # type: ignore[operator]
-            answers[asked] = _described(again)
+            answers[asked] = _described(made_by(node.target, node.args, node.kwargs, fake_mode))
         made, said = answers[asked], _described(value(node))
         if not new:  # its strides may follow those of what it reads
             made, said = [d[:1] + d[2:] if isinstance(d, tuple) else d for d in (made, said)]

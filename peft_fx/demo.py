@@ -351,8 +351,8 @@ def _print_losses(losses: Mapping[str, list[float]]) -> None:
     steps = len(losses[EAGER])
     shown = sorted({round(i * (steps - 1) / (ROWS - 1)) for i in range(ROWS)})
     rows = [(i + 1, *(f"{curve[i]:.4f}" for curve in losses.values())) for i in shown]
-    worst = {n: max(abs(a - b) for a, b in zip(curve, losses[EAGER], strict=True)) for n, curve in losses.items()}
-    del worst[EAGER]
+    others = {name: curve for name, curve in losses.items() if name != EAGER}
+    worst = {n: max(abs(a - b) for a, b in zip(curve, losses[EAGER], strict=True)) for n, curve in others.items()}
     print("\n3. Losses, from the same start on the same batches\n")
     print(tabulate(rows, headers=("step", *losses), disable_numparse=True, stralign="right"))
     print("\nlargest difference from eager at any step: " + ", ".join(f"{worst[n]:.4f} ({n})" for n in worst))

@@ -31,13 +31,18 @@ class Fakes:
         if asked in self._known:
             made, is_view = self._known[asked]
             return fake_like(made, first if is_view else None)
-        with self.mode:
-            found = target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
+        found = made_by(target, args, kwargs, self.mode)
         if asked is not None and _is_plain(found):
             is_view = isinstance(first, FakeTensor) and is_in_memory_of(found, first)
             if is_view or not _may_be_a_view(target):
                 self._known[asked] = found, is_view
         return found
+
+
+def made_by(target: Any, args: Any, kwargs: Any, mode: AbstractContextManager[Any]) -> Any:
+    """What an op says that it makes of these arguments."""
+    with mode:
+        return target(*map(fake, args), **{k: fake(v) for k, v in kwargs.items()})
 
 
 def fake(arg: Any) -> Any:
