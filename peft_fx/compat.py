@@ -138,6 +138,7 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "list_options",
+    "most_reads",
     "min_cut_rematerialization_partition",
     "post_grad_passes",
     "pytree",
@@ -163,6 +164,13 @@ def fake_like(known: FakeTensor, of: FakeTensor | None = None) -> FakeTensor:
 def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor is a view of another, or of what that is a view of."""
     return bool(x.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+def most_reads(device: str) -> int:
+    """How many values a pointwise one may read before Inductor writes it to memory."""
+    own = getattr(inductor_config, "realize_cpu_acc_reads_threshold", None) if device == "cpu" else None  # 2.13 and later
+    usual = getattr(inductor_config, "_realize_acc_reads_threshold_default", 8)
+    return int(inductor_config.realize_acc_reads_threshold or own or usual)
 
 
 def hint_for(fake_mode: FakeTensorMode) -> Callable[[Any], int]:

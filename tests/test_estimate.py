@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,13 +13,14 @@ import transformers as tf
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
-from peft_fx import estimating
+from peft_fx import compat, estimating
 from peft_fx.estimates import Estimate, Row, quickest
 from peft_fx.measuring import memory_of
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import lengths, without_mask
 from peft_fx.step.fusion import Fused, outputs
 from peft_fx.step.memory import PACKED, walk
+from peft_fx.step.seconds import kernel_seconds
 from tests.peft_models import adapt, llama_config
 
 T, K, N = 64, 32, 48
@@ -52,7 +54,36 @@ def test_a_kernel_writes_over_what_it_reads_last() -> None:
 
 def test_two_products_are_alive_together() -> None:
     x, w = torch.randn(T, K), torch.randn(K, N)
-    assert peak_of(lambda x, w: x @ w + (x + 1) @ w, x, w) == 4 * (2 * T * N + T * K)
+    assert peak_of(lambda x, w: (x @ w) * ((x + 1) @ w), x, w) == 4 * (2 * T * N + T * K)
+
+
+def test_a_product_that_is_only_added_is_never_there_by_itself() -> None:
+    """Inductor's addmm. What the sum reads besides is there, and so is a product that something else reads."""
+    x, w = torch.randn(T, K), torch.randn(K, N)
+    assert kernels_of(lambda x, w, y: y + x @ w, x, w, torch.randn(T, N)) == [1]
+    assert kernels_of(lambda x, w, y: y + x @ w, x, w, torch.randn(N)) == [1]
+    assert peak_of(lambda x, w: x @ w + (x + 1) @ w, x, w) == 4 * 2 * T * N
+    assert kernels_of(lambda x, w: ((y := x @ w) + 1, y), x, w) == [1, 1]
+    assert kernels_of(lambda x, w, y: torch.add(y, x @ w, alpha=2), x, w, torch.randn(T, N)) == [1, 1]
+
+
+def test_a_product_that_is_added_takes_its_seconds() -> None:
+    x, w, y = torch.randn(T, K), torch.randn(K, N), torch.randn(T, N)
+    graph = Fused(traced(lambda x, w, y: y + x @ w, x, w, y), int)
+    (kernel,), machine = graph.kernels, MACHINES["cpu"]
+    assert kernel_seconds(graph, kernel, machine) == machine.product(T, K, N, x.dtype, 1)
+
+
+def test_a_long_sum_is_in_memory_on_its_way() -> None:
+    """Inductor writes what reads more than so many values, and orders kernels by the first value that they write."""
+    most = compat.most_reads("cpu")
+    xs = torch.randn(most + 3, T, K).unbind()
+
+    def f(*xs: torch.Tensor) -> torch.Tensor:
+        return functools.reduce(torch.add, xs).sin()
+
+    assert [str(n) for n in Fused(traced(f, *xs[:most]), int).made] == ["sin"]
+    assert [str(n) for n in Fused(traced(f, *xs), int).made] == [f"add_{most - 1}", "sin"]
 
 
 def test_the_order_is_the_one_of_the_lowest_peak() -> None:
@@ -80,7 +111,7 @@ def test_no_kernel_waits_for_itself() -> None:
 
     def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         h = x.sin()
-        return h @ w + h
+        return (h @ w).cos() + h
 
     assert kernels_of(f, x, w) == [1, 1, 1]
 

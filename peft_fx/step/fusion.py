@@ -6,11 +6,11 @@ A pointwise value inside a fused kernel never exists. One rule says which values
                values that one of those reads as a whole, or that leave the graph
     made too   a pointwise value with several readers, or one that it is spread out for, where to compute it again for
                each would be dear: it has an exp, log, sigmoid or tanh in it, or reads more than four values; unless one
-               kernel has them all
+               kernel has them all; and one that reads more than eight, on CPUs twelve, as a long sum does on its way
     not made   every other pointwise value: each reader computes it from what it reads
 
 Kernels are groups of values made that run over the same space and share an input or read each other, with no other
-kernel between them.
+kernel between them. A product that is only added to something is one kernel with that: addmm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from peft_fx.passes.graph.nodes import expr, numel, tensor_arg
+from peft_fx import compat
+from peft_fx.passes.graph.nodes import aten, expr, numel, tensor_arg, value
 from peft_fx.step.kinds import (
     GIVEN,
     HEAVY,
@@ -46,12 +47,14 @@ ROUNDS = 10  # of fusion: what was in the way is in a kernel by then
 
 @dataclass
 class Kernel:
-    """Nodes computed together; the buffers that they make, and of each that they read how many of them do."""
+    """Nodes computed together; the buffers that they make, and of each that they read how many of them do. `op` is what
+    a library computes."""
 
     nodes: list[Node]
     library: bool
     makes: list[Node]
     reads: dict[Node, int]
+    op: Node
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Known:
 @dataclass
 class Fused:
     """A graph as its kernels, in the order in which they run; `leaves` are the buffers that a node's value is read
-    from, `made` those that exist, `given` those that are there before."""
+    from, `made` those that exist, `given` those that are there before, `added` the products that are one with a sum."""
 
     graph: Graph | Part
     hint: Any
@@ -97,6 +100,7 @@ class Fused:
     leaves: dict[Node, frozenset[Node]] = field(default_factory=dict)
     reads: dict[Node, list[Node]] = field(default_factory=dict)
     made: dict[Node, None] = field(default_factory=dict)
+    added: dict[Node, Node] = field(default_factory=dict)
     kernels: list[Kernel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,6 +108,8 @@ class Fused:
         kinds = self.known.kinds
         kinds |= {n: kind_of(n) for n in self.part.reads if n not in kinds}
         self.kinds = {n: GIVEN if n in self.given else kinds[n] for n in self.part.reads}
+        self.added = {n: product for n in self.part.reads if (product := self._added(n))}
+        self.kinds |= dict.fromkeys(self.added, LIBRARY) | dict.fromkeys(self.added.values(), VIEW)
         self._make()
         self.before = {n: [m for r in self.reads[n] if (m := _maker(r, self)) in self.made] for n in self.made}
         self.kernels = _ordered(self, _grouped(self))
@@ -124,9 +130,27 @@ class Fused:
                     self.made[node] = None
                     self.leaves[node], heavy[node] = frozenset([node]), False
 
+    def _added(self, node: Node) -> Node | None:
+        """The product that a sum of two matrices is computed with. On a GPU what reads it pointwise adds by itself."""
+        if node.target is not aten.add.Tensor or node in self.given or len(node.args) != 2 or node.kwargs:
+            return None
+        for product, other in itertools.permutations(node.args):
+            if not isinstance(other, Node) or getattr(product, "target", None) is not aten.mm.default:
+                continue
+            alone = self.kinds[product] == LIBRARY and self.part.users[product] == [node]
+            alike = value(other).dtype == value(product).dtype and value(node).shape == value(product).shape
+            if alone and alike and (_device(node) == "cpu" or not self._is_read_pointwise(node)):
+                return product
+        return None
+
+    def _is_read_pointwise(self, node: Node) -> bool:
+        return all(self.kinds[r] == POINTWISE for r in self.readers(node))
+
     def _is_made(self, node: Node, heavy: bool) -> bool:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
+            return True
+        if len(self.reads[node]) > compat.most_reads(_device(node)):
             return True
         # it would be computed for each
         wider = any(self._numel(user) > self._numel(node) for user in self.part.users[node])
@@ -324,7 +348,12 @@ def _kernel(fused: Fused, nodes: list[Node]) -> Kernel:
     reads: dict[Node, int] = {}
     for read in (r for n in nodes for r in fused.reads[n]):
         reads[read] = reads.get(read, 0) + 1
-    return Kernel(nodes, fused.kinds[nodes[0]] == LIBRARY, [b for n in nodes for b in fused.buffers(n)], reads)
+    made = [b for n in nodes for b in fused.buffers(n)]
+    return Kernel(nodes, fused.kinds[nodes[0]] == LIBRARY, made, reads, fused.added.get(nodes[0], nodes[0]))
+
+
+def _device(node: Node) -> str:
+    return next((v.device.type for v in tensors_of(node)), "")
 
 
 def _maker(buffer: Node, fused: Fused) -> Node:

@@ -88,7 +88,7 @@ def walk(
 
 def _beside(fused: Fused, kernel: Kernel, machine: Machine | None) -> int:
     """Bytes that a library's kernel, or another graph that it calls, has for itself while it runs."""
-    return _inside(fused, kernel.nodes[0]) + (_scratch(fused, kernel, machine) if machine else 0)
+    return _inside(fused, kernel.op) + (_scratch(fused, kernel, machine) if machine else 0)
 
 
 def _inside(fused: Fused, node: Node) -> int:
@@ -103,7 +103,7 @@ def _inside(fused: Fused, node: Node) -> int:
 def _scratch(fused: Fused, kernel: Kernel, machine: Machine) -> int:
     """Bytes that a library's kernel allocates while it runs, and lets go of: of attention, as PyTorch has it; of a
     product of half-precision matrices on a CPU, the blocks of both that oneDNN packs for each thread."""
-    (node,) = kernel.nodes
+    node = kernel.op
     if name_of(node) in INTO and machine.is_cpu and value(node).dtype.itemsize == 2:
         return int(PACKED * torch.get_num_threads())
     if ATTENTION not in name_of(node):

@@ -52,7 +52,7 @@ class Plan:
             if b not in stays and b not in apart and (b in given or b in self.start):
                 dying[at].append(b)
         for i, kernel in enumerate(self.kernels):
-            name = name_of(kernel.nodes[0]) if kernel.library else ""
+            name = name_of(kernel.op) if kernel.library else ""
             over = not kernel.library or name in SCATTERS
             for node in kernel.nodes if over or name in INTO else ():
                 free = [r for r in dying[i] if over and kernel.reads.get(r) == 1 and r in fused.reads[node]]

@@ -21,8 +21,8 @@ from peft_fx.step.kinds import (
 
 def kernel_seconds(fused: Fused, kernel: Kernel, machine: Machine) -> float:
     """Of a product or attention by what it computes, of all else by the bytes read and written."""
-    if _is_computing(kernel.nodes[0]):
-        return seconds_of(kernel.nodes[0], fused.hint, machine)
+    if _is_computing(kernel.op):
+        return seconds_of(kernel.op, fused.hint, machine)
     reads = {r for n in kernel.nodes for r in fused.reads[n]}
     return machine.one_pass(sum(map(fused.size, reads)) + sum(fused.size(n) for n in kernel.nodes))
 
