@@ -138,8 +138,8 @@ __all__ = [
     "joint_graph_passes",
     "list_mode_options",
     "list_options",
-    "most_reads",
     "min_cut_rematerialization_partition",
+    "most_reads",
     "post_grad_passes",
     "pytree",
     "same_memory",
@@ -168,7 +168,9 @@ def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:
 
 def most_reads(device: str) -> int:
     """How many values a pointwise one may read before Inductor writes it to memory."""
-    own = getattr(inductor_config, "realize_cpu_acc_reads_threshold", None) if device == "cpu" else None  # 2.13 and later
+    own = (
+        getattr(inductor_config, "realize_cpu_acc_reads_threshold", None) if device == "cpu" else None
+    )  # 2.13 and later
     usual = getattr(inductor_config, "_realize_acc_reads_threshold_default", 8)
     return int(inductor_config.realize_acc_reads_threshold or own or usual)
 
