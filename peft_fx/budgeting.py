@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.pipeline import without_collection
+from peft_fx.sharing import Around
 from peft_fx.step.budget import Choices, Held, is_saved
 from peft_fx.step.kinds import VIEW, bytes_of, kind_of
 
@@ -86,20 +87,22 @@ def _memory(device: str) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Asked:
     """A budget as it was asked for one graph: bytes, of what, and bytes of the optimiser's state for one of a
-    parameter; whether the weights are there already and not in it."""
+    parameter; whether the weights are there already and not in it; and what there is around the graph."""
 
     bytes: int
     of: str = "total"
     states: int = 2
     beside_weights: bool = False
+    around: Around = field(default_factory=Around)
 
     def fixed(self, roles: Roles) -> dict[str, int]:
-        """What is there all the time, by what it is."""
+        """What is there while the graph runs, by what it is."""
+        before = {"kept by graphs before": self.around.kept} if self.around.kept else {}
         if self.of == "step":
-            return {}
-        weights = sum(bytes_of(n, int) for n, role in roles.items() if role.static)
-        trained = sum(bytes_of(n, int) for n, role in roles.items() if role.trainable)
-        return {"weights": 0 if self.beside_weights else weights, "optimiser states": self.states * trained}
+            return before
+        weights = sum(bytes_of(n, int) for n, role in roles.items() if role.static) + self.around.weights
+        trained = sum(bytes_of(n, int) for n, role in roles.items() if role.trainable) + self.around.trained
+        return {"weights": 0 if self.beside_weights else weights, "optimiser states": self.states * trained, **before}
 
 
 def why_not(held: Held) -> str:
@@ -130,13 +133,14 @@ def hold(
     fixed = asked.fixed(roles)
     budget = asked.bytes - sum(fixed.values())
     with without_collection():
-        choices = choices_in(graph, values, hint, machine)
+        choices = choices_in(graph, values, hint, machine, times := asked.around.times)
         before, after = choices.of(frozenset(choices.before)), choices.within(budget)
-    sizes = {k: sum(bytes_of(n, hint) for n in c.kept) for k, c in (("before", before), ("after", after))}
+    kept = (("before", before.kept), ("after", after.kept))
+    sizes = {k: int(times * sum(bytes_of(n, hint) for n in nodes)) for k, nodes in kept}
     peaks = {"before": before.peak, "after": after.peak}
     results = sum(bytes_of(n, hint) for n in returned(graph)[0] if isinstance(n, Node))
     rebuilt = len(after.rebuilt - before.rebuilt)
-    held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt)
+    held = Held(asked.bytes, budget, fixed, peaks, sizes, results, after.seconds, rebuilt, times)
     log.debug("memory budget: %s", held)
     return held, values if after is before else saved(choices, after.kept)
 
@@ -151,9 +155,12 @@ def along(
         return [saved(choices, choices.at(price)) for price in prices]
 
 
-def choices_in(graph: Graph, values: Iterable[Node], hint: Callable[[Size], int], machine: Machine) -> Choices:
-    """The choices for a joint graph whose partitioner keeps those values by itself."""
-    return Choices(graph, {n for v in values if (n := _seen(v)).op == "call_function"}, hint, machine)
+def choices_in(
+    graph: Graph, values: Iterable[Node], hint: Callable[[Size], int], machine: Machine, times: float = 1.0
+) -> Choices:
+    """The choices for a joint graph whose partitioner keeps those values by itself, of a step that takes so many times
+    what the graph does."""
+    return Choices(graph, {n for v in values if (n := _seen(v)).op == "call_function"}, hint, machine, times)
 
 
 def saved(choices: Choices, kept: Set[Node]) -> list[Node]:

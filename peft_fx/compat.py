@@ -143,6 +143,7 @@ __all__ = [
     "post_grad_passes",
     "pytree",
     "same_memory",
+    "saved_by",
     "sizes_that_depend_on_values",
     "source_name",
     "tracing",
@@ -168,11 +169,19 @@ def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:
 
 def most_reads(device: str) -> int:
     """How many values a pointwise one may read before Inductor writes it to memory."""
-    own = (
-        getattr(inductor_config, "realize_cpu_acc_reads_threshold", None) if device == "cpu" else None
-    )  # 2.13 and later
-    usual = getattr(inductor_config, "_realize_acc_reads_threshold_default", 8)
-    return int(inductor_config.realize_acc_reads_threshold or own or usual)
+    config, of_cpus = inductor_config, "realize_cpu_acc_reads_threshold"  # 2.13 and later
+    own = getattr(config, of_cpus, None) if device == "cpu" else None
+    most: Any = config.realize_acc_reads_threshold or own
+    return int(most or getattr(config, "_realize_acc_reads_threshold_default", 8))
+
+
+def saved_by(call: Any) -> list[torch.Tensor]:
+    """What a call of a compiled graph, the `grad_fn` of its results, has kept for backward; nothing once that has
+    run."""
+    try:
+        return [*call.saved_tensors, *getattr(call, "_tensors_no_vc_check", ())]
+    except (AttributeError, RuntimeError):
+        return []
 
 
 def hint_for(fake_mode: FakeTensorMode) -> Callable[[Any], int]:

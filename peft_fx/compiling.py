@@ -26,7 +26,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
-from peft_fx import budgeting, compat
+from peft_fx import budgeting, compat, sharing
 from peft_fx.frames import with_room
 from peft_fx.kernels import library
 from peft_fx.options import Options, parse
@@ -56,7 +56,7 @@ class Record:
     """One graph that Dynamo handed us: enough to run the passes on it again, and what they found; not `lowered` where
     AOTAutograd or Inductor turned it away. `grad` and `autocast` are what it was traced under, `calls` the parameters,
     by position, of each module that it has run for: Dynamo runs one graph for all layers that are alike. `device` is
-    where the graph is taken to be, if not where its inputs are.
+    where the graph is taken to be, if not where its inputs are; `kind` and `around` are what `sharing` knows of it.
 
     `compiled` is what Dynamo was given to call, and lets go of with the code that calls it; `ran` is whether it did."""
 
@@ -74,6 +74,8 @@ class Record:
     calls: list[dict[int, Callable[[], Any]]] = field(default_factory=list)
     resets: int = field(default_factory=lambda: _resets)
     device: torch.device | None = None
+    kind: sharing.Kind | None = None
+    around: sharing.Around = field(default_factory=sharing.Around)
 
     @classmethod
     def of(
@@ -113,7 +115,8 @@ class Record:
     @functools.cached_property
     def budget(self) -> budgeting.Asked | None:
         """The memory budget on the device of the graph."""
-        return self.options.budget(self.place)
+        asked = self.options.budget(self.place)
+        return asked and replace(asked, around=self.around)
 
     @functools.cached_property
     def subgraphs(self) -> list[Subgraph]:
@@ -145,6 +148,8 @@ def backend(
     if is_disabled():
         return _lower(gm, example_inputs, chosen, None)
     record = record_of(gm, example_inputs, chosen)
+    if chosen.memory_budget is not None:
+        _look_around(record, example_inputs)
     given = [t if isinstance(t, torch.nn.Parameter) else getattr(t, "_base", None) for t in example_inputs]
     try:
         compiled = noting_calls(lowered(gm, example_inputs, record), record)
@@ -161,6 +166,17 @@ def backend(
         raise
     _note(record, given)
     return compiled
+
+
+def _look_around(record: Record, example_inputs: Sequence[Any]) -> None:
+    """What the graph's budget is shared with; where that fails, after one warning, the graph has all of it."""
+    parameters = {record.roles[i].name: t for i, t in enumerate(example_inputs) if isinstance(t, torch.nn.Parameter)}
+    try:
+        record.kind, record.around = sharing.around(parameters, record.place)
+    except Exception as error:
+        told = f"peft_fx holds a graph to its memory budget by itself: {type(error).__name__}: {error}"
+        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        log.debug("nothing is known around a graph", exc_info=error)
 
 
 def is_disabled() -> bool:
@@ -222,7 +238,10 @@ def noting_calls(compiled: Callable[..., Any], record: Record) -> Callable[..., 
         for i in first:
             if args[i] not in known:
                 note(args[i], args)
-        return compiled(*args)
+        results = compiled(*args)
+        if record.options.memory_budget is not None:
+            sharing.note(record.kind, record.around, args, results)
+        return results
 
     record.compiled = weakref.ref(run)
     return run

@@ -129,8 +129,8 @@ class Report:
             columns = ("loss of", "rows×vocabulary", "chunks", "logits and gradients alive", "saved")
             parts.append(tabulate([_loss_row(s) for s in self.losses], headers=columns, disable_numparse=True))
         if self.budgets:
-            heads = ("memory budget", "of it a step", "peak", "kept", "made again", "adds")
-            parts.append(tabulate([_budget_row(b) for b in self.budgets], headers=heads, disable_numparse=True))
+            named = ("memory budget", "of it a step", "times", "peak", "kept", "made again", "adds")
+            parts.append(tabulate([_budget_row(b) for b in self.budgets], headers=named, disable_numparse=True))
         if self.refusals:
             refused = [(r.name, r.code, r.detail) for r in self.refusals]
             parts.append(tabulate(refused, headers=("refused", "code", "why"), disable_numparse=True))
@@ -186,7 +186,8 @@ def _budget_row(held: Held) -> tuple[Any, ...]:
     peak, kept = (" → ".join(readable(of[k]) for k in ("before", "after")) for of in (held.peak, held.kept))
     step = readable(max(0, held.budget))
     missed = "" if held.is_held else " (not held)"
-    return readable(held.asked), step, peak + missed, kept, f"{held.rebuilt} values", f"{held.seconds * 1e3:.1f} ms"
+    again, adds = f"{held.rebuilt} values", f"{held.seconds * 1e3:.1f} ms"
+    return readable(held.asked), step, f"{held.times:.3g}", peak + missed, kept, again, adds
 
 
 def _kept(i: KeptInput) -> tuple[Any, ...]:

@@ -46,24 +46,26 @@ REPEATED = {CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE}
 
 @dataclass(frozen=True)
 class Choice:
-    """Values kept for backward and values that it makes again; what a step then takes by the walk, and the seconds of
-    it, by the price, that making them again takes."""
+    """Values kept for backward and values that it makes again; what a step then takes by the walk, besides what
+    other graphs like it hold, and the seconds of it, by the price, that making them again takes."""
 
     kept: frozenset[Node]
     rebuilt: frozenset[Node]
     taken: Taken
     seconds: float
+    others: int = 0
 
     @property
     def peak(self) -> int:
-        return self.taken.peak
+        return self.taken.peak + self.others
 
 
 @dataclass(frozen=True)
 class Held:
     """What was done for a budget in one graph. `asked` are its bytes, `budget` those of them that a step may take,
     `fixed` those that are there besides, by what they are; `peak` and `kept` are bytes by the liveness walk, {"before",
-    "after"}, `results` those returned; `seconds` is what making `rebuilt` more values again adds, by the price."""
+    "after"}, `results` those returned; `seconds` is what making `rebuilt` more values again adds, by the price. All but
+    `results` and `rebuilt` are of a step that takes so many `times` what the graph does."""
 
     asked: int
     budget: int
@@ -73,6 +75,7 @@ class Held:
     results: int
     seconds: float
     rebuilt: int
+    times: float = 1.0
 
     @property
     def is_held(self) -> bool:
@@ -94,12 +97,14 @@ class Turn:
 @dataclass
 class Choices:
     """The choices that there are for a joint graph. `before` are the values that the partitioner keeps by itself: what
-    it then makes again costs nothing more."""
+    it then makes again costs nothing more. Where a step takes several `times` what the graph does, as of one of many
+    layers that are alike, bytes and seconds are of the step."""
 
     graph: Graph
     before: Set[Node]
     hint: Callable[[Size], int]
     machine: Machine
+    times: float = 1.0
 
     def __post_init__(self) -> None:
         self.sides = Sides.of(self.graph)
@@ -135,8 +140,16 @@ class Choices:
             rebuilt = self.sides.rebuilt(kept)
             read = kept & self.sides.reads.union(*(n.all_input_nodes for n in rebuilt))
             found = taken(self.graph, self.sides, read, self.hint, self.machine, self._about)
-            self._known[kept] = Choice(read, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt))
+            others = int((self.times - 1) * self._between_halves(read))
+            self._known[kept] = Choice(read, frozenset(rebuilt), found, self._sum(self.seconds, rebuilt), others)
         return self._known[kept]
+
+    def _between_halves(self, kept: Set[Node]) -> int:
+        """Bytes that the graph leaves: what is kept and returned; at its end new gradients, if those are
+        more."""
+        there = {n for n in self.sides.results if isinstance(n, Node)} | kept
+        gradients = {n for n in self.sides.gradients if isinstance(n, Node)}
+        return max(sum(bytes_of(n, self.hint) for n in nodes) for nodes in (there, gradients))
 
     def _turns(self, peak: float = 0) -> Iterator[Turn]:
         """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
@@ -260,7 +273,7 @@ class Choices:
         if isinstance(value(node), torch.SymInt):
             return 0.0
         single = isinstance(value(node), torch.Tensor) and (kind_of(node) != VIEW or is_saved(node))
-        return float(bytes_of(node, self.hint)) if single and not _is_repeated(node) else math.inf
+        return float(self.times * bytes_of(node, self.hint)) if single and not _is_repeated(node) else math.inf
 
     def _seconds(self, node: Node) -> float:
         """Of making a value again; infinite where that must not be."""
@@ -268,7 +281,7 @@ class Choices:
             return math.inf
         if node in self.free or _is_repeated(node) or kind_of(node) in (VIEW, ITEM, NONE):
             return 0.0
-        return seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
+        return self.times * seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
 
     def _cut(self, price: float, held: frozenset[Node] = frozenset()) -> frozenset[Node]:
         """The values kept where a byte kept costs so many seconds; those `held` are not made again.
