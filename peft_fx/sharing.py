@@ -63,10 +63,10 @@ _calls: list[Call] = []  # of graphs that have a budget
 
 
 def note(kind: Kind | None, around: Around, given: Iterable[Any], returned: Any) -> None:
-    """Notes a call of a graph, if there is a backward to come."""
+    """Notes a call of a graph, if there is a backward to come; not one that only tells DDP what its next bucket reads."""
     results = [t for t in returned if isinstance(t, Tensor)] if isinstance(returned, (tuple, list)) else []
     call = next((t.grad_fn for t in results if hasattr(t.grad_fn, "saved_tensors")), None)
-    if call is not None:
+    if call is not None and not any(isinstance(t, compat.FakeTensor) for t in results):
         _calls[:] = [c for c in _calls if c.call() is not None]
         read = frozenset(id(p) for p in given if isinstance(p, nn.Parameter))
         _calls.append(Call(kind, around, read, weakref.ref(call), [weakref.ref(t) for t in results]))
@@ -87,9 +87,10 @@ def around(parameters: Mapping[str, nn.Parameter], device: torch.device) -> tupl
         return None, Around(kept)
     read = frozenset[int]().union(*(c.read for c, _ in alive))
     trained = [p for p in model.parameters() if p.requires_grad]
-    own, left = sum(p.requires_grad for p in given), sum(id(p) not in read for p in trained)
-    weights = _bytes([*model.parameters(), *model.buffers()], device, given)
-    return kind, Around(kept, max(1.0, left / own) if own else 1.0, weights, _bytes(trained, device, given))
+    own, left = [p for p in given if p.requires_grad], sum(id(p) not in read for p in trained)
+    weights = _bytes([*model.parameters(), *model.buffers()], device) - _bytes(given, device)
+    states = _bytes(trained, device) - _bytes(own, device)
+    return kind, Around(kept, max(1.0, left / len(own)) if own else 1.0, max(0, weights), max(0, states))
 
 
 def _running() -> nn.Module | None:
@@ -114,14 +115,18 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | No
     return None
 
 
-def _bytes(tensors: Iterable[Tensor], device: torch.device, static: Iterable[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor], device: torch.device, static: Iterable[Tensor] = ()) -> int:
     """Of all the memory that those tensors are in, on a device, but for that of the static ones."""
-    beside = {_memory(t)[0] for t in static}
-    found = dict(_memory(t) for t in tensors if t.device == device)
+    beside = {_place(t) for t in static}
+    found = {_place(t): _memory(t).nbytes() for t in tensors if t.device == device}
     return sum(n for place, n in found.items() if place not in beside)
 
 
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's memory begins, and its bytes; of a sharded one's own part."""
-    memory = getattr(tensor, "_local_tensor", tensor).untyped_storage()
-    return memory.data_ptr(), memory.nbytes()
+def _memory(tensor: Tensor) -> torch.UntypedStorage:
+    """Of a sharded tensor its own part."""
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; DDP has its buckets' graphs compiled for tensors without any."""
+    return id(tensor) if isinstance(tensor, compat.FakeTensor) else _memory(tensor).data_ptr()

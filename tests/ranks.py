@@ -23,7 +23,7 @@ import peft_fx
 from tests.oracle import WEIGHT
 from tests.peft_models import adapt
 
-WIDTH, INNER, R, LAYERS, BATCH, STEPS = 32, 48, 4, 3, 16, 3
+WIDTH, INNER, R, LAYERS, BATCH, STEPS = 32, 48, 4, 3, 128, 3
 Result = tuple[list[float], nn.Module, nn.Module]  # losses, the model, what explain() is asked about
 
 
@@ -39,6 +39,10 @@ class Block(nn.Module):
 def model() -> nn.Module:
     torch.manual_seed(0)
     return adapt(nn.Sequential(*(Block() for _ in range(LAYERS))), dtype=torch.float64, r=R)
+
+
+def within(budget: int) -> dict:
+    return WEIGHT | {"peft_fx.memory_budget": budget, "peft_fx.memory_budget_of": "step"}
 
 
 def blocks(m: nn.Module) -> list[Block]:
@@ -70,18 +74,27 @@ def mine() -> slice:
     return slice(dist.get_rank() * half, (dist.get_rank() + 1) * half)
 
 
-def data_parallel(**settings: float) -> Result:
+def data_parallel(options: dict = WEIGHT, **settings: float) -> Result:
     m = DistributedDataParallel(model(), **settings)
-    return train(torch.compile(m, backend="peft_fx", options=WEIGHT), m, mine()), m.module, m
+    return train(torch.compile(m, backend="peft_fx", options=options), m, mine()), m.module, m
 
 
-def in_buckets() -> Result:
+def data_parallel_in_a_budget() -> Result:
+    return data_parallel(within(165_000))
+
+
+def in_buckets(options: dict = WEIGHT) -> Result:
     """DDP's buckets cut the graph, and some of the adapters in two."""
     whole, dist._DEFAULT_FIRST_BUCKET_BYTES = dist._DEFAULT_FIRST_BUCKET_BYTES, 2_500
     try:
-        return data_parallel(bucket_cap_mb=0.0035)
+        return data_parallel(options, bucket_cap_mb=0.0035)
     finally:
         dist._DEFAULT_FIRST_BUCKET_BYTES = whole
+
+
+def in_buckets_in_a_budget() -> Result:
+    """Which the graphs of the buckets share."""
+    return in_buckets(within(390_000))
 
 
 def accelerated() -> Result:
@@ -91,11 +104,11 @@ def accelerated() -> Result:
     return train(Accelerator(cpu=True).prepare(m), m, mine()), m, m
 
 
-def sharded() -> Result:
+def sharded(options: dict = WEIGHT) -> Result:
     """FSDP2, block by block. Of what forward leaves for backward, nothing is as large as a weight and still there."""
     m = model()
     for block in blocks(m):
-        block.compile(backend="peft_fx", options=WEIGHT)
+        block.compile(backend="peft_fx", options=options)
         fully_shard(block, reshard_after_forward=True)
     fully_shard(m)
     kept: list[Tensor] = []
@@ -114,6 +127,11 @@ def sharded() -> Result:
     return train(forward, m, mine()), m, m
 
 
+def sharded_in_a_budget() -> Result:
+    """Which the blocks of a rank share."""
+    return sharded(within(165_000))
+
+
 def tensor_parallel() -> Result:
     """The columns of `up` and the rows of `down`; every rank has the whole batch."""
     m = model()
@@ -124,9 +142,9 @@ def tensor_parallel() -> Result:
     return train(torch.compile(m, backend="peft_fx", options=WEIGHT), m), m, m
 
 
-WAYS: dict[str, Callable[[], Result]] = {
-    f.__name__: f for f in (data_parallel, in_buckets, accelerated, sharded, tensor_parallel)
-}
+ALL = (data_parallel, in_buckets, accelerated, sharded, tensor_parallel)
+IN_A_BUDGET = (data_parallel_in_a_budget, in_buckets_in_a_budget, sharded_in_a_budget)
+WAYS: dict[str, Callable[[], Result]] = {f.__name__: f for f in (*ALL, *IN_A_BUDGET)}
 
 
 def result(way: str) -> dict:

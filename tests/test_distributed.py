@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.ranks import LAYERS, WAYS
+from tests.ranks import IN_A_BUDGET, LAYERS, WAYS
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYER_NAMES = {f"base_model.model.{i}.{name}" for i in range(LAYERS) for name in ("up", "down")}
@@ -60,7 +60,18 @@ def test_what_is_rewritten(results: dict[str, list[dict]]) -> None:
     assert set(forms["in_buckets"].values()) == {"weight"}
     assert {r["code"] for r in reports["in_buckets"]["refusals"]} == {"different_input"}
     assert reports["in_buckets"]["graphs"] == 4
+    assert all(forms[f.__name__] == forms[f.__name__.removesuffix("_in_a_budget")] for f in IN_A_BUDGET)
     assert {name.rpartition(".")[2]: form for name, form in forms["tensor_parallel"].items()} == {
         "up": "weight",
         "down": "none",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [f.__name__ for f in IN_A_BUDGET])
+def test_each_rank_holds_its_budget(way: str, results: dict[str, list[dict]]) -> None:
+    """In the same way, and by making something again that it would keep."""
+    first, second = (r["report"]["budgets"] for r in results[way])
+    assert first == second
+    assert all(held["is_held"] for held in first)
+    assert any(held["rebuilt"] for held in first)
