@@ -63,7 +63,7 @@ _calls: list[Call] = []  # of graphs that have a budget
 
 
 def note(kind: Kind | None, around: Around, given: Iterable[Any], returned: Any) -> None:
-    """Notes a call of a graph, if there is a backward to come; not one that only tells DDP what its next bucket reads."""
+    """Notes a graph's call, if there is a backward to come. Of tensors without memory it is DDP's, before a step."""
     results = [t for t in returned if isinstance(t, Tensor)] if isinstance(returned, (tuple, list)) else []
     call = next((t.grad_fn for t in results if hasattr(t.grad_fn, "saved_tensors")), None)
     if call is not None and not any(isinstance(t, compat.FakeTensor) for t in results):

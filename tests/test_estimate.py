@@ -19,6 +19,7 @@ from peft_fx.measuring import memory_of
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.sizing import lengths, without_mask
 from peft_fx.step.fusion import Fused, outputs
+from peft_fx.step.halves import gradients_of
 from peft_fx.step.memory import PACKED, walk
 from peft_fx.step.seconds import kernel_seconds
 from tests.peft_models import adapt, llama_config
@@ -141,6 +142,30 @@ def test_what_the_caller_has_too_is_not_written_over() -> None:
     (dy,) = graph.find_nodes(op="placeholder")
     assert walk(Fused(graph, int), [dy], outputs(graph)).peak == 4 * T * K
     assert walk(Fused(graph, int), [dy], outputs(graph), lent=[dy]).peak == 2 * 4 * T * K
+
+
+def test_what_the_caller_does_not_let_go_of_is_there_to_the_end() -> None:
+    """As autograd has a gradient that another graph made until backward is over."""
+    graph = traced(lambda dy: (dy.sin() @ dy.T).cos().sum(), torch.randn(T, K))
+    (dy,) = graph.find_nodes(op="placeholder")
+    free = walk(Fused(graph, int), [dy], outputs(graph), lent=[dy])
+    held = walk(Fused(graph, int), [dy], outputs(graph), lent=[dy], held=[dy])
+    assert (free.late, held.late) == (4 * (T * T + 1), 4 * (T * T + 1 + T * K))
+    assert free.planned == held.planned
+
+
+def test_a_gradient_is_another_graphs_where_there_is_no_loss() -> None:
+    def tangents(*shapes: tuple[int, ...]) -> list[torch.fx.Node]:
+        graph = torch.fx.Graph()
+        made = [graph.placeholder(f"tangents_{i}") for i in range(len(shapes))]
+        for node, shape in zip(made, shapes, strict=True):
+            node.meta["val"] = torch.empty(shape)
+        return made
+
+    loss, logits = tangents((), (T, K))
+    assert gradients_of([loss, logits], int) == [loss]
+    y, z = tangents((T, K), (K, N))
+    assert gradients_of([y, z], int) == [y, z]
 
 
 def test_a_cast_to_the_same_dtype_is_nothing() -> None:

@@ -183,11 +183,12 @@ def test_all_graphs_of_a_step_are_within_the_budget(kind: type[nn.Module], share
         )
 
     model = kind()
-    of = kept(free := compiled(LARGE))
+    kept(free := compiled(LARGE))
     budget = int(share * max(held(r).peak["after"] + r.around.kept for r in records_of(free)))
     tight = compiled({**LARGE, "peft_fx.memory_budget": budget})
-    assert kept(tight) <= budget < of + BYTES * T * N
+    assert kept(tight) <= budget
     assert all(held(r).is_held for r in records_of(tight))
+    assert any(held(r).rebuilt for r in records_of(tight))
     one, other = (step(m) for m in (compiled(LARGE), compiled({**LARGE, "peft_fx.memory_budget": budget})))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

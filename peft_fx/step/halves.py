@@ -17,9 +17,10 @@ from torch.fx import Graph, Node
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import is_tangent, leading_to, reachable, returned
 from peft_fx.passes.decide.machine import Machine
-from peft_fx.passes.graph.nodes import is_mutable
+from peft_fx.passes.graph.nodes import is_mutable, value
 from peft_fx.passes.keep.changed_inputs import IN_BACKWARD
 from peft_fx.step.fusion import Fused, Known, Part
+from peft_fx.step.kinds import bytes_of
 from peft_fx.step.memory import walk
 
 
@@ -99,8 +100,18 @@ def taken(
     order = _backward(graph, sides, [*inputs, *saved], ends)
     backward = Fused(_part(graph, order, ends, frozenset(saved)), hint, frozenset(saved), known)
     tangents = [n for n in inputs if is_tangent(n)]
-    behind = walk(backward, [*tangents, *saved], ends, machine, [*tangents, *(n for n in saved if n in results)])
+    lent = [*tangents, *(n for n in saved if n in results)]
+    behind = walk(backward, [*tangents, *saved], ends, machine, lent, gradients_of(tangents, hint))
     return Taken(there.peak, behind.peak, behind.alive)
+
+
+def gradients_of(tangents: list[Node], hint: Callable[[Size], int]) -> list[Node]:
+    """Of the tangents those that another graph or op made: autograd has them until backward is over.
+
+    Beside a loss's, the others are zeros that are made for backward alone.
+    """
+    losses = [n for n in tangents if bytes_of(n, hint) <= value(n).dtype.itemsize]
+    return losses or tangents
 
 
 def _backward(graph: Graph, sides: Sides, there: list[Node], ends: list[Node]) -> list[Node]:

@@ -48,12 +48,14 @@ def walk(
     kept: Iterable[Node],
     machine: Machine | None = None,
     lent: Iterable[Node] = (),
+    held: Iterable[Node] = (),
 ) -> Walk:
     """What is alive from kernel to kernel: `given` inputs are let go of after their last use, `kept` values stay.
 
-    No kernel writes over those inputs that are `lent`: what the caller has too.
+    No kernel writes over those inputs that are `lent`: what the caller has too. Those `held` the caller does not let go
+    of either, and Inductor does not know that.
     """
-    given, size = list(given), fused.size
+    given, held, size = list(given), set(held), fused.size
     stays = frozenset().union(*(fused.leaves[n] for n in kept))
     plan = reordered(fused, given, stays)
     kernels, start, end, reckoned = plan.kernels, plan.start, plan.end, plan.alive
@@ -68,8 +70,8 @@ def walk(
     walked = Walk(peak=now, planned=now)
     freed: dict[int, int] = defaultdict(int)
     for b in mortal:
-        freed[end[b]] += 0 if b in reused or b in passing else size(b)
-    now -= sum(size(b) for b in given if b not in end and b not in stays)
+        freed[end[b]] += 0 if b in reused or b in passing or b in held else size(b)
+    now -= sum(size(b) for b in given if b not in end and b not in stays and b not in held)
     highest = 0
     for i, kernel in enumerate(kernels):
         now += change[i]

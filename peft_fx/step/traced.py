@@ -12,8 +12,10 @@ from torch.fx import GraphModule
 
 from peft_fx.components import by_component
 from peft_fx.lengths import Sized, on
+from peft_fx.passes.analyse.flow import is_tangent
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.step.fusion import Fused, outputs
+from peft_fx.step.halves import gradients_of
 from peft_fx.step.memory import Walk, walk
 from peft_fx.step.seconds import kernel_seconds
 
@@ -54,7 +56,8 @@ class Halves:
         given = {n.name for n in inputs} - self.handed_on
         made = [n for n in backward.find_nodes(op="placeholder") if n.name not in given]
         there = walk(first, [n for n in inputs if n.name in self.handed_on], outputs(forward), self.machine)
-        back = walk(second, made, outputs(backward), self.machine, [n for n in made if n.name in self.lent])
+        lent, held = [n for n in made if n.name in self.lent], gradients_of([n for n in made if is_tangent(n)], hint)
+        back = walk(second, made, outputs(backward), self.machine, lent, held)
         (results,) = forward.find_nodes(op="output")
         kept = by_component((name, first.size(results.args[0][i])) for i, name in self.kept.items())
         seconds = (kernel_seconds(half, kernel, self.machine) for half in (first, second) for kernel in half.kernels)

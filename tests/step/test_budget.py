@@ -215,9 +215,10 @@ def assert_made(found: joint.Joint, graph: Graph, choices: Choices, chosen: Choi
     made = [*kept, *(n for n in backward.graph.find_nodes(op="placeholder") if is_tangent(n))]
     hint, machine = choices.hint, choices.machine
     lent = [n for n in made if is_tangent(n) or n.name in {r.name for r in forward.graph.output_node().args[0][:1]}]
+    held = halves.gradients_of([n for n in made if is_tangent(n)], hint)
     peaks = [
         walk(Fused(forward.graph, hint), [], outputs(forward.graph), machine).peak,
-        walk(Fused(backward.graph, hint), made, outputs(backward.graph), machine, lent).peak,
+        walk(Fused(backward.graph, hint), made, outputs(backward.graph), machine, lent, held).peak,
     ]
     assert max(peaks) == chosen.peak
 
@@ -271,7 +272,7 @@ def test_there_is_no_better_choice(widths: tuple[int, ...]) -> None:
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("widths", [(K, 8, 32), (K, 64, 4), (K, 32, 64), (K, 8, 64)], ids=str)
+@pytest.mark.parametrize("widths", [(K, 8, 32), (K, 64, 4), (K, 48, 16), (K, 8, 64)], ids=str)
 def test_no_set_of_values_fits_in_less_time(widths: tuple[int, ...]) -> None:
     """Of all that could be kept, each walked: where one fits a budget, the choice does, and is as quick as any
     that does."""
