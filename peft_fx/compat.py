@@ -77,6 +77,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+
+# the grad_fn of a compiled graph's results
+from torch.autograd.function import BackwardCFunction as CompiledCall
 from torch.fx import Graph, Node
 
 # a graph's module that writes its code when that is called for the first time
@@ -99,6 +102,7 @@ BRANCHES_ON_A_VALUE = (DataDependentOutputException, GuardOnDataDependentSymNode
 __all__ = [
     "BRANCHES_ON_A_VALUE",
     "BackendCompilerFailed",
+    "CompiledCall",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "DisableContext",

@@ -65,7 +65,7 @@ _calls: list[Call] = []  # of graphs that have a budget
 def note(kind: Kind | None, around: Around, given: Iterable[Any], returned: Any) -> None:
     """Notes a graph's call, if there is a backward to come. Of tensors without memory it is DDP's, before a step."""
     results = [t for t in returned if isinstance(t, Tensor)] if isinstance(returned, (tuple, list)) else []
-    call = next((t.grad_fn for t in results if hasattr(t.grad_fn, "saved_tensors")), None)
+    call = next((t.grad_fn for t in results if isinstance(t.grad_fn, compat.CompiledCall)), None)
     if call is not None and not any(isinstance(t, compat.FakeTensor) for t in results):
         _calls[:] = [c for c in _calls if c.call() is not None]
         read = frozenset(id(p) for p in given if isinstance(p, nn.Parameter))
