@@ -78,8 +78,9 @@ def around(parameters: Mapping[str, nn.Parameter], device: torch.device) -> tupl
     model = _running()
     kind = _kind(model, parameters) if model is not None else None
     alive = [(c, tensors) for c in list(_calls) if (tensors := c.tensors())]
-    if known := next((c.around for c, _ in alive if kind is not None and c.kind == kind), None):
-        return kind, known
+    alike = [c.around for c, _ in alive if kind is not None and c.kind == kind]
+    if alike and len(alike) < alike[0].times:
+        return kind, alike[0]
     given = list(parameters.values())
     static = [*given, *(model.buffers() if model is not None else ())]
     kept = _bytes((t for _, tensors in alive for t in tensors if not isinstance(t, nn.Parameter)), device, static)

@@ -129,6 +129,16 @@ def test_what_backward_has_let_go_of_is_not_kept() -> None:
     assert loss.grad_fn is not None
 
 
+def test_a_model_that_is_called_twice_before_backward_keeps_twice() -> None:
+    """As where two batches have one loss; the second one, of another length, has a graph of its own."""
+    model = Front()
+    compiled = torch.compile(model, backend="peft_fx", options=LARGE, dynamic=False)
+    (compiled(inputs()).sum() + compiled(inputs()[: T // 2]).sum()).backward()
+    first, second = records_of(model)
+    assert (first.around.times, second.around.times) == (1, 1)
+    assert second.around.kept == held(first).kept["after"] + BYTES * T * K  # and the input; the result is gone
+
+
 def test_a_call_without_a_backward_keeps_nothing() -> None:
     model = Broken()
     compiled = torch.compile(model, backend="peft_fx", options=LARGE)
