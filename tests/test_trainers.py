@@ -19,10 +19,12 @@ from torch.fx import GraphModule
 
 import peft_fx
 from peft_fx import compat
-from tests.oracle import WEIGHT, Run, assert_no_worse, exact, pooled, shuffle
+from peft_fx.step.budget import Held
+from tests.oracle import EAGER, WEIGHT, Run, assert_no_worse, exact, pooled, shuffle
 from tests.peft_models import VOCAB, adapt, fill, llama_config, mlp
 
 STEPS, LENGTH = 10, 32
+OF = "peft_fx.memory_budget_of"
 DRAWS = 4  # of the parameters: the errors of one curve's losses hang together, and one curve's ratio is chance
 
 
@@ -114,6 +116,22 @@ def test_resuming_a_trainer(tmp_path: Path) -> None:
     curve = losses(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     torch.testing.assert_close(curve, whole, rtol=1e-6, atol=0)  # transformers computes its loss in float32
     assert_all_rewritten(resumed.model)
+
+
+def test_a_trainer_within_a_budget(tmp_path: Path) -> None:
+    """The same losses to the bit, for a step that is held to nine tenths of what it took."""
+
+    def train(budget: int) -> tuple[Tensor, list[Held]]:
+        model = llama()
+        model.compile(backend="peft_fx", options=EAGER | {"peft_fx.memory_budget": budget, OF: "step"})
+        curve = losses(tf.Trainer(model, arguments(tmp_path, max_steps=3), train_dataset=texts()))
+        return curve, peft_fx.explain(model).budgets
+
+    free, untouched = train(10**15)
+    within, held = train(int(0.9 * max(h.peak["after"] for h in untouched)))
+    assert torch.equal(free, within)
+    assert all(h.is_held for h in held)
+    assert any(h.rebuilt for h in held)
 
 
 def test_accelerate_has_no_name_for_us(tmp_path: Path) -> None:
