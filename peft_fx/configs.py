@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from peft_fx.budgeting import parse_budget
 from peft_fx.options import PREFIX, parse
 from peft_fx.retargeting import DEVICES
 from peft_fx.terminal import Problem, require
@@ -196,6 +197,16 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
 def model_of(args: argparse.Namespace) -> Any:
     """The model that the arguments of `add_arguments` describe."""
     return adapted_model(args.config, args.rank, args.targets, args.dropout, args.dtype, args.dora)
+
+
+def budget(text: str) -> int:
+    """Bytes, as 24GB, as an argument's type: what a part of a device's memory is of is not known to every command."""
+    found: int | float | str = text
+    with contextlib.suppress(ValueError):
+        found = parse_budget(text)
+    if not isinstance(found, int):
+        raise argparse.ArgumentTypeError(f"must be bytes, as 9MB or 24GB, not {text!r}")
+    return found
 
 
 def positive(text: str) -> int:

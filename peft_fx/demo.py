@@ -21,9 +21,8 @@ from tabulate import tabulate
 
 import peft_fx
 from peft_fx import compat, machines
-from peft_fx.budgeting import parse_budget
 from peft_fx.compiling import is_disabled
-from peft_fx.configs import positive
+from peft_fx.configs import budget, positive
 from peft_fx.measuring import Memory, memory_of, quartiles, times_in_turn
 from peft_fx.options import CHOICES
 from peft_fx.passes.decide.machine import DTYPES
@@ -110,7 +109,7 @@ def add_command(commands: Any) -> None:
     demo.add_argument("--dtype", choices=("bfloat16", "float32"), help=dtype_help)
     demo.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     budget_help = "bytes, as 9MB: peft_fx once more, with a step that allocates no more (docs/memory-budget.md)"
-    demo.add_argument("--budget", type=_budget, metavar="BYTES", help=budget_help)
+    demo.add_argument("--budget", type=budget, metavar="BYTES", help=budget_help)
     demo.set_defaults(run=run)
 
 
@@ -118,16 +117,6 @@ def _width(text: str) -> int:
     if positive(text) % 64:
         raise argparse.ArgumentTypeError(f"must be a multiple of 64, not {text}")
     return int(text)
-
-
-def _budget(text: str) -> int:
-    try:
-        found = parse_budget(text)
-    except ValueError:
-        found = text
-    if not isinstance(found, int):
-        raise argparse.ArgumentTypeError(f"must be bytes, as 9MB, not {text}")
-    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -220,8 +209,8 @@ def make_variants(args: argparse.Namespace, device: torch.device, dtype: torch.d
     calls = {EAGER: adapted, INDUCTOR: torch.compile(models[INDUCTOR]), OURS: ours, FROZEN: torch.compile(frozen)}
     if args.budget:
         models[WITHIN] = copy.deepcopy(adapted)
-        budget = {"peft_fx.memory_budget": args.budget, "peft_fx.memory_budget_of": "step"}
-        calls[WITHIN] = torch.compile(models[WITHIN], backend=peft_fx.backend, options=options | budget)
+        within = {"peft_fx.memory_budget": args.budget, "peft_fx.memory_budget_of": "step"}
+        calls[WITHIN] = torch.compile(models[WITHIN], backend=peft_fx.backend, options=options | within)
     return {name: Variant(model, calls[name]) for name, model in models.items()}
 
 

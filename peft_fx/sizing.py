@@ -61,7 +61,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--variants", nargs="+", type=variants, metavar="NAME,…", help=names)
     command.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: %(default)s)")
     budget = "bytes that a step may take in all, as 24GB: what is quickest within them, and which T fits"
-    command.add_argument("--budget", metavar="BYTES", help=budget)
+    command.add_argument("--budget", type=configs.budget, metavar="BYTES", help=budget)
     command.add_argument("--memory", type=float, metavar="GB", help="say which T fits in so much")
     command.add_argument("--json", type=Path, metavar="FILE", help="the estimate as JSON")
     command.add_argument("--png", type=Path, metavar="FILE", help="a figure of it; needs matplotlib")
@@ -92,11 +92,11 @@ def variants(text: str) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Estimates and writes what was asked for; returns the exit status."""
     if args.budget:
-        args.option.append(f"memory_budget={args.budget!r}")
+        args.option.append(f"memory_budget={args.budget}")
     options = configs.options_of(args)  # a Problem now rather than in each group
     budget = parse(options).memory_budget
     if isinstance(budget, (float, str)):
-        raise Problem(f"--budget {args.budget}: it must be bytes, as 24GB: what a share is of is not known here")
+        raise Problem(f"memory_budget={budget}: it must be bytes, as 24GB: what a part is of is not known here")
     names = list(dict.fromkeys(itertools.chain.from_iterable(args.variants or ()))) or None
     for path in filter(None, (args.json, args.png)):
         check_writable(path)

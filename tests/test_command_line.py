@@ -220,8 +220,11 @@ def test_a_budget_says_what_fits_in_it(llama, monkeypatch, capsys) -> None:
     assert told.count("\npeft_fx-budget ") == 2
     assert re.search(r"T that fits in 80 GB: peft_fx \d+, peft_fx-budget \d+", told)
     for wrong in ("0.9", "auto", "a lot"):
-        assert main([*asked, "--budget", wrong]) == 2
-        assert "GB" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main([*asked, "--budget", wrong])
+        assert "as 9MB or 24GB" in capsys.readouterr().err
+    assert main([*asked, "--option", "memory_budget=0.9"]) == 2
+    assert "24GB" in capsys.readouterr().err
 
 
 def test_what_a_model_does_not_allow_is_left_out_unless_it_is_asked_for(llama, monkeypatch, capsys) -> None:
