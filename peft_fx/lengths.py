@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from peft_fx.compat import pytree
+from peft_fx.step.kinds import DEVICE, device_of
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # sizes and strides of a tensor
 K = TypeVar("K")
@@ -72,6 +73,7 @@ def on(graphs: Sequence[GraphModule], layouts: Iterable[Sequence[Layout]]) -> No
     for node, found in zip(_nodes(graphs), layouts, strict=True):
         if found:
             given = iter(found)
+            node.meta.setdefault(DEVICE, device_of(node))
 
             def laid_out(v: Any, given: Iterator[Layout] = given) -> Any:
                 return torch.empty_strided(*next(given), dtype=v.dtype, device="meta") if _is_tensor(v) else v

@@ -34,6 +34,7 @@ from peft_fx.step.kinds import (
     REDUCTION,
     VIEW,
     bytes_of,
+    device_of,
     kind_of,
     name_of,
     tensors_of,
@@ -139,7 +140,7 @@ class Fused:
                 continue
             alone = self.kinds[product] == LIBRARY and self.part.users[product] == [node]
             alike = value(other).dtype == value(product).dtype and value(node).shape == value(product).shape
-            if alone and alike and (_device(node) == "cpu" or not self._is_read_pointwise(node)):
+            if alone and alike and (device_of(node) == "cpu" or not self._is_read_pointwise(node)):
                 return product
         return None
 
@@ -150,7 +151,7 @@ class Fused:
         readers = self.readers(node)
         if any(self.kinds[r] == LIBRARY or r.op == "output" for r in readers):
             return True
-        if len(self.reads[node]) > compat.most_reads(_device(node)):
+        if len(self.reads[node]) > compat.most_reads(device_of(node)):
             return True
         # it would be computed for each
         wider = any(self._numel(user) > self._numel(node) for user in self.part.users[node])
@@ -350,10 +351,6 @@ def _kernel(fused: Fused, nodes: list[Node]) -> Kernel:
         reads[read] = reads.get(read, 0) + 1
     made = [b for n in nodes for b in fused.buffers(n)]
     return Kernel(nodes, fused.kinds[nodes[0]] == LIBRARY, made, reads, fused.added.get(nodes[0], nodes[0]))
-
-
-def _device(node: Node) -> str:
-    return next((v.device.type for v in tensors_of(node)), "")
 
 
 def _maker(buffer: Node, fused: Fused) -> Node:

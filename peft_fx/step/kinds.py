@@ -49,6 +49,14 @@ INTO = {"mm", "bmm", "addmm", "baddbmm"}  # write into memory that they are give
 ATTENTION = "scaled_dot_product"  # in the name of every fused kernel of it
 
 
+DEVICE = "peft_fx_device"  # in a node's meta: where its value is, if that is told of by tensors that are nowhere
+
+
+def device_of(node: Node) -> str:
+    """The type of the device that a node's value is on."""
+    return str(node.meta.get(DEVICE) or next((v.device.type for v in tensors_of(node)), ""))
+
+
 def tensors_of(node: Node) -> list[torch.Tensor]:
     val = node.meta.get("val")
     return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
