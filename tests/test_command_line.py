@@ -220,8 +220,9 @@ def test_a_budget_says_what_fits_in_it(llama, monkeypatch, capsys) -> None:
     assert told.count("\npeft_fx-budget ") == 2
     assert re.search(r"T that fits in 80 GB: peft_fx \d+, peft_fx-budget \d+", told)
     for wrong in ("0.9", "auto", "a lot"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as stopped:
             main([*asked, "--budget", wrong])
+        assert stopped.value.code == 2
         assert "as 9MB or 24GB" in capsys.readouterr().err
     assert main([*asked, "--option", "memory_budget=0.9"]) == 2
     assert "24GB" in capsys.readouterr().err
