@@ -139,22 +139,20 @@ def eagerly(model: Any) -> Any:
     return model
 
 
-def by_inductor(model: Any, budget: float | None = None) -> Callable[..., Any]:
-    """`budget` is PyTorch's own: a share of what its partitioner would keep, read when the first call compiles."""
-    compiled = torch.compile(model, dynamic=False)
-
-    def within(**batch: Any) -> Any:
-        with functorch_config.patch(activation_memory_budget=budget):
-            return compiled(**batch)
-
-    return compiled if budget is None else within
+def by_inductor(model: Any) -> Any:
+    return torch.compile(model, dynamic=False)
 
 
-def by_peft_fx(model: Any, budget: float | None = None, **options: Any) -> Any:
-    """`budget` is in bytes of a step."""
-    options |= {"memory_budget": int(budget), "memory_budget_of": "step"} if budget is not None else {}
+def by_peft_fx(model: Any, **options: Any) -> Any:
     ours = {f"peft_fx.{name}": value for name, value in options.items()}
     return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=ours or None)
+
+
+def within(compile: Callable[[Any], Any], budget: float, model: Any) -> Callable[..., Any]:
+    """A budget of at most 1 is PyTorch's, a share of what its partitioner would keep; others are ours, in bytes."""
+    if budget > 1:
+        return by_peft_fx(model, memory_budget=int(budget), memory_budget_of="step")
+    return functorch_config.patch(activation_memory_budget=budget)(compile(model).__call__)
 
 
 by_peft_fx_whole = partial(by_peft_fx, chunk_loss=False)  # all the logits at once
@@ -169,7 +167,7 @@ class Variants(dict[str, Variant]):
             raise KeyError(name)
         base = self[plain]
         title = f"{base.title}, budget {float(budget):g}"
-        return replace(base, title=title, compile=partial(base.compile, budget=float(budget)))
+        return replace(base, title=title, compile=partial(within, base.compile, float(budget)))
 
 
 VARIANTS = Variants(

@@ -1,7 +1,7 @@
 """Time against memory, within budgets.
 
 Seconds and peak of a step of small models, fp32, on a CPU: by peft_fx within budgets, which are shares of the peak that
-it has without; by Inductor within PyTorch's own, activation_memory_budget; and with HF's gradient checkpointing.
+it has without; by both Inductor and peft_fx within PyTorch's own, activation_memory_budget; with HF's checkpointing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from zoo.models import setup_of
 
 MODELS = ("llama-256", "vit", "t5", "gpt2", "opt")
 SHARES = (0.9, 0.75, 0.6, 0.45)
-OTHERS = ("inductor", "inductor@0.5", "inductor@0.2", "inductor-ckpt")
+LINES = {"peft_fx": "o-", "inductor": "s-", "peft_fx, PyTorch's budget": "d:", "inductor-ckpt": "^"}
+OTHERS = ("inductor", "inductor@0.5", "inductor@0.2", "inductor-ckpt", "peft_fx@0.5", "peft_fx@0.2")
 
 
 def _measured(args: Namespace, session: Session) -> list[Row]:
@@ -43,8 +44,10 @@ class Point(NamedTuple):
     seconds: float
 
     @property
-    def base(self) -> str:
-        return self.name.partition("@")[0]
+    def way(self) -> str:
+        """The variant; peft_fx within its own budget and within PyTorch's are two."""
+        variant, _, budget = self.name.partition("@")
+        return f"{variant}, PyTorch's budget" if variant == "peft_fx" and budget and float(budget) <= 1 else variant
 
 
 def _points(row: Row) -> list[Point]:
@@ -58,7 +61,7 @@ def _points(row: Row) -> list[Point]:
 
 def _matched(point: Point, points: Sequence[Point]) -> bool:
     """Whether one of ours takes as little memory in as little time."""
-    return any(p.base == "peft_fx" and p.peak <= point.peak and p.seconds <= 1.05 * point.seconds for p in points)
+    return any(p.way == "peft_fx" and p.peak <= point.peak and p.seconds <= 1.05 * point.seconds for p in points)
 
 
 def _table(rows: Sequence[Row], style: str) -> str:
@@ -67,9 +70,9 @@ def _table(rows: Sequence[Row], style: str) -> str:
     for row, points in ((row, _points(row)) for row in rows):
         for p in points:
             whole, budget = points[0], p.name.partition("@")[2]
-            asked = f"{float(budget) / (whole.peak if p.base == 'peft_fx' else 1):.2f}" if budget else ""
+            asked = f"{float(budget) / (whole.peak if p.way == 'peft_fx' else 1):.2f}" if budget else ""
             off = f"{p.told / p.peak:.2f}" if p.told else ""
-            line = (row["setup"]["model"], p.base, asked, f"{p.peak / 1e6:.1f}", f"{p.peak / whole.peak:.2f}", off)
+            line = (row["setup"]["model"], p.way, asked, f"{p.peak / 1e6:.1f}", f"{p.peak / whole.peak:.2f}", off)
             lines.append((*line, f"{p.seconds / whole.seconds:.2f}", "" if _matched(p, points) else "yes"))
     head = ("model", "variant", "budget", "peak MB", "peak, ×", "estimated / measured", "time, ×", "not matched")
     return table(head, lines, style, left=2)
@@ -80,9 +83,9 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     found = [(row["setup"]["model"], points) for row in rows if (points := _points(row))]
     figure, panels = figure_of(1, len(found), (3.2 * len(found), 3.2))
     for panel, (model, points) in zip(panels.flat, found, strict=True):
-        for base, style in (("peft_fx", "o-"), ("inductor", "s-"), ("inductor-ckpt", "^")):
-            mine = sorted((p.peak / 1e6, 1e3 * p.seconds) for p in points if p.base == base)
-            panel.plot(*zip(*mine, strict=True), style, label=base, markersize=4)
+        for way, style in LINES.items():
+            mine = sorted((p.peak / 1e6, 1e3 * p.seconds) for p in points if p.way == way)
+            panel.plot(*zip(*mine, strict=True), style, label=way, markersize=4)
         panel.set(title=model, xlabel="peak of a step, MB", ylabel="ms a step", ylim=(0, None))
     panels.flat[0].legend(frameon=False, fontsize=7)
     save(figure, path)
