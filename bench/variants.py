@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
 
 import peft_fx
 from zoo import handwritten
@@ -139,20 +140,22 @@ def eagerly(model: Any) -> Any:
     return model
 
 
-def by_inductor(model: Any) -> Any:
-    return torch.compile(model, dynamic=False)
+def within(budget: float, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """With PyTorch's own budget, a share of what its partitioner would keep. A backend by itself: to a copy of a model
+    Dynamo gives the code that an equal backend made."""
+    return lambda gm, inputs: functorch_config.patch(activation_memory_budget=budget)(backend)(gm, inputs)
 
 
-def by_peft_fx(model: Any, **options: Any) -> Any:
+def by_inductor(model: Any, budget: float | None = None) -> Any:
+    return torch.compile(model, dynamic=False, backend=within(budget, compile_fx) if budget else "inductor")
+
+
+def by_peft_fx(model: Any, budget: float | None = None, **options: Any) -> Any:
+    """A budget of at most 1 is PyTorch's; others are ours, in bytes of a step."""
+    options |= {"memory_budget": int(budget), "memory_budget_of": "step"} if budget and budget > 1 else {}
     ours = {f"peft_fx.{name}": value for name, value in options.items()}
-    return torch.compile(model, dynamic=False, backend=peft_fx.backend, options=ours or None)
-
-
-def within(compile: Callable[[Any], Any], budget: float, model: Any) -> Callable[..., Any]:
-    """A budget of at most 1 is PyTorch's, a share of what its partitioner would keep; others are ours, in bytes."""
-    if budget > 1:
-        return by_peft_fx(model, memory_budget=int(budget), memory_budget_of="step")
-    return functorch_config.patch(activation_memory_budget=budget)(compile(model).__call__)
+    backend = within(budget, peft_fx.backend) if budget and budget <= 1 else peft_fx.backend
+    return torch.compile(model, dynamic=False, backend=backend, options=ours or None)
 
 
 by_peft_fx_whole = partial(by_peft_fx, chunk_loss=False)  # all the logits at once
@@ -167,7 +170,7 @@ class Variants(dict[str, Variant]):
             raise KeyError(name)
         base = self[plain]
         title = f"{base.title}, budget {float(budget):g}"
-        return replace(base, title=title, compile=partial(within, base.compile, float(budget)))
+        return replace(base, title=title, compile=partial(base.compile, budget=float(budget)))
 
 
 VARIANTS = Variants(
@@ -183,9 +186,7 @@ VARIANTS = Variants(
         "inductor-ckpt": Variant("PEFT, Inductor, checkpointed", checkpointed, by_inductor),
         "peft_fx-ckpt": Variant("PEFT, peft_fx, checkpointed", checkpointed, by_peft_fx),
         "inductor-loss": Variant("PEFT, Inductor, loss only", losing, by_inductor),
-        "peft_fx-whole-loss": Variant(
-            "PEFT, peft_fx, loss only, logits whole", losing, partial(by_peft_fx, chunk_loss=False)
-        ),
+        "peft_fx-whole-loss": Variant("PEFT, peft_fx, loss only, logits whole", losing, by_peft_fx_whole),
         "peft_fx-loss": Variant("PEFT, peft_fx, loss only", losing, by_peft_fx),
         "liger-loss": Variant("PEFT, Inductor, Liger's loss", liger, by_inductor),
     }

@@ -144,6 +144,7 @@ __all__ = [
     "list_options",
     "min_cut_rematerialization_partition",
     "most_reads",
+    "place_of",
     "post_grad_passes",
     "pytree",
     "same_memory",
@@ -166,9 +167,14 @@ def fake_like(known: FakeTensor, of: FakeTensor | None = None) -> FakeTensor:
     return FakeTensor(mode, new, known.device)
 
 
+def place_of(x: torch.Tensor) -> int:
+    """Which memory a tensor is in, that of its views too, be it there or not; of a sharded one that of its own part."""
+    return int(getattr(x, "_local_tensor", x).untyped_storage()._cdata)
+
+
 def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a tensor is a view of another, or of what that is a view of."""
-    return bool(x.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    return place_of(x) == place_of(other)
 
 
 def most_reads(device: str) -> int:
@@ -180,10 +186,10 @@ def most_reads(device: str) -> int:
 
 
 def saved_by(call: Any) -> list[torch.Tensor]:
-    """What a call of a compiled graph, the `grad_fn` of its results, has kept for backward; nothing once that has
-    run."""
+    """What an autograd function's call, the `grad_fn` of its results, has kept for backward, AOTAutograd's among them;
+    nothing once that has run."""
     try:
-        return [*call.saved_tensors, *getattr(call, "_tensors_no_vc_check", ())]
+        return [*call.saved_tensors, *(getattr(call, "_tensors_no_vc_check", None) or ())]
     except (AttributeError, RuntimeError):
         return []
 

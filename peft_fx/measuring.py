@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from peft_fx import compat
+
 Step = Callable[[], object]
 
 
@@ -88,14 +90,14 @@ def kept_tensors(loss: torch.Tensor, model: torch.nn.Module) -> list[dict[str, A
     Parameters and buffers are left out, and so is a second view of the same storage. A few bytes in `Memory.kept` are
     not here: a loss function's own, say.
     """
-    seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen = {compat.place_of(t) for t in (*model.parameters(), *model.buffers())}
     sizes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for tensor in _saved(loss):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen and storage.nbytes():
-            seen.add(storage.data_ptr())
+        place, size = compat.place_of(tensor), tensor.untyped_storage().nbytes()
+        if place not in seen and size:
+            seen.add(place)
             key = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-            sizes.setdefault(key, []).append(storage.nbytes())
+            sizes.setdefault(key, []).append(size)
     found = [{"dtype": d, "shape": shape, "count": len(n), "bytes": sum(n)} for (d, shape), n in sizes.items()]
     return sorted(found, key=lambda entry: entry["bytes"], reverse=True)
 
@@ -119,8 +121,7 @@ def _values(node: Any) -> Iterator[Any]:
         if name.startswith("_saved_"):
             value = getattr(node, name)
             yield from value if isinstance(value, (list, tuple)) else (value,)
-    yield from getattr(node, "saved_tensors", ())
-    yield from getattr(node, "_tensors_no_vc_check", None) or ()
+    yield from compat.saved_by(node)
 
 
 def times_in_turn(

@@ -117,17 +117,8 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | No
 
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device, static: Iterable[Tensor] = ()) -> int:
-    """Of all the memory that those tensors are in, on a device, but for that of the static ones."""
-    beside = {_place(t) for t in static}
-    found = {_place(t): _memory(t).nbytes() for t in tensors if t.device == device}
-    return sum(n for place, n in found.items() if place not in beside)
-
-
-def _memory(tensor: Tensor) -> torch.UntypedStorage:
-    """Of a sharded tensor its own part."""
-    return getattr(tensor, "_local_tensor", tensor).untyped_storage()
-
-
-def _place(tensor: Tensor) -> int:
-    """Where a tensor's memory begins; DDP has its buckets' graphs compiled for tensors without any."""
-    return id(tensor) if isinstance(tensor, compat.FakeTensor) else _memory(tensor).data_ptr()
+    """Of all the memory that those tensors are in, on a device, but for that of the static ones; of sharded tensors
+    their own parts."""
+    beside = {compat.place_of(t) for t in static}
+    parts = {compat.place_of(t): getattr(t, "_local_tensor", t) for t in tensors if t.device == device}
+    return sum(t.untyped_storage().nbytes() for place, t in parts.items() if place not in beside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._functorch import config as functorch_config
 
-from bench import report
+from bench import report, variants
 from bench.__main__ import main, parser
 from bench.experiment import DOCS, Command, Experiment, Session, in_a_worker, publish
 from bench.experiments import COMMANDS, KINDS, compiling
 from bench.results import FOLDER, Results, request
-from zoo.models import setup_of
+from zoo.models import make_base, make_batch, setup_of
 
 
 def experiments(commands: Any = COMMANDS, group: tuple[str, ...] = ()) -> Iterator[tuple[str, Experiment]]:
@@ -135,6 +137,24 @@ def test_a_choice_is_timed_beside_the_partitioner() -> None:
     found = compiling.compile({"setup": asdict(setup), "form": "auto", "budget": 0.95}, lambda text: None)
     assert found["choice_s"] > 0 < found["partitioner_s"]
     assert found["held"]["peak"]["after"] < found["held"]["peak"]["before"]
+
+
+@pytest.mark.parametrize("backend", ["inductor", "peft_fx"])
+def test_a_budget_of_pytorchs_is_not_anothers_code(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo gives a copy of a model the code that it had an equal backend make: copies with other budgets too."""
+    seen = []
+
+    def plain(gm: Any, inputs: Any) -> Any:
+        seen.append(functorch_config.activation_memory_budget)
+        return gm.forward
+
+    monkeypatch.setattr(variants, "compile_fx", plain)
+    monkeypatch.setattr(variants.peft_fx, "backend", plain)
+    setup = setup_of("llama-tiny", layers=1, tokens=16)
+    base, batch = make_base(setup), make_batch(setup)
+    for share in (0.5, 0.2):
+        variants.make(f"{backend}@{share}", copy.deepcopy(base), setup, batch).loss()
+    assert seen == [0.5, 0.2]
 
 
 def test_what_is_missing_is_a_problem(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -185,8 +185,7 @@ def step(request: dict[str, Any], say: Say) -> dict[str, Any]:
         _release()
     steps = {name: trainee.step for name, trainee in trainees.items()}
     rounds, done = request["rounds"], itertools.count(1)
-    device = torch.device(setup.device)
-    times = times_in_turn(steps, device, rounds, after_round=lambda: say(f"{next(done)} of {rounds} rounds"))
+    times = times_in_turn(steps, torch.device(setup.device), rounds, lambda: say(f"{next(done)} of {rounds} rounds"))
     for name, taken in times.items():
         rows[name]["times"] = taken
     return {"results": rows}
