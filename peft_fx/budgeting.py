@@ -23,8 +23,8 @@ from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.pipeline import without_collection
 from peft_fx.sharing import Around
-from peft_fx.step.budget import Choices, Held, is_saved
-from peft_fx.step.kinds import VIEW, bytes_of, kind_of
+from peft_fx.step.budget import Choices, Held, base_of
+from peft_fx.step.kinds import bytes_of
 
 log = logging.getLogger("peft_fx")
 
@@ -160,20 +160,13 @@ def choices_in(
 ) -> Choices:
     """The choices for a joint graph whose partitioner keeps those values by itself, of a step that takes so many times
     what the graph does."""
-    return Choices(graph, {n for v in values if (n := _seen(v)).op == "call_function"}, hint, machine, times)
+    return Choices(graph, {n for v in values if (n := base_of(v)).op == "call_function"}, hint, machine, times)
 
 
 def saved(choices: Choices, kept: Set[Node]) -> list[Node]:
     """What the partitioner is to hand backward: what is kept, and the graph's inputs that backward reads."""
     read = choices.sides.reads.union(*(n.all_input_nodes for n in choices.sides.rebuilt(kept)))
     return [n for n in choices.graph.nodes if n in kept or (n in read and n.op == "placeholder")]
-
-
-def _seen(node: Node) -> Node:
-    """What a view is of: that is what is kept."""
-    while kind_of(node) == VIEW and not is_saved(node):
-        (node, *_) = node.all_input_nodes
-    return node
 
 
 def readable(n: int) -> str:

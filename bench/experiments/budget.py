@@ -27,7 +27,7 @@ OTHERS = ("inductor", "inductor@0.5", "inductor@0.2", "inductor-ckpt", "peft_fx@
 def _measured(args: Namespace, session: Session) -> list[Row]:
     rows = []
     for model in args.model or MODELS:
-        setup = setup_of(model, layers=args.layers, hidden=256, tokens=512, vocab=512, dtype="fp32", device="cpu")
+        setup = setup_of(model, layers=args.layers, hidden=256, tokens=512, vocab=4096, dtype="fp32", device="cpu")
         (whole,) = session.measure([step_request(setup, ["peft_fx@1e15"], 1, cold=False)])
         peak = whole["results"]["peft_fx@1e15"]["held"]["peak"]["before"]
         names = ["peft_fx", *(f"peft_fx@{int(share * peak)}" for share in SHARES), *OTHERS]

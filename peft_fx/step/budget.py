@@ -147,9 +147,11 @@ class Choices:
     def _between_halves(self, kept: Set[Node]) -> int:
         """Bytes that the graph leaves: what is kept and returned; at its end new gradients, if those are
         more."""
-        there = {n for n in self.sides.results if isinstance(n, Node)} | kept
-        gradients = {n for n in self.sides.gradients if isinstance(n, Node)}
-        return max(sum(bytes_of(n, self.hint) for n in nodes) for nodes in (there, gradients))
+        results, gradients = (
+            {base for n in given if isinstance(n, Node) and (base := base_of(n)).op != "placeholder"}
+            for given in (self.sides.results, self.sides.gradients)
+        )
+        return max(sum(bytes_of(n, self.hint) for n in nodes) for nodes in (results | kept, gradients))
 
     def _turns(self, peak: float = 0) -> Iterator[Turn]:
         """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
@@ -329,6 +331,13 @@ def _capacity(seconds: float) -> int:
 def _is_repeated(node: Node) -> bool:
     """Whether a pass or a checkpoint has said to make a value again."""
     return node.meta.get("recompute") in REPEATED
+
+
+def base_of(node: Node) -> Node:
+    """What a view is of: that is what is kept."""
+    while kind_of(node) == VIEW and not is_saved(node):
+        (node, *_) = node.all_input_nodes
+    return node
 
 
 def is_saved(node: Node) -> bool:

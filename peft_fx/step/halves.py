@@ -100,7 +100,8 @@ def taken(
     order = _backward(graph, sides, [*inputs, *saved], ends)
     backward = Fused(_part(graph, order, ends, frozenset(saved)), hint, frozenset(saved), known)
     tangents = [n for n in inputs if is_tangent(n)]
-    lent = [*tangents, *(n for n in saved if n in results)]
+    theirs = frozenset().union(*(forward.leaves[n] for n in results))  # the caller's, by whatever view of it
+    lent = [*tangents, *(n for n in saved if forward.leaves[n] & theirs)]
     behind = walk(backward, [*tangents, *saved], ends, machine, lent, gradients_of(tangents, hint))
     return Taken(there.peak, behind.peak, behind.alive)
 

@@ -38,6 +38,7 @@ from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.spellings import frozen, trained
 from tests.test_backend import ROOT, key, python
+from zoo.models import make_base, make_batch, setup_of, with_adapters
 
 K, N, R, T = 16, 48, 2, 64
 STEP = {"peft_fx.memory_budget_of": "step"}
@@ -395,6 +396,19 @@ def test_explain_tells_what_was_done_for_a_budget() -> None:
     assert f"{least / 1e3:.1f} kB" in str(traced_only)
     assert f"{held.rebuilt} values" in str(traced_only)
     assert not peft_fx.explain(copy.deepcopy(model), x_of()).budgets
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", "opt", "roberta"])
+def test_a_budget_tells_of_the_peak_that_an_estimate_does(model: str) -> None:
+    """Two walks, of a joint graph's halves to be and of those that a partitioner made. Logits that the model returns
+    are kept, returned as a view and the caller's: no kernel of backward may write over them."""
+    setup = setup_of(model, layers=2, hidden=64, tokens=64, vocab=4096, dtype="fp32")
+    adapted, batch = with_adapters(make_base(setup), setup), make_batch(setup)
+    (row,) = peft_fx.estimate(adapted, variants=["peft_fx"], **batch).rows
+    options = {"peft_fx.memory_budget": "1TB", **STEP}
+    (held,) = peft_fx.explain(adapted, options=options, **batch).budgets
+    step = row.peak_bytes - row.weight_bytes - row.optimizer_bytes
+    assert held.peak["before"] == pytest.approx(step, rel=0.01)
 
 
 TWICE = """
