@@ -23,6 +23,7 @@ from peft_fx.passes.analyse.flow import Roles, returned
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.pipeline import without_collection
 from peft_fx.sharing import Around
+from peft_fx.sources import between_layers
 from peft_fx.step.budget import Choices, Held, base_of
 from peft_fx.step.kinds import bytes_of
 
@@ -160,7 +161,8 @@ def choices_in(
 ) -> Choices:
     """The choices for a joint graph whose partitioner keeps those values by itself, of a step that takes so many times
     what the graph does."""
-    return Choices(graph, {n for v in values if (n := base_of(v)).op == "call_function"}, hint, machine, times)
+    before = {n for v in values if (n := base_of(v)).op == "call_function"}
+    return Choices(graph, before, hint, machine, times, frozenset(map(base_of, between_layers(graph))))
 
 
 def saved(choices: Choices, kept: Set[Node]) -> list[Node]:

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import pathlib
-import re
 import threading
 import warnings
 import weakref
@@ -39,6 +38,7 @@ from peft_fx.passes.keep.changed_inputs import snapshots
 from peft_fx.passes.loss.body import is_body
 from peft_fx.passes.verify import no_stale_reads
 from peft_fx.regional import Subgraph, matching, renamed, subgraphs_of
+from peft_fx.sources import name_in_model
 
 log = logging.getLogger("peft_fx")
 
@@ -459,27 +459,8 @@ def roles_of(
         marked = "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
         in_a_hook = "_hooks[" in source  # what a call was given, handed on by a hook, comes from a module too
         static = is_parameter or "_buffers[" in source or (marked and not in_a_hook)
-        roles[i] = Role((names or {}).get(given) or readable(source), static, is_parameter and given.requires_grad)
+        roles[i] = Role((names or {}).get(given) or name_in_model(source), static, is_parameter and given.requires_grad)
     return roles
-
-
-def readable(source: str) -> str:
-    """Dynamo's source of a parameter as the name a user knows.
-
-    >>> readable("L['self']._modules['layers']._modules['0']._parameters['weight']")
-    'layers.0.weight'
-    >>> readable("L['self'].__dict__['_modules']['base'].w")
-    'base.w'
-    """
-    kinds = ("_modules", "_parameters", "_buffers")
-    if any(f"{kind}[" in source or f"'{kind}'" in source for kind in kinds):
-        source = re.sub(r"^[LG]\['\w+'\]", "", source)  # the module itself, whatever it is called where it is called
-    for inner in kinds:
-        source = source.replace(f".__dict__['{inner}']", ".").replace(f"._{inner[1:]}", ".")
-    source = source.replace("L['self']", "").replace("']", "").replace("['", ".")
-    while ".." in source:
-        source = source.replace("..", ".")
-    return source.strip(".").removeprefix("L.")
 
 
 def roles_in(graph: Graph, by_position: dict[int, Role]) -> dict[Node, Role]:

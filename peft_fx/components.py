@@ -10,10 +10,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
 from peft_fx.compiling import roles_in
-from peft_fx.listing import classes_of
 from peft_fx.passes.analyse.flow import Flow, Role, is_tangent, reachable
 from peft_fx.passes.graph.nodes import expr, numel
 from peft_fx.passes.keep.chains import parameter_gradients
+from peft_fx.sources import classes_of
 
 ADAPTERS, OTHER = "adapters", "other"
 # what a class name has in it, of the innermost module that has any of these

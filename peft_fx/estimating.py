@@ -41,6 +41,9 @@ from peft_fx.tracing import (
 )
 
 DEPTH = 2  # layers of a deep model that are traced, and one more: a further layer costs what that one did
+AGAIN = (
+    1  # more of them where whole layers are made again: what waits for the next one is all there once there are three
+)
 PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep
 
@@ -111,7 +114,7 @@ class Variant:
     compiles: bool = True
 
 
-PRICES = (0.0, *(2.0**i for i in range(3, 9)))  # a product that sums K numbers takes as long as 0.005 to 0.02 K passes
+PRICES = (0.0, *(2.0**i for i in (*range(3, 9), 10, 12)))  # to sum K numbers takes as long as 0.005 to 0.02 K passes
 VARIANTS: Mapping[str, Variant] = {
     "eager": Variant(compiles=False),
     "inductor": Variant(),
@@ -317,8 +320,10 @@ class Tracer:
         self.progress = progress
         self.whole = _prepared(model, prepare, Ghosts(new_fake_mode(), "estimate"))
         self.layers = len(stacks[0]) if (stacks := _stacks(self.whole)) else 0
-        # with checkpoints, memory that waits for the next layer is all there once there are three
-        depth = DEPTH + any(getattr(m, "gradient_checkpointing", False) for m in self.whole.modules())
+        again = any(way.price for way in named) or any(
+            getattr(m, "gradient_checkpointing", False) for m in self.whole.modules()
+        )
+        depth = DEPTH + AGAIN * again
         self.depths = (depth, depth + 1) if self.layers else (0,)
         # of a deep model the layers that are traced, cut out once: a copy of all of them takes longer
         self.cut = {n: _cut(Ghosts(new_fake_mode(), "estimate").of(model), n) for n in self.depths if n} or {0: model}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from peft_fx.compiling import readable
 from peft_fx.passes.analyse.flow import Roles, is_tangent, reachable
 from peft_fx.passes.findings import layer_of
 from peft_fx.passes.graph.editor import REBUILD
 from peft_fx.passes.graph.nodes import expr
+from peft_fx.sources import path_of
 
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64", "int64": "i64", "bool": "b8"}
-STACKS = ("nn_module_stack", "fwd_nn_module_stack")  # of a node of forward, of one of backward
 REBUILT = "  # rebuilt in backward"
 Lines = dict[str, list[str]]  # of "forward" and "backward"
 
@@ -52,33 +50,6 @@ def listings(graph: Graph, roles: Roles, sites: Iterable[str]) -> dict[str, Line
 def _ends(path: str) -> list[int]:
     """Where the path of a module, and of each one around it, ends, the longest first."""
     return [len(path), *(i for i in range(len(path) - 1, -1, -1) if path[i] == "."), 0]
-
-
-def path_of(node: Node) -> str:
-    """The path of the innermost module that a node came from, by Dynamo's notes; empty where there is none."""
-    inner = classes_of(node)[:1]
-    return inner[0][0] if inner else ""
-
-
-def classes_of(node: Node) -> list[tuple[str, str]]:
-    """The modules that a node came from, the innermost first: path and class name. Of a node of backward, those of the
-    forward op that it is the gradient of."""
-    stack: dict[str, Any] = next((node.meta[key] for key in STACKS if node.meta.get(key)), {})
-    return [(_path(path), _class(kind)) for path, kind in reversed(stack.values())]
-
-
-def _class(kind: Any) -> str:
-    """The name of a class, which is sometimes noted as text."""
-    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
-
-
-def _path(source: str) -> str:
-    """Dynamo's path of a module as the model has it.
-
-    >>> _path("L['self']._modules['layers']._modules['0']"), _path("L['model'].layers.0"), _path("L['self']")
-    ('layers.0', 'layers.0', '')
-    """
-    return readable(re.sub(r"^[LG]\['\w+'\]", "", source))
 
 
 def line(node: Node, names: dict[Node, str]) -> str:

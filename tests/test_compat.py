@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx import compat
-from peft_fx.compiling import readable
+from peft_fx.sources import name_in_model
 from tests import spellings
 from tests.oracle import weight_form
 
@@ -202,7 +202,7 @@ class Outer(nn.Module):
 
 
 def test_source_names_are_what_dynamo_gives() -> None:
-    """A module's parameter by its path, in this version of torch; `readable` makes the user's name of it."""
+    """A module's parameter by its path, in this version of torch; `name_in_model` makes the user's name of it."""
     seen: list[str | None] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list) -> object:
@@ -210,7 +210,7 @@ def test_source_names_are_what_dynamo_gives() -> None:
         return gm
 
     torch.compile(Outer(), backend=backend)(torch.zeros(2, 3))
-    assert [readable(s) for s in seen if s] == ["inner.weight", "x"]
+    assert [name_in_model(s) for s in seen if s] == ["inner.weight", "x"]
 
 
 def entries(f: object) -> int:

@@ -98,13 +98,14 @@ class Turn:
 class Choices:
     """The choices that there are for a joint graph. `before` are the values that the partitioner keeps by itself: what
     it then makes again costs nothing more. Where a step takes several `times` what the graph does, as of one of many
-    layers that are alike, bytes and seconds are of the step."""
+    layers that are alike, bytes and seconds are of the step. `handed_on` is what layers hand to the next."""
 
     graph: Graph
     before: Set[Node]
     hint: Callable[[Size], int]
     machine: Machine
     times: float = 1.0
+    handed_on: frozenset[Node] = frozenset()
 
     def __post_init__(self) -> None:
         self.sides = Sides.of(self.graph)
@@ -120,19 +121,21 @@ class Choices:
         self._few = FEW * self._line(self.before)[0]
 
     def within(self, peak: int) -> Choice:
-        """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak."""
+        """The quickest choice found whose peak is within so many bytes; else the one with the lowest peak. Where none
+        is, the search is made once more, and each layer made again from what the one before handed on."""
         lowest = self.of(frozenset(self.before))
         if lowest.peak <= peak:
             return lowest
-        for turn in self._turns(peak):
-            if turn.after.peak <= peak:
-                return self._between(turn, peak)
-            lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
+        for held in dict.fromkeys((frozenset[Node](), self.handed_on)):
+            for turn in self._turns(peak, held):
+                if turn.after.peak <= peak:
+                    return self._between(turn, peak)
+                lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
         return lowest
 
     def at(self, price: float) -> frozenset[Node]:
-        """The values kept where a byte kept costs so many seconds."""
-        return self._cut(price)
+        """The values kept where a byte kept costs so many seconds, what layers hand on not made again."""
+        return self._cut(price, self.handed_on)
 
     def of(self, kept: frozenset[Node]) -> Choice:
         """What comes of a set of values kept, of which what nobody then reads is not kept."""
@@ -153,12 +156,11 @@ class Choices:
         )
         return max(sum(bytes_of(n, self.hint) for n in nodes) for nodes in (results | kept, gradients))
 
-    def _turns(self, peak: float = 0) -> Iterator[Turn]:
+    def _turns(self, peak: float = 0, held: frozenset[Node] = frozenset()) -> Iterator[Turn]:
         """What is kept at higher and higher λ, each with a lower peak, down to one that is low enough. What is made
         again and alive at the highest point stays kept; and so does all that turns at a λ where the peak is no
         lower. As long as every byte that is no longer kept lowers the peak by one, it is known which λ is enough."""
-        held: frozenset[Node] = frozenset()
-        here, kept = self.of(frozenset(self.before)), self._cut(LEAST)
+        here, kept = self.of(frozenset(self.before)), self._cut(LEAST, held)
         if self._spent(here.kept, kept) >= self._few > 0:  # what is returned is there anyway: a partitioner misses that
             here = self.of(kept)
             yield Turn(here, kept, here)

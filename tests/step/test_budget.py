@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 import peft_fx
-from peft_fx import budgeting, compat, compiling
+from peft_fx import budgeting, compat, compiling, estimating
 from peft_fx.options import parse
 from peft_fx.passes.analyse.flow import is_tangent, returned
 from peft_fx.passes.decide.machine import MACHINES
@@ -409,6 +410,35 @@ def test_a_budget_tells_of_the_peak_that_an_estimate_does(model: str) -> None:
     (held,) = peft_fx.explain(adapted, options=options, **batch).budgets
     step = row.peak_bytes - row.weight_bytes - row.optimizer_bytes
     assert held.peak["before"] == pytest.approx(step, rel=0.01)
+
+
+def choices_of_a_model(model: str, **sizes: int) -> Choices:
+    """With adapters, as Dynamo and the passes make its graph."""
+    setup = setup_of(model, dtype="fp32", **sizes)
+    with patch.object(budgeting, "choices_in", wraps=budgeting.choices_in) as made:
+        options = {"peft_fx.memory_budget": "1TB", "peft_fx.machine": "cpu", **STEP}
+        peft_fx.explain(with_adapters(make_base(setup), setup), options=options, **make_batch(setup))
+    (call,) = made.call_args_list
+    return budgeting.choices_in(*call.args)
+
+
+@pytest.mark.parametrize(("model", "streams"), [("llama-tiny", 1), ("roberta", 1), ("t5", 2)])
+def test_what_layers_hand_on_is_what_a_checkpoint_keeps(model: str, streams: int) -> None:
+    """No mask, no bias of positions, no rotation: none has a product in it. T5's decoder layers read the encoder's
+    result too."""
+    layers, T, hidden = 3, 48, 64
+    choices = choices_of_a_model(model, layers=layers, hidden=hidden, tokens=T, vocab=512)
+    assert len(choices.handed_on) == streams * (layers - 1) + (streams - 1)
+    assert {tuple(n.meta["val"].shape)[-2:] for n in choices.handed_on} == {(T, hidden)}
+
+
+def test_layers_by_themselves_reach_less_than_all_at_once() -> None:
+    """What is told of at any price can be held, and by what layers hand on the least of a deep model is lower."""
+    choices = choices_of_a_model("roberta", layers=6, hidden=128, tokens=512, vocab=512)
+    told = [choices.of(choices.at(price / choices.machine.bandwidth)) for price in estimating.PRICES[1:]]
+    least = choices.within(0)
+    assert least.peak <= min(choice.peak for choice in told)
+    assert least.peak < replace(choices, handed_on=frozenset()).within(0).peak
 
 
 TWICE = """
