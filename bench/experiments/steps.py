@@ -8,13 +8,13 @@ import itertools
 from argparse import Namespace
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from statistics import linear_regression
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._inductor.utils import fresh_cache
 
 from bench import tables
@@ -194,8 +194,8 @@ def step(request: dict[str, Any], say: Say) -> dict[str, Any]:
 def _prepare(name: str, base: Any, setup: Setup, batch: Any, cold: bool, trainees: dict[str, Trainee]) -> Any:
     """Compiles a variant and measures its memory; `trainees` gets it only if all that went well."""
     trainee = make(name, _sharing(base, name), setup, batch)
-    cache: AbstractContextManager[Any] = fresh_cache() if cold and VARIANTS[name].compiled else nullcontext()
-    with cache:
+    # warm, Inductor's cache alone: of what AOTAutograd's answers our passes can tell nothing
+    with fresh_cache() if cold and VARIANTS[name].compiled else functorch_config.patch(enable_autograd_cache=False):
         measured = measured_of(trainee)
     trainees[name] = trainee
     return measured
