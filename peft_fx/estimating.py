@@ -41,9 +41,7 @@ from peft_fx.tracing import (
 )
 
 DEPTH = 2  # layers of a deep model that are traced, and one more: a further layer costs what that one did
-AGAIN = (
-    1  # more of them where whole layers are made again: what waits for the next one is all there once there are three
-)
+AGAIN = 1  # more where layers are made again: memory that waits for the next one is all there once there are three
 PATTERNS = ("pattern_matcher", "joint_graph_constant_folding")  # Inductor's passes over a joint graph
 DEEP = 6  # equal layers, from which on a model is deep
 

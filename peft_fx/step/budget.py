@@ -113,6 +113,7 @@ class Choices:
         self.nodes = self._upstream()
         self.bytes = {n: self._bytes(n) for n in self.nodes}
         self.seconds = {n: self._seconds(n) for n in self.nodes}
+        self.handed_on = frozenset(n for n in self.handed_on if self.bytes.get(n, math.inf) < math.inf)
         self._known: dict[frozenset[Node], Choice] = {}
         self._made: dict[tuple[float, frozenset[Node]], frozenset[Node]] = {}
         self._lines: dict[frozenset[Node], tuple[float, float]] = {}
