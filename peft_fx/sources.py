@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -41,8 +42,12 @@ def path_of(node: Node) -> str:
 def classes_of(node: Node) -> list[tuple[str, str]]:
     """The modules that a node came from, the innermost first: path and class name. Of a node of backward, those of the
     forward op that it is the gradient of."""
-    stack: dict[str, Any] = next((node.meta[key] for key in STACKS if node.meta.get(key)), {})
-    return [(_path(path), _class(kind)) for path, kind in reversed(stack.values())]
+    return [(_path(path), _class(kind)) for path, kind in reversed(_stack(node).values())]
+
+
+def _stack(node: Node) -> dict[str, tuple[str, Any]]:
+    """The modules that a node came from as Dynamo noted them, the outermost first: path and class."""
+    return next((node.meta[key] for key in STACKS if node.meta.get(key)), {})
 
 
 def _class(kind: Any) -> str:
@@ -50,6 +55,7 @@ def _class(kind: Any) -> str:
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
+@functools.lru_cache(1 << 16)
 def _path(source: str) -> str:
     """Dynamo's path of a module as the model has it.
 
@@ -70,5 +76,5 @@ def between_layers(graph: Graph) -> frozenset[Node]:
 
 def _layer(node: Node) -> str:
     """The path of the outermost module in a list that a node came from; empty where there is none."""
-    paths = [path for path, _ in classes_of(node)]
-    return next((path for path in reversed(paths) if path.rpartition(".")[2].isdecimal()), "")
+    paths = (_path(source) for source, _ in _stack(node).values())
+    return next((path for path in paths if path.rpartition(".")[2].isdecimal()), "")
