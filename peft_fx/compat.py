@@ -151,6 +151,7 @@ __all__ = [
     "saved_by",
     "sizes_that_depend_on_values",
     "source_name",
+    "storage_of",
     "tracing",
     "without_compiled_autograd",
 ]
@@ -167,9 +168,15 @@ def fake_like(known: FakeTensor, of: FakeTensor | None = None) -> FakeTensor:
     return FakeTensor(mode, new, known.device)
 
 
+def storage_of(x: torch.Tensor) -> torch.UntypedStorage:
+    """The memory that a tensor is in; of a sharded one that of its own part."""
+    storage: torch.UntypedStorage = getattr(x, "_local_tensor", x).untyped_storage()
+    return storage
+
+
 def place_of(x: torch.Tensor) -> int:
-    """Which memory a tensor is in, that of its views too, be it there or not; of a sharded one that of its own part."""
-    return int(getattr(x, "_local_tensor", x).untyped_storage()._cdata)
+    """Which memory a tensor is in, that of its views too, be it there or not."""
+    return int(storage_of(x)._cdata)
 
 
 def is_in_memory_of(x: torch.Tensor, other: torch.Tensor) -> bool:

@@ -93,7 +93,7 @@ def kept_tensors(loss: torch.Tensor, model: torch.nn.Module) -> list[dict[str, A
     seen = {compat.place_of(t) for t in (*model.parameters(), *model.buffers())}
     sizes: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for tensor in _saved(loss):
-        place, size = compat.place_of(tensor), tensor.untyped_storage().nbytes()
+        place, size = compat.place_of(tensor), compat.storage_of(tensor).nbytes()
         if place not in seen and size:
             seen.add(place)
             key = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)

@@ -117,8 +117,7 @@ def _kind(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Kind | No
 
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device, static: Iterable[Tensor] = ()) -> int:
-    """Of all the memory that those tensors are in, on a device, but for that of the static ones; of sharded tensors
-    their own parts."""
+    """Of all the memory that those tensors are in, on a device, but for that of the static ones."""
     beside = {compat.place_of(t) for t in static}
-    parts = {compat.place_of(t): getattr(t, "_local_tensor", t) for t in tensors if t.device == device}
-    return sum(t.untyped_storage().nbytes() for place, t in parts.items() if place not in beside)
+    found = {compat.place_of(t): compat.storage_of(t).nbytes() for t in tensors if t.device == device}
+    return sum(size for place, size in found.items() if place not in beside)
