@@ -1,4 +1,5 @@
-"""`prepare`: PEFT's adapters without the graph breaks that have nothing to do with what they compute.
+"""`prepare`: PEFT's adapters without the graph breaks that have nothing to do with what they compute, in the models of
+transformers that have them.
 
 A layer is cured by making it an instance of a subclass of its own class. What the subclass overrides acts only while
 Dynamo traces: in eager mode PEFT's own code runs, so nothing changes there, neither a bit nor a random draw. No class
@@ -36,7 +37,8 @@ class Cure:
 
 
 def prepare(model: Model) -> Model:
-    """Cures the graph breaks known in PEFT's adapters, in place, and returns the model; `cures` lists what was done.
+    """Cures the graph breaks known in PEFT's adapters, and in models of transformers around them, in place, and returns
+    the model; `cures` lists what was done.
 
     Parameters, buffers and the keys of the state dict stay as they are, copies of the model are prepared too, and a
     second call finds nothing left to do; call it again after adding an adapter. Eager mode runs PEFT's code as before.
@@ -348,6 +350,22 @@ class ParamWrapper(Cured):
         return torch.func.functional_call(self.base_layer, {name: W}, (x, *args), kwargs, tie_weights=False)
 
 
+class UnnamedLoss(Cured):
+    @property
+    def loss_function(self: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self._original.loss_function.fget(self)
+        if hasattr(self, "_loss_function"):  # a user's own
+            return self._loss_function
+        from transformers.loss.loss_utils import LOSS_MAPPING
+
+        return LOSS_MAPPING["ForCausalLM"]
+
+    @loss_function.setter
+    def loss_function(self: Any, chosen: Any) -> None:
+        self._original.loss_function.fset(self, chosen)
+
+
 def _dense(indices: Any, values: Tensor, size: Any) -> Tensor:
     rows, columns = indices
     return values.new_zeros(size).index_put((rows.to(values.device), columns.to(values.device)), values, True)
@@ -450,5 +468,12 @@ TABLE = (
         ("peft.tuners.lora.variants.MontecloraLinearVariant",),
         "if isnan(sample).any(), and samples taken by a counter from a list, which compiles anew in each step",
         "Python draws the samples: a graph that drew its own would train on others",
+    ),
+    Row(
+        ("transformers.modeling_utils.PreTrainedModel",),
+        "logger.warning_once in loss_function, where the class's name tells of no loss, as GPT2LMHeadModel's",
+        "ForCausalLMLoss, as transformers takes it there, without the warning",
+        UnnamedLoss,
+        applies=lambda model: getattr(model, "loss_type", "") is None and model.base_model is not model,
     ),
 )

@@ -89,6 +89,19 @@ class Words(nn.Module):
         return self.head(self.table(x.detach().abs().mul(8).long().clamp(max=31))).sum(dim=2) * x
 
 
+class Writer(nn.Module):
+    """A model of transformers whose class's name tells of no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"vocab_size": 32, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        self.model = tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = x.detach().abs().mul(8).long().clamp(max=31)[0]
+        return self.model(input_ids=ids, labels=ids).loss * x
+
+
 def lora(**options: Any) -> Callable[[], LoraConfig]:
     return lambda: LoraConfig(**{"r": 8, "target_modules": ["up", "down"], **options})
 
@@ -126,6 +139,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], peft.PeftConfig]]] 
     "waveft, coif2": (Block, other("WaveFTConfig", n_frequency=64, wavelet_family="coif2")),
     "parameters": (Block, lora(target_modules=[], target_parameters=["up.weight", "down.weight"])),
     "experts": (Mixture, lora(target_modules=[], target_parameters=["experts.up", "experts.down"])),
+    "loss": (Writer, lora(target_modules=["c_attn"], fan_in_fan_out=True)),
 }
 DRAWS_LESS = {"loha, rank_dropout"}  # after the draw that compiled code leaves out, a mask is another
 RECOMPILES = {"velora, once": 1}  # the first step initializes
@@ -440,6 +454,22 @@ def test_the_backend_sees_through() -> None:
     f = weight_form(model)
     f(batch()).sum().backward()
     assert [(s.forward, s.input_grad) for s in peft_fx.explain(f).sites] == [("weight", "weight")] * 2
+
+
+# ------------------------------------------------------------------------------------------------ losses without a name
+
+
+def test_a_loss_of_the_users_own_is_traced() -> None:
+    """What was set before and what is set after; it is gone again with `restore`."""
+    model = peft_fx.prepare(build("loss"))
+    inner = model.base_model.model.model
+    assert [cure.name for cure in peft_fx.cures(model)] == ["base_model.model.model"]  # the base has no loss
+    inner.loss_function = lambda logits, labels, **others: logits.float().square().mean()
+    want = model(x := batch())
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want)
+    assert peft_fx.restore(model).base_model.model.model.loss_function is inner.loss_function
+    assert type(inner) is tf.GPT2LMHeadModel
 
 
 # ------------------------------------------------------------------------------------------------- checkpointing's hook
