@@ -146,6 +146,17 @@ def hold(
     return held, values if after is before else saved(choices, after.kept)
 
 
+def within_share(
+    graph: Graph, values: list[Node], share: float, machine: Machine, hint: Callable[[Size], int]
+) -> list[Node]:
+    """What the partitioner is to keep of a joint graph, which would keep these `values` by itself: no more than so much
+    of their bytes, as PyTorch's activation_memory_budget asks."""
+    with without_collection():
+        choices = choices_in(graph, values, hint, machine)
+        before, after = choices.of(frozenset(choices.before)), choices.keeping(share)
+    return values if after is before else saved(choices, after.kept)
+
+
 def along(
     graph: Graph, values: list[Node], prices: Sequence[float], machine: Machine, hint: Callable[[Size], int]
 ) -> list[list[Node]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -296,13 +297,14 @@ def sizes_that_depend_on_values() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def choosing(choose: Callable[[Graph, list[Node]], list[Node]]) -> Iterator[None]:
+def choosing(choose: Callable[[Graph, Callable[[float], list[Node]], float], list[Node]]) -> Iterator[None]:
     """Inside the block the partitioner hands backward what `choose` says, which is given a joint graph as the
-    partitioner has cleaned it, and what it would hand on by itself."""
+    partitioner has cleaned it, what it would hand on by itself within a share of all (1), and the share that the user
+    has set: PyTorch's activation_memory_budget."""
     real = partitioners.choose_saved_values_set
 
-    def chosen(graph: Graph, *args: Any, **kwargs: Any) -> list[Node]:
-        return choose(graph, real(graph, *args, **kwargs))
+    def chosen(graph: Graph, info: Any, memory_budget: float = 1) -> list[Node]:
+        return choose(graph, functools.partial(real, graph, info), memory_budget)
 
     partitioners.choose_saved_values_set = chosen
     try:

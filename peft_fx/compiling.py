@@ -300,24 +300,28 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         return [outcome, *(replace(renamed(outcome, names), seconds=0.0) for names in calls[1:])]
 
     def holding(self) -> AbstractContextManager[None]:
-        """Inside the block partitioners keep what fits the memory budget, if there is one."""
-        return contextlib.nullcontext() if self.record.budget is None else compat.choosing(self.hold)
+        """Inside the block partitioners keep what fits the memory budget, the user's or PyTorch's."""
+        is_asked = self.record.budget is not None or compat.functorch_config.activation_memory_budget < 1
+        return compat.choosing(self.hold) if is_asked else contextlib.nullcontext()
 
-    def hold(self, graph: Graph, values: list[Node]) -> list[Node]:
-        """What the partitioner is to keep of a joint graph, where it would keep those values by itself; the same, after
-        one warning, where the choice fails."""
+    def hold(self, graph: Graph, alone: Callable[[float], list[Node]], share: float) -> list[Node]:
+        """What the partitioner is to keep of a joint graph, which would keep `alone(share)`, and does, after one
+        warning, where the choice fails."""
         record, asked = self.record, self.record.budget
         calls = not is_body(graph) and matching(graph, record.subgraphs) is None
-        if asked is None or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
-            return values
-        roles, hint = roles_in(graph, record.roles), compat.hint_for(compat.V.fake_mode)
+        ours = asked is not None or (share < 1 and any(outcome.sites for outcome in record.outcomes))
+        if not ours or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
+            return alone(share)
+        machine, hint = record.settings.machine, compat.hint_for(compat.V.fake_mode)
         try:
-            held, values = budgeting.hold(graph, values, roles, asked, record.settings.machine, hint)
+            if asked is None:
+                return budgeting.within_share(graph, alone(1), share, machine, hint)
+            held, values = budgeting.hold(graph, alone(1), roles_in(graph, record.roles), asked, machine, hint)
         except Exception as error:
             told = f"peft_fx left a graph without its memory budget: {type(error).__name__}: {error}"
             warnings.warn(told, RuntimeWarning, stacklevel=2)
             log.debug("the choice failed", exc_info=error)
-            return values
+            return alone(share)
         if record.outcomes:
             record.outcomes[-1].budget = held
         if not held.is_held:

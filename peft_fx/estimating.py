@@ -486,7 +486,8 @@ class Split(compat.CustomPartitionerFn):  # type: ignore[misc]
         kept: dict[float, set[str]] = {}
         compiles = VARIANTS[ways[0].name].compiles
 
-        def choose(price: float, graph: Graph, values: list[Node]) -> list[Node]:
+        def choose(price: float, graph: Graph, alone: Callable[[float], list[Node]], share: float) -> list[Node]:
+            values = alone(share)
             if not kept:
                 kept.update(self._kept(graph, values, {p for way in ways for p in VARIANTS[way.name].prices}))
             return [n for n in graph.nodes if n.name in kept[price]] if price else values

@@ -16,6 +16,7 @@ partitioner or a pass has said to keep. What a pass or a checkpoint has said to 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
@@ -134,6 +135,17 @@ class Choices:
                 lowest = min(lowest, turn.after, key=lambda choice: (choice.peak, choice.seconds))
         return lowest
 
+    def keeping(self, share: float) -> Choice:
+        """The quickest choice found that keeps no more than so much of the bytes kept without one, or else the least,
+        and has no higher peak."""
+        here = self.of(frozenset(self.before))
+        found, most = [here], share * self._line(here.kept)[0]
+        for held in dict.fromkeys((frozenset[Node](), self.handed_on)):
+            if turned := self._further(here.kept, held, self._line(here.kept)[0] - most):
+                found.append(self._parted(*turned[1:], most, here.peak))
+        low = [choice for choice in found if choice.peak <= here.peak]
+        return min(low, key=lambda choice: (max(most, self._line(choice.kept)[0]), choice.seconds, choice.peak))
+
     def at(self, price: float) -> frozenset[Node]:
         """The values kept where a byte kept costs so many seconds, what layers hand on not made again."""
         return self._cut(price, self.handed_on)
@@ -242,6 +254,18 @@ class Choices:
                 low, over = middle, min(over, self._line(kept)[0] - (found.peak - peak))
         last = self.of(most)
         return last if last.peak <= peak else best
+
+    def _parted(self, before: frozenset[Node], after: frozenset[Node], most: float, peak: int) -> Choice:
+        """Of what turns as little, the earliest first, as leaves no more than so many bytes kept and has no higher
+        peak; else all of it."""
+        changed = sorted(before ^ after)
+
+        def fits(first: int) -> bool:
+            kept = before.symmetric_difference(changed[:first])
+            return self._line(kept)[0] <= most and self.of(kept).peak <= peak
+
+        first = bisect.bisect_left(range(len(changed)), True, key=fits)
+        return self.of(before.symmetric_difference(changed[:first]))
 
     def _lowest(self, turn: Turn, best: Choice) -> Choice:
         """Of values that turn at one λ those of the earliest layers, as many as lower the peak of the best so far."""

@@ -43,6 +43,7 @@ from zoo.models import make_base, make_batch, setup_of, with_adapters
 
 K, N, R, T = 16, 48, 2, 64
 STEP = {"peft_fx.memory_budget_of": "step"}
+HALF = torch._functorch.config.patch(activation_memory_budget=0.5)
 
 
 class Block(nn.Module):
@@ -109,7 +110,8 @@ def choices_of(name: str) -> Choices:
 def choices_in(found: joint.Joint, graph: Graph) -> Choices:
     seen: list[Choices] = []
 
-    def choose(graph: Graph, values: list[Node]) -> list[Node]:
+    def choose(graph: Graph, alone: Callable[[float], list[Node]], share: float) -> list[Node]:
+        values = alone(share)
         seen.append(budgeting.choices_in(graph, values, compat.hint_for(found.fake_mode), MACHINES["cpu"]))
         return values
 
@@ -121,7 +123,7 @@ def choices_in(found: joint.Joint, graph: Graph) -> Choices:
 def split(found: joint.Joint, graph: Graph, choices: Choices, chosen: Choice) -> tuple[GraphModule, GraphModule]:
     """Forward and backward as the partitioner makes them for a choice."""
     names = {n.name for n in budgeting.saved(choices, chosen.kept)}
-    with compat.choosing(lambda graph, _: [n for n in graph.nodes if n.name in names]):
+    with compat.choosing(lambda graph, *_: [n for n in graph.nodes if n.name in names]):
         return found.split(graph)
 
 
@@ -304,6 +306,23 @@ def test_of_two_budgets_the_smaller_takes_no_more_memory(name: str, one: float, 
     assert smaller.seconds >= larger.seconds
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_share_of_what_is_kept_never_takes_more_memory(name: str) -> None:
+    """PyTorch's activation_memory_budget: no more kept than so much, or the least that can be; and no higher peak."""
+    choices = choices_of(name)
+    before = choices.of(frozenset(choices.before))
+    found = [choices.keeping(share / 20) for share in range(21)]
+    assert found[20] is before
+    kept = [choices._line(choice.kept)[0] for choice in found]
+    fits = [choice for share, choice in enumerate(found) if kept[share] <= kept[20] * share / 20]
+    for share, choice in enumerate(found):
+        assert choice in fits or kept[share] == kept[0]
+        assert choice.peak <= before.peak
+    for smaller, larger in itertools.pairwise(fits):
+        assert smaller.seconds >= larger.seconds
+    assert kept[0] < kept[20] or name == "checkpointed"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 4)), max_size=14))
 def test_a_cut_is_the_least_and_nearest_to_the_sink(edges: list[tuple[int, int, int]]) -> None:
@@ -434,6 +453,35 @@ def choices_of_a_model(model: str, **sizes: int) -> Choices:
     return budgeting.choices_in(*call.args)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_results_are_those_without_pytorchs_budget(name: str) -> None:
+    """Which is held by this choice wherever there is an adapter."""
+    model = integers(MODELS[name](), 0, bound=1)
+    other = copy.deepcopy(model)
+    plain = torch.compile(model, backend=peft_fx.backend, options=EAGER)
+    within = torch.compile(other, backend=peft_fx.backend, options=EAGER)
+    torch.manual_seed(5)
+    want = run(plain, model, (x_of(),))
+    torch.manual_seed(5)
+    torch._dynamo.reset()  # which would run the one's code for the other
+    with HALF, patch.object(budgeting, "within_share", wraps=budgeting.within_share) as chosen:
+        assert_bit_equal(run(within, other, (x_of(),)), want)
+    assert chosen.call_count == 1
+
+
+def test_less_is_kept_within_pytorchs_budget() -> None:
+    """With an adapter; without one the partitioner's own choice is left to it."""
+    model, inputs = peft_models.llama()
+    adapted = peft_models.adapt(copy.deepcopy(model), r=4, target_modules="all-linear")
+    plain = peft_fx.explain(adapted, **inputs)
+    with HALF:
+        half = peft_fx.explain(adapted, **inputs)
+        with patch.object(budgeting, "within_share", side_effect=AssertionError):
+            peft_fx.explain(model, **inputs)
+    assert half.kept_bytes["after"] < 0.6 * plain.kept_bytes["after"]
+    assert not half.budgets
+
+
 @pytest.mark.parametrize(("model", "streams"), [("llama-tiny", 1), ("roberta", 1), ("t5", 2)])
 def test_what_layers_hand_on_is_what_a_checkpoint_keeps(model: str, streams: int) -> None:
     """No mask, no bias of positions, no rotation: none has a product in it. What T5's decoder reads of the encoder is
@@ -558,6 +606,16 @@ def test_a_fault_is_no_budget_and_a_warning(owner: Any, name: str) -> None:
     other, options = copy.deepcopy(model), {"peft_fx.memory_budget": 1000, **STEP, **EAGER}
     with patch.object(owner, name, fail), pytest.warns(RuntimeWarning, match="without its memory budget.*injected"):
         got = run(torch.compile(other, backend=peft_fx.backend, options=options), other, (x_of(),))
+    assert_bit_equal(got, run(torch.compile(model, backend=peft_fx.backend, options=EAGER), model, (x_of(),)))
+
+
+def test_a_fault_within_pytorchs_budget_is_that_budget_alone() -> None:
+    model = integers(MODELS["plain"](), 0, bound=1)
+    other = copy.deepcopy(model)
+    with HALF, patch.object(budgeting, "within_share", side_effect=RuntimeError("injected")):
+        f = torch.compile(other, backend=peft_fx.backend, options=EAGER)
+        with pytest.warns(RuntimeWarning, match="without its memory budget.*injected"):
+            got = run(f, other, (x_of(),))
     assert_bit_equal(got, run(torch.compile(model, backend=peft_fx.backend, options=EAGER), model, (x_of(),)))
 
 
