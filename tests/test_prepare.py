@@ -360,7 +360,7 @@ def test_what_is_compiled_already(function: Callable[[Any], Any]) -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-@pytest.mark.parametrize("name", ["dora", "velora", "loha"])
+@pytest.mark.parametrize("name", ["dora", "velora", "loha", "loss"])
 def test_copies_are_prepared(name: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     """And are of their own parameters: training one leaves the other as it was."""
     model = peft_fx.prepare(build(name))
@@ -371,7 +371,7 @@ def test_copies_are_prepared(name: str, duplicate: Callable[[nn.Module], nn.Modu
     assert peft_fx.cures(model)
 
 
-@pytest.mark.parametrize("name", ["dora", "loha", "shira", "vblora", "frod", "waveft", "velora", "parameters"])
+@pytest.mark.parametrize("name", ["dora", "loha", "shira", "vblora", "frod", "waveft", "velora", "parameters", "loss"])
 def test_saved_disabled_and_merged(name: str, tmp_path: Path) -> None:
     """As without prepare, to the bit; a compiled model follows disable_adapter()."""
     model, plain = peft_fx.prepare(build(name)).eval(), build(name).eval()
