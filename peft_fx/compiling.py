@@ -312,11 +312,11 @@ class AdapterPass(compat.CustomGraphPass):  # type: ignore[misc]
         ours = asked is not None or (share < 1 and any(outcome.sites for outcome in record.outcomes))
         if not ours or not calls or not any(map(is_tangent, graph.find_nodes(op="placeholder"))):
             return alone(share)
-        machine, hint = record.settings.machine, compat.hint_for(compat.V.fake_mode)
+        machine, hint, values = record.settings.machine, compat.hint_for(compat.V.fake_mode), alone(1)
         try:
             if asked is None:
-                return budgeting.within_share(graph, alone(1), share, machine, hint)
-            held, values = budgeting.hold(graph, alone(1), roles_in(graph, record.roles), asked, machine, hint)
+                return budgeting.within_share(graph, values, share, machine, hint)
+            held, values = budgeting.hold(graph, values, roles_in(graph, record.roles), asked, machine, hint)
         except Exception as error:
             told = f"peft_fx left a graph without its memory budget: {type(error).__name__}: {error}"
             warnings.warn(told, RuntimeWarning, stacklevel=2)

@@ -37,8 +37,8 @@ class Cure:
 
 
 def prepare(model: Model) -> Model:
-    """Cures the graph breaks known in PEFT's adapters, and in models of transformers around them, in place, and returns
-    the model; `cures` lists what was done.
+    """Cures the graph breaks known in PEFT's adapters, and in models of transformers around them and their losses, in
+    place, and returns the model; `cures` lists what was done.
 
     Parameters, buffers and the keys of the state dict stay as they are, copies of the model are prepared too, and a
     second call finds nothing left to do; call it again after adding an adapter. Eager mode runs PEFT's code as before.

@@ -236,51 +236,44 @@ class Choices:
         A byte more that is kept raises the peak by no more than one: what then fits in any case, or does not in any, is
         not walked.
         """
-        changed = self._changed(turn)
-        low, high = 0, len(changed)
-        best, most = turn.after, turn.after.kept
+        best = turn.after
         over = self._line(turn.here.kept)[0] - (turn.here.peak - peak)  # bytes kept that are too many
-        while high - low > 1:
-            middle = (low + high) // 2
-            kept = turn.before.symmetric_difference(changed[:middle])
-            more = self._line(kept)[0] - self._line(best.kept)[0]
-            if best.peak + more <= peak:
-                high, most = middle, kept
-            elif self._line(kept)[0] >= over:
-                low = middle
-            elif (found := self.of(kept)).peak <= peak:
-                high, best, most = middle, found, kept
-            else:
-                low, over = middle, min(over, self._line(kept)[0] - (found.peak - peak))
-        last = self.of(most)
+
+        def fits(kept: frozenset[Node]) -> bool:
+            nonlocal best, over
+            size = self._line(kept)[0]
+            if best.peak + size - self._line(best.kept)[0] <= peak:
+                return True
+            if size >= over:
+                return False
+            found = self.of(kept)
+            if found.peak > peak:
+                over = min(over, size - (found.peak - peak))
+                return False
+            best = found
+            return True
+
+        last = self.of(_earliest(turn.before, turn.after.kept, fits))
         return last if last.peak <= peak else best
-
-    def _parted(self, before: frozenset[Node], after: frozenset[Node], most: float, peak: int) -> Choice:
-        """Of what turns as little, the earliest first, as leaves no more than so many bytes kept and has no higher
-        peak; else all of it."""
-        changed = sorted(before ^ after)
-
-        def fits(first: int) -> bool:
-            kept = before.symmetric_difference(changed[:first])
-            return self._line(kept)[0] <= most and self.of(kept).peak <= peak
-
-        first = bisect.bisect_left(range(len(changed)), True, key=fits)
-        return self.of(before.symmetric_difference(changed[:first]))
 
     def _lowest(self, turn: Turn, best: Choice) -> Choice:
         """Of values that turn at one λ those of the earliest layers, as many as lower the peak of the best so far."""
-        changed = self._changed(turn)
-        low, high = 0, len(changed)
-        while high - low > 1:
-            middle = (low + high) // 2
-            found = self.of(turn.before.symmetric_difference(changed[:middle]))
-            low, high = (middle, high) if found.peak <= best.peak else (low, middle)
-            best = found if found.peak < best.peak else best
+
+        def is_higher(kept: frozenset[Node]) -> bool:
+            nonlocal best
+            found = self.of(kept)
+            higher, best = found.peak > best.peak, min(best, found, key=lambda choice: choice.peak)
+            return higher
+
+        _earliest(turn.before, turn.after.kept, is_higher)
         return best
 
-    def _changed(self, turn: Turn) -> list[Node]:
-        """What is kept before a turn or after it, not both, in the graph's order."""
-        return sorted(turn.before ^ turn.after.kept)
+    def _parted(self, before: frozenset[Node], after: frozenset[Node], most: float, peak: int) -> Choice:
+        """Of what turns at one λ as little, the earliest first, as leaves no more than so many bytes kept and has no
+        higher peak; else all of it."""
+        return self.of(
+            _earliest(before, after, lambda kept: self._line(kept)[0] <= most and self.of(kept).peak <= peak)
+        )
 
     def _line(self, kept: Set[Node]) -> tuple[float, float]:
         """Bytes kept and seconds of making the rest again."""
@@ -349,6 +342,19 @@ class Choices:
 
 
 KEPT, BACKWARD = 0, 1
+
+
+def _earliest(
+    before: frozenset[Node], after: frozenset[Node], is_enough: Callable[[frozenset[Node]], bool]
+) -> frozenset[Node]:
+    """What is kept where of the values kept before a turn or after it, not both, as few turn as are enough, the first
+    of the graph's order first: else all of them. There is no walk of what is none or all of them."""
+    changed = sorted(before ^ after)
+
+    def turned(count: int) -> frozenset[Node]:
+        return before.symmetric_difference(changed[:count])
+
+    return turned(1 + bisect.bisect_left(range(1, len(changed)), True, key=lambda count: is_enough(turned(count))))
 
 
 def _capacity(seconds: float) -> int:
