@@ -20,7 +20,7 @@ import torch
 import peft_fx
 from bench.variants import FLOORS
 from peft_fx import machines
-from peft_fx.compiling import source_digest
+from peft_fx.inductor_passes import source_digest
 from zoo.models import Setup
 
 ROOT = Path(__file__).parent

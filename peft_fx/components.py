@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import compat
-from peft_fx.compiling import roles_in
+from peft_fx.inputs import roles_in
 from peft_fx.passes.analyse.flow import Flow, Role, is_tangent, reachable
 from peft_fx.passes.graph.nodes import expr, numel
 from peft_fx.passes.keep.chains import parameter_gradients

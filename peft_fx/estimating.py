@@ -16,16 +16,19 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx import budgeting, compat, machines, preparing
 from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.compat import pytree
-from peft_fx.compiling import Finish, PassError, Record, roles_in, roles_of
 from peft_fx.components import ADAPTERS, partitioned, returned
 from peft_fx.estimates import Estimate, Row
 from peft_fx.explaining import own_inputs, unwrapped
+from peft_fx.graphs import copy_graph
+from peft_fx.inductor_passes import Finish, PassError
+from peft_fx.inputs import roles_in, roles_of
 from peft_fx.lengths import Sized, filled
 from peft_fx.options import PREFIX, Options, parse
 from peft_fx.outputs import loss_only
 from peft_fx.passes.analyse.flow import Role, is_tangent
 from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.keep.policies import POLICIES
+from peft_fx.records import Record
 from peft_fx.retargeting import Home, Retarget, RetargetedPass, device_of
 from peft_fx.step.traced import Halves, step_of
 from peft_fx.tracing import (
@@ -33,7 +36,6 @@ from peft_fx.tracing import (
     Ghosts,
     answer,
     call_compiled,
-    copy_graph,
     device_traced,
     new_fake_mode,
     nothing_changed,

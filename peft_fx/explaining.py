@@ -13,22 +13,16 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from peft_fx import compat
-from peft_fx.compiling import (
-    PassError,
-    Record,
-    copy_of,
-    noting_calls,
-    parameters_of,
-    patches_for,
-    records_of,
-    roles_of,
-)
 from peft_fx.components import by_component, partitioned
 from peft_fx.gradients import gradient_errors
+from peft_fx.graphs import copy_graph, copy_module
+from peft_fx.inductor_passes import PassError, patches_for
+from peft_fx.inputs import roles_of
 from peft_fx.listing import Lines, listings
 from peft_fx.options import Options, parse
 from peft_fx.passes.findings import Outcome
 from peft_fx.preparing import curable
+from peft_fx.records import Record, noting_calls, parameters_of, records_of
 from peft_fx.regional import renamed
 from peft_fx.reports import Report
 from peft_fx.retargeting import Retarget, RetargetedPass, device_of
@@ -38,7 +32,6 @@ from peft_fx.tracing import (
     Ghosts,
     answer,
     call_compiled,
-    copy_graph,
     device_traced,
     new_fake_mode,
     nothing_changed,
@@ -202,7 +195,7 @@ def _compile_idly(
     """
     idle = Idle(record, retarget)
     patches = patches_for(idle, record.options.inductor) | IDLE | {"custom_partitioner_fn": Partitioner(idle)}
-    untouched = copy_of(gm)
+    untouched = copy_module(gm)
     with compat.functorch_config.patch(enable_autograd_cache=False):
         try:
             called = compat.compile_fx(gm, example_inputs, inner_compile=answer, config_patches=patches)
@@ -226,7 +219,7 @@ def _trace(
         roles = roles_of(gm, example_inputs, known)
         record = Record.of(gm, list(example_inputs), roles, options, retarget.device)
         traced.append((record, None))
-        untouched = copy_of(gm)
+        untouched = copy_module(gm)
         try:
             called, idle = _compile_idly(gm, example_inputs, record, retarget)
         except compat.DynamicOutputShapeException:
@@ -287,7 +280,7 @@ def _told_of(record: Record, names: Mapping[torch.Tensor, str]) -> Record:
 
 
 def _run_again(record: Record) -> None:
-    gm = copy_of(record.graph_module)
+    gm = copy_module(record.graph_module)
     fake_mode = compat.detect_fake_mode(record.inputs)
     any_size = contextlib.nullcontext() if record.lowered else compat.sizes_that_depend_on_values()
     context = compat.tracing(compat.TracingContext(fake_mode))

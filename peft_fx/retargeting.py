@@ -19,11 +19,12 @@ from torch.fx.node import map_aggregate
 
 from peft_fx import compat, machines
 from peft_fx.compat import pytree
-from peft_fx.compiling import AdapterPass, Record
+from peft_fx.inductor_passes import AdapterPass
 from peft_fx.options import Options
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.editor import Editor
 from peft_fx.passes.graph.nodes import COPIES, argument, aten, shape, tensor_arg, value
+from peft_fx.records import Record
 from peft_fx.tracing import CPU
 
 GPU = torch.device("cuda", 0)

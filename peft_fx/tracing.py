@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from peft_fx import compat
 from peft_fx.compat import pytree
@@ -162,11 +162,3 @@ def _sizes(answer: Any) -> Sequence[Any]:
     if isinstance(answer, torch.Tensor):
         return list(answer.shape)
     return [answer] if isinstance(answer, torch.SymInt) else []
-
-
-def copy_graph(graph: Graph) -> Graph:
-    copied = Graph()
-    output = copied.graph_copy(graph, {})
-    (old,) = (n for n in graph.nodes if n.op == "output")
-    copied.output(output).meta.update(old.meta)
-    return copied

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph
 
+from peft_fx.graphs import copy_graph
 from peft_fx.kernels import library, trial, triton_merge, triton_narrow
 from peft_fx.kernels.merge import WIDER, merge
 from peft_fx.kernels.narrow import narrow_both, narrow_in, narrow_out
 from peft_fx.passes.graph.nodes import CAST
 from peft_fx.retargeting import GPU
-from peft_fx.tracing import copy_graph
 from tests import joint
 from tests.passes.keep.test_in_place_reads import R, Siblings
 from tests.spellings import K, N, trained

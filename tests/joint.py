@@ -15,14 +15,16 @@ from torch._functorch.aot_autograd import aot_function
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 
-from peft_fx import compat, compiling
+from peft_fx import compat, compiling, inductor_passes
+from peft_fx.graphs import copy_graph
+from peft_fx.inputs import roles_in, roles_of
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.analyse.flow import Role
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph import joint as analysed
 from peft_fx.retargeting import Retarget
-from peft_fx.tracing import CPU, copy_graph
+from peft_fx.tracing import CPU
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Joint:
         graph = GraphModule(self.module, copy_graph(self.graph)).graph
         parsed = parse({f"peft_fx.{k}": v for k, v in options.items()})
         settings = replace(parsed.settings(device), rebuild_random=parsed.lowering == "inductor")
-        roles, retarget = compiling.roles_in(graph, self.roles), Retarget(CPU, device)
+        roles, retarget = roles_in(graph, self.roles), Retarget(CPU, device)
         retarget.exchange(graph, self.fake_mode)
         with retarget.there(graph):
             outcome = pipeline.run(graph, roles, settings, self.fake_mode, compat.hint_for(self.fake_mode))
@@ -52,7 +54,7 @@ class Joint:
         """A copy of the graph as the passes are given it."""
         graph = GraphModule(self.module, copy_graph(self.graph)).graph
         sizes = analysed.Sizes.of(compat.hint_for(self.fake_mode))
-        return analysed.Joint(graph, compiling.roles_in(graph, self.roles), self.fake_mode, sizes)
+        return analysed.Joint(graph, roles_in(graph, self.roles), self.fake_mode, sizes)
 
     def run_on_given(self, graph: Graph, tangent: float = 1.0) -> list[torch.Tensor | None]:
         """The same on the tensors that the module was called with, and a tangent."""
@@ -113,7 +115,7 @@ class Joint:
         """A rewritten graph after Inductor's own joint passes, and what the backend does behind them."""
         lowered = GraphModule(self.module, copy_graph(graph))
         untagged = {n for n in lowered.graph.nodes if "recompute" not in n.meta}
-        finish = compiling.Finish(SimpleNamespace(untagged=untagged))  # type: ignore[arg-type]
+        finish = inductor_passes.Finish(SimpleNamespace(untagged=untagged))  # type: ignore[arg-type]
         patches = {"joint_custom_pre_pass": None, "joint_custom_post_pass": finish, "fallback_random": True}
         with compat.V.set_fake_mode(self.fake_mode), compat.inductor_config.patch(patches):
             return compat.joint_graph_passes(lowered).graph
@@ -188,7 +190,7 @@ def capture(module: nn.Module, *args: Any, **kwargs: Any) -> Joint:
     found: list[Joint] = []
 
     def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        roles = compiling.roles_of(gm, example_inputs)
+        roles = roles_of(gm, example_inputs)
 
         class Capture(compat.CustomGraphPass):  # type: ignore[misc]
             def __call__(self, graph: Graph) -> None:

@@ -24,7 +24,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import Graph, GraphModule, Node
 
 import peft_fx
-from peft_fx import compat, compiling, machines
+from peft_fx import compat, compiling, inductor_passes, machines
 from peft_fx.options import CHOICES, parse
 from peft_fx.passes import pipeline
 from peft_fx.passes.analyse import find
@@ -35,6 +35,7 @@ from peft_fx.passes.graph import joint as joints
 from peft_fx.passes.graph.nodes import CAST, aten, is_random, value
 from peft_fx.passes.keep import chains, in_place_reads
 from peft_fx.passes.rewrite import merge_sums
+from peft_fx.records import Record, records_of
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
 from tests.spellings import Case, K, Stack, lora, scale_right, x
@@ -251,7 +252,7 @@ def test_disabled_is_plain_lowering(setting: str, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "run", lambda *a: pytest.fail("a pass ran"))
     got, f = step()
     assert_bit_equal(got, plain_step())
-    assert compiling.records_of(f._orig_mod) == []
+    assert records_of(f._orig_mod) == []
 
 
 @pytest.mark.parametrize("setting", ["", "0"])
@@ -427,8 +428,8 @@ ROLES = {0: Role("up.W", True, False), 1: Role("up.A", True, True), 2: Role("x")
 def key(roles: dict[int, Role] | None = None, **options: str) -> Any:
     """The pass's key in Inductor's caches."""
     chosen = parse({f"peft_fx.{k}": v for k, v in options.items()})
-    record = compiling.Record(GraphModule({}, Graph()), [torch.zeros(1)], roles or ROLES, chosen, True)
-    return compiling.AdapterPass(record).uuid()
+    record = Record(GraphModule({}, Graph()), [torch.zeros(1)], roles or ROLES, chosen, True)
+    return inductor_passes.AdapterPass(record).uuid()
 
 
 def test_equal_inputs_have_equal_keys() -> None:
@@ -483,10 +484,12 @@ def test_the_instruction_set_changes_the_key(monkeypatch) -> None:
 def test_every_byte_of_the_source_changes_the_key(tmp_path, monkeypatch) -> None:
     """Of every file in every folder, and each one's place; a copy elsewhere with the same bytes has the same key."""
     shutil.copytree(ROOT / "peft_fx", tmp_path / "peft_fx", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(compiling, "peft_fx", types.SimpleNamespace(__file__=str(tmp_path / "peft_fx/__init__.py")))
-    digest = compiling.source_digest.__wrapped__
+    monkeypatch.setattr(
+        inductor_passes, "peft_fx", types.SimpleNamespace(__file__=str(tmp_path / "peft_fx/__init__.py"))
+    )
+    digest = inductor_passes.source_digest.__wrapped__
     before = digest()
-    assert before == compiling.source_digest()
+    assert before == inductor_passes.source_digest()
     files = sorted((tmp_path / "peft_fx").rglob("*.py"))
     assert {f.parent.name for f in files} >= {"peft_fx", "passes"}
     seen = {before}
@@ -509,7 +512,7 @@ def test_every_byte_of_the_source_changes_the_key(tmp_path, monkeypatch) -> None
 def test_the_source_is_part_of_the_key(monkeypatch) -> None:
     """So code that a former version made is not found."""
     before = key()
-    monkeypatch.setattr(compiling, "source_digest", lambda: "other")
+    monkeypatch.setattr(inductor_passes, "source_digest", lambda: "other")
     assert key() != before
 
 
@@ -520,33 +523,34 @@ def test_a_lowering_without_code_has_no_key() -> None:
 
 def test_a_users_own_pass_is_part_of_the_key() -> None:
     """And one without a key leaves us without one."""
-    record = compiling.Record(GraphModule({}, Graph()), [torch.zeros(1)], ROLES, parse({}), True)
+    record = Record(GraphModule({}, Graph()), [torch.zeros(1)], ROLES, parse({}), True)
     noting, other = Noting(), Noting()
     other.uuid = lambda: "other"  # type: ignore[method-assign]
-    keys = [compiling.AdapterPass(record, others).uuid() for others in ([], [noting], [other])]
+    keys = [inductor_passes.AdapterPass(record, others).uuid() for others in ([], [noting], [other])]
     assert len(set(keys)) == 3
-    assert compiling.AdapterPass(record, [lambda graph: None]).uuid() is None
+    assert inductor_passes.AdapterPass(record, [lambda graph: None]).uuid() is None
 
 
 TRAIN = """
     import hashlib, json, torch
     torch.set_num_threads(1)
     import peft_fx
-    from peft_fx import compiling
+    from peft_fx import inductor_passes
+    from peft_fx.records import records_of
     from torch._dynamo.utils import counters
     from tests.oracle import leaves, run
     from tests.spellings import Stack, x
 
     keys = []
-    real = compiling.AdapterPass.uuid
-    compiling.AdapterPass.uuid = lambda self: keys.append(real(self)) or keys[-1]
+    real = inductor_passes.AdapterPass.uuid
+    inductor_passes.AdapterPass.uuid = lambda self: keys.append(real(self)) or keys[-1]
     torch.manual_seed(0)
     module, inputs = Stack(), x(64, 96)()
     f = torch.compile(module, backend=peft_fx.backend, options={"peft_fx.form": "weight"})
     result = run(f, module, inputs)
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in result.items() if t is not None)).hexdigest()
     hits = counters["aot_autograd"]["autograd_cache_hit"]
-    passes = sum(len(r.outcomes) for r in compiling.records_of(module))
+    passes = sum(len(r.outcomes) for r in records_of(module))
     sites = peft_fx.explain(f).to_dict()["sites"]
     print(json.dumps({"keys": keys, "hits": hits, "passes": passes, "digest": digest, "sites": sites}))
 """

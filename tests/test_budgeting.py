@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import peft_fx
-from peft_fx import budgeting, compiling
+from peft_fx import budgeting
+from peft_fx.inputs import roles_in
 from peft_fx.options import parse
+from peft_fx.records import records_of
 from peft_fx.step import budget, halves
 from peft_fx.step.budget import Choices, Held
 from tests import joint, peft_models
@@ -30,7 +32,7 @@ HALF = torch._functorch.config.patch(activation_memory_budget=0.5)
 
 def held_by(model: nn.Module) -> Held:
     """In the graph that takes most; there is one, but where transformers checkpoints layers."""
-    records = compiling.records_of(model)
+    records = records_of(model)
     assert len(records) == 1 or getattr(model, "is_gradient_checkpointing", False)
     found = [record.outcomes[-1].budget for record in records]
     return max((held for held in found if held), key=lambda held: held.peak["before"])
@@ -68,7 +70,7 @@ def test_a_budget_is_part_of_the_key() -> None:
 def test_everything_is_weights_states_and_the_step() -> None:
     """The gradients are the step's; what "auto" has left free the weights have taken already."""
     found, graph = traced("plain")
-    roles = compiling.roles_in(graph, found.roles)
+    roles = roles_in(graph, found.roles)
     trained_bytes, frozen_bytes = 4 * 4 * 2 * (K + N) * R, 4 * 4 * 2 * K * N
     for optimizer, times in (("adamw", 2), ("sgd", 0)):
         asked = parse({"peft_fx.memory_budget": "1GB", "peft_fx.optimizer": optimizer}).budget(joint.CPU)
@@ -213,7 +215,7 @@ TWICE = """
     import hashlib, json, warnings, torch
     torch.set_num_threads(1)
     import peft_fx
-    from peft_fx import compiling
+    from peft_fx.records import records_of
     from tests.oracle import integers, run
     from tests.step.choices import MODELS, STEP, x_of
 
@@ -222,7 +224,7 @@ TWICE = """
     f = torch.compile(model, backend=peft_fx.backend, options={"peft_fx.memory_budget": BUDGET, **STEP})
     result = run(f, model, (x_of(),))
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in result.items() if t is not None)).hexdigest()
-    passes = sum(len(r.outcomes) for r in compiling.records_of(model))
+    passes = sum(len(r.outcomes) for r in records_of(model))
     print(json.dumps({"passes": passes, "digest": digest, "budgets": peft_fx.explain(f).to_dict()["budgets"]}))
 """
 

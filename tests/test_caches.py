@@ -110,6 +110,7 @@ REGIONS = """
     torch.set_num_threads(1)
     import peft_fx
     from peft_fx import compiling
+    from peft_fx.records import records_of
     from torch._dynamo.utils import counters
     from tests.oracle import run
     from tests.test_surroundings import Net, as_region
@@ -121,7 +122,7 @@ REGIONS = """
         result = run(f, net, (x,))
     digest = hashlib.sha256(b"".join(t.numpy().tobytes() for _, t in result.items() if t is not None)).hexdigest()
     hits = counters["aot_autograd"]["autograd_cache_hit"]
-    passes = sum(len(r.outcomes) for r in compiling.records_of(net))
+    passes = sum(len(r.outcomes) for r in records_of(net))
     print(json.dumps({"hits": hits, "passes": passes, "digest": digest, "report": peft_fx.explain(f).to_dict()}))
 """
 

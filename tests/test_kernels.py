@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from peft_fx import machines
-from peft_fx.compiling import AdapterPass, Record
+from peft_fx.inductor_passes import AdapterPass
 from peft_fx.kernels import library, trial
 from peft_fx.kernels.merge import MOST, WIDER, merge
 from peft_fx.kernels.narrow import WIDEST_OF_BOTH, narrow_both, narrow_in, narrow_out
@@ -29,6 +29,7 @@ from peft_fx.passes.decide.machine import MACHINES, table_entry
 from peft_fx.passes.graph.nodes import aten, value
 from peft_fx.passes.keep import narrow
 from peft_fx.passes.rewrite import merge_sums, merges_together
+from peft_fx.records import Record
 from peft_fx.retargeting import GPU
 from tests import joint
 from tests.oracle import PAIR

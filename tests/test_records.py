@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import peft_fx
 from peft_fx import compiling
 from peft_fx.passes import pipeline
+from peft_fx.records import records_of
 from tests.oracle import WEIGHT
 from tests.peft_models import adapt, fill, layers, mlp
 from tests.spellings import Lora, scale_right
@@ -274,10 +275,10 @@ def test_a_graph_that_dynamo_drops() -> None:
     step(f)
     f(batch(), number).sum().backward()
     assert told(f) == sorted(2 * EACH)
-    before = len(compiling.records_of(model))
+    before = len(records_of(model))
     torch._dynamo.eval_frame.reset_code(Chosen.forward.__code__)
     gc.collect()
-    assert len(compiling.records_of(model)) < before
+    assert len(records_of(model)) < before
     assert not peft_fx.explain(model, batch()).failures
 
 

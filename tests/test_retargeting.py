@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import peft_fx
-from peft_fx import compat, compiling
+from peft_fx import compat, inductor_passes
 from peft_fx.compat import pytree
 from peft_fx.options import parse
 from peft_fx.passes import pipeline
@@ -22,6 +22,7 @@ from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.editor import REBUILD
 from peft_fx.passes.graph.nodes import aten, prims, value
 from peft_fx.passes.keep.policies import Float8
+from peft_fx.records import Record
 from peft_fx.retargeting import GPU, Retarget, device_of
 from peft_fx.tracing import CPU
 from tests import affine_spellings, joint, spellings
@@ -163,8 +164,8 @@ def test_a_seed_is_kept_and_not_drawn_again() -> None:
     mask = graph.call_function(prims.inductor_lookup_seed.default, (seeds, 0))
     mask.meta["recompute"] = REBUILD
     graph.output((mask,))
-    record = compiling.Record(GraphModule({}, Graph()), [], {}, parse({}), True)
-    compiling.Finish(compiling.AdapterPass(record))(graph)
+    record = Record(GraphModule({}, Graph()), [], {}, parse({}), True)
+    inductor_passes.Finish(inductor_passes.AdapterPass(record))(graph)
     assert "recompute" not in seeds.meta
     assert mask.meta["recompute"] == REBUILD
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_fx import sharing
-from peft_fx.compiling import Record, records_of
+from peft_fx.records import Record, records_of
 from tests.oracle import EAGER
 from tests.spellings import frozen, trained
 from tests.test_backend import Injected

@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import peft_fx
-from peft_fx import compiling
+from peft_fx.records import records_of
 from tests.oracle import WEIGHT, Run, assert_bit_equal, assert_no_worse, integers, pooled, run, shuffle, weight_form
 from tests.spellings import BF16, Lora, scale_right, to_dtype
 
@@ -336,7 +336,7 @@ def test_a_report_made_later_knows_the_autocast(around: bool) -> None:
         f(x).float().sum().backward()
     first = peft_fx.explain(f)
     assert {s.dtype for s in first.sites} == {"bfloat16" if around else "float32"}
-    for record in compiling.records_of(net):
+    for record in records_of(net):
         record.outcomes.clear()  # as after a hit
     with torch.autocast("cpu", BF16, enabled=not around):
         assert peft_fx.explain(f) == first

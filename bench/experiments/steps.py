@@ -21,8 +21,8 @@ from bench import tables
 from bench.experiment import DEVICE, Argument, Experiment, Row, Say, Session, attempt, device_of, option
 from bench.results import request, unique
 from bench.variants import CHECKPOINTED, VARIANTS, WHOLE, Trainee, make
-from peft_fx.compiling import records_of
 from peft_fx.measuring import kept_tensors, memory_of, times_in_turn
+from peft_fx.records import records_of
 from zoo.models import DTYPES, FAMILIES, METHODS, TARGETS, Setup, make_base, make_batch, setup_of
 
 SIZES = {

@@ -11,7 +11,8 @@ import torch
 from torch.fx import Graph, Node
 
 import peft_fx
-from peft_fx import compiling, machines
+from peft_fx import machines
+from peft_fx.inputs import roles_in
 from peft_fx.passes import pipeline
 from peft_fx.passes.analyse.flow import Flow, Roles
 from peft_fx.passes.decide.machine import MACHINES
@@ -108,7 +109,7 @@ def test_near_miss_keeps_its_forward(case: Case):
     module, inputs = case.make(torch.float64)
     captured = joint.capture(module, *inputs)
     graph, _ = captured.rewritten(form="weight")
-    before, after = (forward_ops(g, compiling.roles_in(g, captured.roles)) for g in (captured.graph, graph))
+    before, after = (forward_ops(g, roles_in(g, captured.roles)) for g in (captured.graph, graph))
     assert Counter(str(n.target) for n in after) == Counter(str(n.target) for n in before)
 
 
@@ -133,7 +134,7 @@ def test_gradient_of_a_vector_needs_no_other_product():
         module, inputs = next(case for case in SPELLINGS if case.id == id).make(torch.float64)
         captured = joint.capture(module, *inputs)
         graph, outcome = captured.rewritten(form="weight")
-        flow = Flow(graph, compiling.roles_in(graph, captured.roles))
+        flow = Flow(graph, roles_in(graph, captured.roles))
         assert sum(n.target in PRODUCTS and not flow.is_weight(n) for n in graph.nodes) == products
         assert {s.adapter_grad for s in outcome.sites} == {"dense"}
 
@@ -162,7 +163,7 @@ def test_a_region_starts_where_the_layer_does():
     graph, outcome = captured.rewritten(form="weight")
     (site,) = outcome.sites
     assert (site.forward, site.input_grad, site.adapter_grad) == ("weight", "weight", "dense")
-    flow = Flow(graph, compiling.roles_in(graph, captured.roles))
+    flow = Flow(graph, roles_in(graph, captured.roles))
     products = [n for n in graph.nodes if n.target in PRODUCTS and not flow.is_weight(n)]
     over_tokens = [n for n in products if any(4096 in a.meta["val"].shape for a in n.all_input_nodes)]
     assert over_tokens

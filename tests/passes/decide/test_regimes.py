@@ -14,6 +14,7 @@ import peft_fx
 from peft_fx import compiling
 from peft_fx.passes.decide import price, regimes
 from peft_fx.passes.decide.regimes import MOST, Regimes, crossovers
+from peft_fx.records import records_of
 from tests.spellings import frozen, trained
 
 LENGTHS = (60, 100, 512, 2000, 4096, 8000)
@@ -50,7 +51,7 @@ def served(model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Forms], in
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         i, f = len(compiled), compiling.backend(gm, inputs, options=OPTIONS)
-        record = compiling.records_of(model)[-1]
+        record = records_of(model)[-1]
 
         def call(*args: Any) -> Any:
             found.append([(s.forward, s.input_grad) for s in record.outcomes[-1].sites])
@@ -185,4 +186,4 @@ def test_a_regime_of_one_length(monkeypatch) -> None:
     for length in (9, 17):
         x = torch.randn(length, 8)
         torch.testing.assert_close(f(x), model(x))
-    assert [len(r.outcomes[0].sites) for r in compiling.records_of(model)] == [2, 2]
+    assert [len(r.outcomes[0].sites) for r in records_of(model)] == [2, 2]

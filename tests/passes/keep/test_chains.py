@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 import peft_fx
-from peft_fx import compat, compiling
+from peft_fx import compat
+from peft_fx.inputs import roles_in
 from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.graph.nodes import aten, prims, value
 from tests import joint
@@ -216,7 +217,7 @@ def captured(dropout: float = 0.0) -> joint.Joint:
 
 def tagged(graph: Graph, case: joint.Joint) -> list[Node]:
     """The nodes to rebuild but for W', which depends on weights alone."""
-    flow = Flow(graph, compiling.roles_in(graph, case.roles))
+    flow = Flow(graph, roles_in(graph, case.roles))
     return [n for n in graph.nodes if "recompute" in n.meta and not flow.is_weight(n)]
 
 
@@ -232,7 +233,7 @@ def test_keep_inductor_marks_nothing() -> None:
 def test_keep_recompute_marks_as_many_as_it_says() -> None:
     """The counterpart: tags there are, and each on a node of forward."""
     graph, outcome = captured().rewritten(form="weight")
-    flow = Flow(graph, compiling.roles_in(graph, captured().roles))
+    flow = Flow(graph, roles_in(graph, captured().roles))
     nodes = tagged(graph, captured())
     assert 0 < len(nodes) <= outcome.rebuilt
     assert flow.backward.isdisjoint(nodes)
@@ -293,7 +294,7 @@ def test_the_residual_stream_is_not_rebuilt(dropout: float) -> None:
     """Of the sums of two layers' outputs none is tagged: one would pull in all before it."""
     case = captured(dropout)
     graph, _ = case.rewritten(form="weight")
-    flow = Flow(graph, compiling.roles_in(graph, case.roles))
+    flow = Flow(graph, roles_in(graph, case.roles))
     stream = residual_sums(graph, flow)
     assert len(stream) == 4
     assert not stream & set(tagged(graph, case))
@@ -328,7 +329,7 @@ def test_eager_random_draws_are_not_repeated() -> None:
     """Without Inductor's seeds a mask drawn again would be another mask."""
     case = captured(0.1)
     graph, _ = case.rewritten(form="weight", lowering="aot_eager")
-    flow = Flow(graph, compiling.roles_in(graph, case.roles))
+    flow = Flow(graph, roles_in(graph, case.roles))
     assert sum(n.target in DRAWS for n in graph.nodes) == 14
     assert not [n for n in tagged(graph, case) if n.target in DRAWS or flow.is_mask(n)]
 

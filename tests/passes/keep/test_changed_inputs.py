@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import peft_fx
-from peft_fx import compiling
+from peft_fx import inductor_passes
 from peft_fx.passes.graph.editor import REBUILD
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.keep import changed_inputs
@@ -346,7 +346,7 @@ def test_verify_finds_every_way_round_the_rule(mutant: Callable[..., Any]) -> No
 def test_what_inductor_takes_away_is_looked_for_again(mutant: Callable[..., Any]) -> None:
     """Its joint passes remove copies: where none is made anew, the graph goes to Inductor untouched, with a warning."""
     module = filled(Stateful("B", WRITES["add"], READS["identity"], False))
-    with patch.object(compiling, "snapshots", mutant), pytest.warns(RuntimeWarning, match="writes over"):
+    with patch.object(inductor_passes, "snapshots", mutant), pytest.warns(RuntimeWarning, match="writes over"):
         run(weight_form(module), module, (x64(),))
     assert peft_fx.explain(torch.compile(module, backend="peft_fx"), x64()).sites
 
@@ -355,5 +355,5 @@ def test_without_the_rule_gradients_are_wrong() -> None:
     """The oracle sees what verify guards against."""
     module = filled(Stateful("B", WRITES["add"], READS["identity"], False))
     off = {"snapshots": _never, "no_stale_reads": lambda graph: None}
-    with patch.multiple(compiling, **off), pytest.raises((AssertionError, RuntimeError)):
+    with patch.multiple(inductor_passes, **off), pytest.raises((AssertionError, RuntimeError)):
         as_eager(module)

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import peft_fx
-from peft_fx import compiling
+from peft_fx.inputs import roles_in
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.keep import approximation, policies
 from peft_fx.passes.keep.policies import POLICIES
@@ -57,7 +57,7 @@ def captured(dtype: torch.dtype = FP64) -> joint.Joint:
 def run(case: joint.Joint, graph: Graph) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a graph is given, normal numbers, and what it gives: y, and gradients; both by the name of the input."""
     generator = torch.Generator().manual_seed(0)
-    roles = compiling.roles_in(graph, case.roles)
+    roles = roles_in(graph, case.roles)
     given = {}
     for node in graph.find_nodes(op="placeholder"):
         name = roles[node].name if node in roles else "dy"

@@ -17,10 +17,10 @@ from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 import peft_fx
-from peft_fx import compiling
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.loss import chunking
+from peft_fx.records import records_of
 from tests import joint, losses, peft_models
 from tests.losses import LOSSES, Head, K, T, V
 from tests.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype
@@ -163,7 +163,7 @@ def test_dynamic_sizes_share_a_graph() -> None:
         x, y = losses.inputs(tokens)
         one = torch.ones((), dtype=torch.float64)
         assert_no_worse(run(module, module, (x, y), [one]), *[run(f, module, (x, y), [one])] * 2, floor=64)
-    assert len(compiling.records_of(module)) == 1
+    assert len(records_of(module)) == 1
     assert peft_fx.explain(f).losses[0].chunks == 3
 
 
