@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bench.experiments import COMMANDS
 from bench.report import REPORT
-from peft_fx.terminal import Problem
+from peft_fx.cli.terminal import Problem
 
 DESCRIPTION = "Memory and time of training adapters: peft_fx against everything a user would otherwise run."
 EPILOG = """\

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.results import FOLDER, ROOT, Results, asked, provenance
-from peft_fx.terminal import Problem, silence_others
+from peft_fx.cli.terminal import Problem, silence_others
 
 Request = Mapping[str, Any]
 Row = dict[str, Any]

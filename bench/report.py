@@ -15,7 +15,7 @@ from bench.figures import COLOURS, bars, bars_of, figure_of, save
 from bench.results import FOLDER, provenance
 from bench.tables import of_kind
 from bench.variants import VARIANTS
-from peft_fx.terminal import Problem
+from peft_fx.cli.terminal import Problem
 
 KNOWN = ("gpu", "cpu", "methods", "loss")  # of two that have the same table for a page the first one stands there
 AVX2 = "methods-avx2"  # on a CPU held to that

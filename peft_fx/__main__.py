@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import peft_fx
-from peft_fx import calibrating, demo, inspecting, sizing
-from peft_fx.terminal import Problem
+from peft_fx.cli import calibrate, demo, estimate, explain
+from peft_fx.cli.terminal import Problem
 
 EPILOG = """\
 examples:
@@ -40,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"peft_fx {peft_fx.__version__}")
     commands = top.add_subparsers(title="commands", metavar="command", required=True)
     demo.add_command(commands)
-    inspecting.add_command(commands)
-    sizing.add_command(commands)
-    calibrating.add_command(commands)
+    explain.add_command(commands)
+    estimate.add_command(commands)
+    calibrate.add_command(commands)
     return top
 
 

@@ -25,9 +25,9 @@ from bench.experiment import Kind, Request, Row, Say, Session, attempt, quieten
 from bench.experiments.kernels import kernels_of, prepared
 from bench.results import ROOT, request, unique
 from bench.variants import VARIANTS
+from peft_fx.cli.terminal import Problem
 from peft_fx.kernels.library import KERNELS
 from peft_fx.passes.decide.machine import MACHINES
-from peft_fx.terminal import Problem
 from zoo.models import Setup, make_batch
 
 LAYERS = 2  # of a model: the code of a third is that of the second

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from peft_fx import demo, machines, measuring
+from peft_fx import machines, measuring
 from peft_fx.__main__ import parser
-from peft_fx.demo import EAGER, FROZEN, INDUCTOR, OURS, Cost
+from peft_fx.cli import demo
+from peft_fx.cli.demo import EAGER, FROZEN, INDUCTOR, OURS, Cost
+from peft_fx.cli.terminal import Problem
 from peft_fx.measuring import Memory
 from peft_fx.passes.decide.machine import MACHINES
-from peft_fx.terminal import Problem
 
 CPU = torch.device("cpu")
 ROUNDS = [0.10, 0.12, 0.30, 0.11, 0.10]  # one of them beside something else

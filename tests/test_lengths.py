@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
+from peft_fx.cli.estimate import variants
 from peft_fx.lengths import Sized, filled, on
-from peft_fx.sizing import variants
 
 K, N = 8, 6
 HALF = Fraction(1, 2)

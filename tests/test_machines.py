@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_fx
-from peft_fx import calibrating, compat, machines, probing
+from peft_fx import compat, machines, probing
 from peft_fx.__main__ import main
+from peft_fx.cli import calibrate
 from peft_fx.options import parse
 from peft_fx.passes.decide.machine import MACHINES, Machine, Speed, cpu, implausible
 from tests.test_backend import key
@@ -154,10 +155,10 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_calibrate_measures_and_stores(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
     """At toy size: a file in the cache's folder, or where asked for, whose constants `auto` or the path then has."""
     for name, small in (("LARGE", 32), ("WIDE", (32, 32)), ("STORED", 32), ("PASS", 1024)):
-        monkeypatch.setattr(calibrating, name, {"cpu": small})
-    monkeypatch.setattr(calibrating, "SECONDS", 0.0)
-    monkeypatch.setattr(calibrating, "SETTLED", float("inf"))  # sizes at which the clock itself is what is measured
-    monkeypatch.setattr(calibrating, "implausible", lambda machine: "")
+        monkeypatch.setattr(calibrate, name, {"cpu": small})
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    monkeypatch.setattr(calibrate, "SETTLED", float("inf"))  # sizes at which the clock itself is what is measured
+    monkeypatch.setattr(calibrate, "implausible", lambda machine: "")
     assert main(["calibrate", "--device", "cpu"]) == 0
     shown = capsys.readouterr()
     machine = machines.found(CPU)
@@ -173,25 +174,25 @@ def test_calibrate_measures_and_stores(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 RATES = {"bfloat16": 1.3e9, "float16": 1.3e9, "float32": 59e9, "float64": 25e9}  # a core of an AVX2 CPU
-Taken = Callable[[calibrating.Key, float, int], float]  # of what would take so long, in which round
+Taken = Callable[[calibrate.Key, float, int], float]  # of what would take so long, in which round
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Taken], None]:
     """Has each measurement of `calibrate` take what the core above would take, changed by a function; at toy size."""
     for name, small in (("LARGE", 32), ("WIDE", (32, 32)), ("STORED", 32), ("PASS", 1024)):
-        monkeypatch.setattr(calibrating, name, {"cpu": small})
-    monkeypatch.setattr(calibrating, "SECONDS", 0.0)
-    flops = {"large": 2 * 32**3, "small": 2 * sum(m * k * n for m, k, n in calibrating.SMALL)}
+        monkeypatch.setattr(calibrate, name, {"cpu": small})
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    flops = {"large": 2 * 32**3, "small": 2 * sum(m * k * n for m, k, n in calibrate.SMALL)}
     others = {"memory": 12 * 1024 / 12e9, "kernels": 100 * 2e-6, "stores": 4 * (32 * 32 + 2 * 32 * 8) / 3e9}
 
-    def ideal(key: calibrating.Key) -> float:
+    def ideal(key: calibrate.Key) -> float:
         if len(key) == 1:
             return others[key[0]]
         return (flops[key[1]] if len(key) == 2 else 2 * 32 * 32 * int(key[2])) / RATES[key[0]]
 
     def ticks(taken: Taken) -> Iterator[float]:
-        now, keys = 0.0, [q.key for q in calibrating.quantities(CPU)]
+        now, keys = 0.0, [q.key for q in calibrate.quantities(CPU)]
         for i in itertools.count():
             for of in keys:
                 yield now
@@ -200,16 +201,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Taken], None]:
 
     def use(taken: Taken) -> None:
         times = ticks(taken)
-        monkeypatch.setattr(calibrating, "clock_of", lambda device: lambda: next(times))
+        monkeypatch.setattr(calibrate, "clock_of", lambda device: lambda: next(times))
 
     return use
 
 
-def round_of_load(key: calibrating.Key, ideal: float, i: int) -> float:
+def round_of_load(key: calibrate.Key, ideal: float, i: int) -> float:
     return ideal * (20 if i % 3 == 1 else 1)
 
 
-def jitter(key: calibrating.Key, ideal: float, i: int) -> float:
+def jitter(key: calibrate.Key, ideal: float, i: int) -> float:
     return ideal * (1 + 0.1 * ((len(str(key)) * 7 + i * 5) % 4))
 
 
@@ -257,9 +258,9 @@ def test_rounds_go_on_until_the_numbers_settle(clock: Callable[[Taken], None]) -
         main(["calibrate", "--device", "cpu"])
         return max(seen) + 1
 
-    assert rounds(lambda k, s, i: s) == calibrating.ROUNDS
-    assert calibrating.ROUNDS < rounds(lambda k, s, i: s * 2.0 ** -min(i, 8)) < calibrating.MOST
-    assert rounds(lambda k, s, i: s * 2.0**-i) == calibrating.MOST
+    assert rounds(lambda k, s, i: s) == calibrate.ROUNDS
+    assert calibrate.ROUNDS < rounds(lambda k, s, i: s * 2.0 ** -min(i, 8)) < calibrate.MOST
+    assert rounds(lambda k, s, i: s * 2.0**-i) == calibrate.MOST
 
 
 @pytest.mark.parametrize("name", MACHINES)
@@ -271,7 +272,7 @@ def test_the_table_is_plausible(name: str) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_folder_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, full: bool) -> None:
     """A full disk, or a file in the folder's place: what was measured is shown, and what was there before stays."""
-    monkeypatch.setattr(calibrating, "measure", lambda device, say: SLOW)
+    monkeypatch.setattr(calibrate, "measure", lambda device, say: SLOW)
     folder = tmp_path / "cache"
     monkeypatch.setenv("PEFT_FX_CACHE_DIR", str(folder))
     if full:

@@ -17,10 +17,11 @@ from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
 from bench.variants import FLOORS
-from peft_fx import configs, estimates
+from peft_fx import estimates
+from peft_fx.cli import configs
+from peft_fx.cli.estimate import without_mask
 from peft_fx.estimating import VARIANTS, WITHIN
 from peft_fx.passes.decide.machine import MACHINES
-from peft_fx.sizing import without_mask
 from zoo.models import Setup, make_base, make_batch, precision, with_adapters
 
 # ---------------------------------------------------------------------------------------------- what was measured

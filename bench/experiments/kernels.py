@@ -32,10 +32,10 @@ from bench.experiments.steps import setup_options, setups_of
 from bench.figures import COLOURS, bars, bars_of, save
 from bench.results import request, unique
 from bench.variants import CHECKPOINTED, VARIANTS
+from peft_fx.cli.estimate import without_mask
+from peft_fx.cli.terminal import Problem
 from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine
-from peft_fx.sizing import without_mask
-from peft_fx.terminal import Problem
 from zoo.models import Setup, make_base, make_batch, setup_of
 
 Kernel = dict[str, Any]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import peft_fx
-from peft_fx import configs
+from peft_fx.cli import configs
+from peft_fx.cli.terminal import Problem, check_writable, progress, silence_others
 from peft_fx.reports import Report
-from peft_fx.terminal import Problem, check_writable, progress, silence_others
 
 DESCRIPTION = """\
 Says what peft_fx makes of a model: each adapter with the form chosen for it and why, what is refused and why, and the

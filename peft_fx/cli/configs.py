@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from peft_fx.budgeting import parse_budget
+from peft_fx.cli.terminal import Problem, require
 from peft_fx.options import PREFIX, parse
 from peft_fx.retargeting import DEVICES
-from peft_fx.terminal import Problem, require
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = ("all-linear", "attention")

@@ -18,9 +18,9 @@ import torch
 from tabulate import tabulate
 
 from peft_fx import machines
+from peft_fx.cli.terminal import Say, progress
 from peft_fx.measuring import clock_of
 from peft_fx.passes.decide.machine import DTYPES, Machine, Speed, implausible
-from peft_fx.terminal import Say, progress
 
 Run = Callable[[], object]
 

@@ -21,12 +21,12 @@ from tabulate import tabulate
 
 import peft_fx
 from peft_fx import compat, machines
+from peft_fx.cli.configs import budget, positive
+from peft_fx.cli.terminal import Problem, require, silence_others
 from peft_fx.compiling import is_disabled
-from peft_fx.configs import budget, positive
 from peft_fx.measuring import Memory, memory_of, quartiles, times_in_turn
 from peft_fx.options import CHOICES
 from peft_fx.passes.decide.machine import DTYPES
-from peft_fx.terminal import Problem, require, silence_others
 
 EAGER, INDUCTOR, OURS, FROZEN = "PEFT, eager", "PEFT, Inductor", "PEFT, peft_fx", "no adapters, Inductor"
 WITHIN = "PEFT, peft_fx in a budget"  # where one is asked for
