@@ -24,8 +24,9 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import peft_fx
+from peft_fx.curing import TABLE
 from peft_fx.passes.analyse.merged import ALREADY
-from peft_fx.preparing import TABLE, curable
+from peft_fx.preparing import curable
 from tests import joint
 from tests.oracle import weight_form
 from tests.peft_models import adapt, llama_config
