@@ -20,8 +20,8 @@ from peft_fx.__main__ import main, parser
 from peft_fx.cli import configs
 from peft_fx.cli.terminal import Problem
 from peft_fx.estimates import Estimate, Row
-from peft_fx.estimating import LeftOut
 from peft_fx.passes import pipeline
+from peft_fx.variants import LeftOut
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 128}
 

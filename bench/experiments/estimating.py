@@ -17,11 +17,11 @@ from bench.experiment import Experiment, Request, Row, Say, Session, option
 from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
 from bench.variants import FLOORS
-from peft_fx import estimates
 from peft_fx.cli import configs
 from peft_fx.cli.estimate import without_mask
-from peft_fx.estimating import VARIANTS, WITHIN
+from peft_fx.estimates import Estimate, joined
 from peft_fx.passes.decide.machine import MACHINES
+from peft_fx.variants import VARIANTS, WITHIN
 from zoo.models import Setup, make_base, make_batch, precision, with_adapters
 
 # ---------------------------------------------------------------------------------------------- what was measured
@@ -35,8 +35,7 @@ def _measured(args: Namespace, session: Session) -> list[Row]:
     def estimated(asked: Request, say: Say) -> Row:
         return {"measured": sizes[json.dumps(asked)], "estimated": _estimated(asked)}
 
-    requests = [asked for asked, _ in found]
-    return session.measure(requests, estimated, only=requests)
+    return session.measure(requests := [asked for asked, _ in found], estimated, only=requests)
 
 
 def measured_in(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -121,13 +120,13 @@ def _of_config(asked: Request, say: Say) -> Row:
     return {"estimated": found.to_dict(), "adapted_bytes": sum(layers), "largest_bytes": max(layers)}
 
 
-def _of(rows: Iterable[Row]) -> dict[tuple[str, str], estimates.Estimate]:
+def _of(rows: Iterable[Row]) -> dict[tuple[str, str], Estimate]:
     """The estimate for all T, by model and machine."""
-    found: dict[tuple[str, str], list[estimates.Estimate]] = {}
+    found: dict[tuple[str, str], list[Estimate]] = {}
     for row in sorted(rows, key=lambda row: (row["model"], row["machine"], row["tokens"])):
         told = found.setdefault((row["model"], row["machine"]), [])
-        told.append(estimates.Estimate.from_dict(row["estimated"]))
-    return {about: estimates.joined(told) for about, told in found.items()}
+        told.append(Estimate.from_dict(row["estimated"]))
+    return {about: joined(told) for about, told in found.items()}
 
 
 def _peaks(rows: Iterable[Row], style: str) -> str:

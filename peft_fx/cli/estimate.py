@@ -17,8 +17,8 @@ from peft_fx.budgeting import OPTIMIZERS
 from peft_fx.cli import configs
 from peft_fx.cli.terminal import Problem, Say, check_writable, progress, require, silence_others
 from peft_fx.estimates import Estimate, joined, unit_of
-from peft_fx.estimating import EXACT, VARIANTS, WITHIN, LeftOut, by_preparation
 from peft_fx.options import parse
+from peft_fx.variants import EXACT, VARIANTS, WITHIN, LeftOut, by_preparation
 
 DESCRIPTION = """\
 Peak memory and time of a training step, before any GPU is rented: PEFT by Inductor alone, by peft_fx, with checkpoints,

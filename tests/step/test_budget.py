@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from peft_fx import estimating
+from peft_fx import variants
 from peft_fx.passes.analyse.flow import is_tangent
 from peft_fx.passes.graph.editor import SAVE
 from peft_fx.passes.graph.nodes import aten
@@ -174,7 +174,7 @@ def test_what_layers_hand_on_is_what_a_checkpoint_keeps(model: str, streams: int
 def test_layers_by_themselves_reach_less_than_all_at_once() -> None:
     """What is told of at any price can be held, and by what layers hand on the least of a deep model is lower."""
     choices = choices_of_a_model("roberta", layers=6, hidden=128, tokens=512, vocab=512)
-    told = [choices.of(choices.at(price / choices.machine.bandwidth)) for price in estimating.PRICES[1:]]
+    told = [choices.of(choices.at(price / choices.machine.bandwidth)) for price in variants.PRICES[1:]]
     least = choices.within(0)
     assert least.peak <= min(choice.peak for choice in told)
     assert least.peak < replace(choices, handed_on=frozenset()).within(0).peak
