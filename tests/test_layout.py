@@ -16,6 +16,8 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "passes").rglob("*.py"))
 ROOMS = sorted({p.parent.relative_to(ROOT / "passes") for p in FILES})
+BESIDES = sorted({p.parent.name for p in (ROOT / "peft_fx").glob("*/__init__.py")} - {"passes"})
+FOLDERS = [*(ROOT / "passes" / room for room in ROOMS), *(ROOT / "peft_fx" / name for name in BESIDES)]
 EDITING = re.compile(
     r"\.(erase_node|replace_all_uses_with|replace_input_with|inserting_before|inserting_after|prepend|node_copy)\("
     r"|graph\.call_function\("
@@ -28,18 +30,26 @@ def test_every_folder_is_installed() -> None:
     told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     names = {".".join(("peft_fx.passes", *room.parts)): "/".join(("passes", *room.parts)) for room in ROOMS}
     assert {n: d for n, d in told["package-dir"].items() if n != "peft_fx"} == names
-    assert set(names) <= set(told["packages"])
+    assert set(told["packages"]) == {"peft_fx", *(f"peft_fx.{name}" for name in BESIDES), *names}
     assert all((ROOT / folder / "__init__.py").is_file() for folder in names.values())
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=str)
-def test_the_map_of_a_folder_has_its_files(room: Path) -> None:
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_the_map_of_a_folder_has_its_files(folder: Path) -> None:
     """Each file and each folder in it, and none besides."""
-    told = (ROOT / "passes" / room / "__init__.py").read_text().partition('"""')[2].partition('"""')[0]
+    told = (folder / "__init__.py").read_text().partition('"""')[2].partition('"""')[0]
     listed = re.findall(r"^ {0,4}(\w+(?:\.py|/))\s", told, re.M)
-    files = {p.name for p in FILES if p.parent == ROOT / "passes" / room} - {"__init__.py"}
-    folders = {f"{r.name}/" for r in ROOMS if r.parts and r.parent == room}
+    files = {p.name for p in folder.glob("*.py")} - {"__init__.py"}
+    folders = {f"{p.parent.name}/" for p in folder.glob("*/__init__.py")}
     assert sorted(listed) == sorted(files | folders)
+
+
+def test_the_map_of_the_package_has_its_files() -> None:
+    """docs/developing.md: each module and each folder of peft_fx/, once."""
+    told = (ROOT / "docs" / "developing.md").read_text().partition("| in `peft_fx/`")[2].partition("\n\n")[0]
+    package = ROOT / "peft_fx"
+    modules = {p.stem for p in package.glob("*.py") if not p.stem.startswith("__")}
+    assert sorted(re.findall(r"`([a-z_]+/?)`", told)) == sorted(modules | {f"{name}/" for name in BESIDES})
 
 
 def test_only_the_editor_edits() -> None:
