@@ -24,7 +24,7 @@ from peft_fx.step.budget import Choices, Held
 from tests import joint, peft_models
 from tests.oracle import EAGER, assert_bit_equal, integers, run
 from tests.step.choices import MODELS, STEP, K, N, R, held_at_least, traced, x_of
-from tests.test_backend import ROOT, key, python
+from tests.stepping import ROOT, key, python
 from zoo.models import make_base, make_batch, setup_of, with_adapters
 
 HALF = torch._functorch.config.patch(activation_memory_budget=0.5)

@@ -17,7 +17,7 @@ import peft_fx
 from peft_fx import compiling, machines
 from peft_fx.options import Options
 from tests.oracle import WEIGHT, assert_bit_equal, run, weight_form
-from tests.test_backend import ROOT, key, python
+from tests.stepping import ROOT, key, python
 from tests.test_surroundings import BOTH, Net, every_layer, forms, made
 
 

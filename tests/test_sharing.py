@@ -16,7 +16,7 @@ from peft_fx import sharing
 from peft_fx.records import Record, records_of
 from tests.oracle import EAGER
 from tests.spellings import frozen, trained
-from tests.test_backend import Injected
+from tests.stepping import Injected
 
 K, N, R, T = 16, 48, 2, 64
 BYTES = 4

@@ -31,7 +31,19 @@ SETS = {
     "newest torch": ["torch==2.14.1"],
     "newest of all": [],
 }
-TESTS = ["compat", "backend", "explain", "peft", "main_job", "trainers", "distributed", "examples"]
+TESTS = [
+    "compat",
+    "backend",
+    "options",
+    "keys",
+    "budgeting",
+    "explain",
+    "peft",
+    "main_job",
+    "trainers",
+    "distributed",
+    "examples",
+]
 PACKAGES = ["torch", "transformers", "peft", "accelerate", "trl"]
 HEAD = """# Compatibility
 
