@@ -11,16 +11,18 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+import peft_fx
 from peft_fx import compat, compiling, inductor_passes
 from peft_fx.options import parse
 from peft_fx.passes.analyse.flow import Role
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.records import Record
-from tests.oracle import Run, run, weight_form
+from tests.oracle import Run, assert_bit_equal, run, weight_form
 from tests.spellings import K, Stack, x
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -91,3 +93,16 @@ class Noting(compat.CustomGraphPass):  # type: ignore[misc]
 
     def uuid(self) -> str:
         return "noting"
+
+
+def assert_falls_back(make: Callable[[], nn.Module] = Stack, because: str = "") -> None:
+    """One warning, the untouched graph's bits, and a report that says so."""
+    with pytest.warns(RuntimeWarning, match=r"^peft_fx") as caught:
+        got, f = step(make)
+    assert [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)] == [str(caught[0].message)]
+    assert because in str(caught[0].message)
+    assert_bit_equal(got, plain_step(make))
+    report = peft_fx.explain(f)
+    assert len(report.failures) == 1
+    assert because in report.failures[0]
+    assert (report.sites, report.refusals) == ([], [])

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.fx import Graph, Node
 
 import peft_fx
 from peft_fx.passes import pipeline
 from peft_fx.passes.analyse import find
 from peft_fx.passes.decide import price
 from peft_fx.passes.graph import joint as joints
-from peft_fx.passes.graph.nodes import CAST, aten, is_random, value
 from peft_fx.passes.keep import chains, in_place_reads
 from peft_fx.passes.rewrite import merge_sums
 from peft_fx.records import records_of
 from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
 from tests.peft_models import adapt, mlp
 from tests.spellings import Case, K, Stack, lora, scale_right, x
-from tests.stepping import T, boom, plain, plain_step, python, step
+from tests.stepping import T, assert_falls_back, boom, plain, plain_step, python, step
 
 # ---------------------------------------------------------------------------------------------------------- disabled
 
@@ -61,19 +58,6 @@ FAULTS = {
 }
 
 
-def assert_falls_back(make: Callable[[], nn.Module] = Stack, because: str = "") -> None:
-    """One warning, the untouched graph's bits, and a report that says so."""
-    with pytest.warns(RuntimeWarning, match=r"^peft_fx") as caught:
-        got, f = step(make)
-    assert [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)] == [str(caught[0].message)]
-    assert because in str(caught[0].message)
-    assert_bit_equal(got, plain_step(make))
-    report = peft_fx.explain(f)
-    assert len(report.failures) == 1
-    assert because in report.failures[0]
-    assert (report.sites, report.refusals) == ([], [])
-
-
 @pytest.mark.parametrize(("where", "name"), FAULTS.values(), ids=FAULTS)
 def test_a_failure_of_ours_is_one_warning(where: Any, name: str, monkeypatch) -> None:
     """Whatever stage fails, training goes on with the untouched graph."""
@@ -99,99 +83,6 @@ def test_a_failure_of_ours_is_told_by_explain(monkeypatch) -> None:
     report = peft_fx.explain(Stack(), *x(*T)())
     assert report.failures == ["Injected: on purpose"]
     assert "Injected: on purpose" in str(report)
-
-
-Break = Callable[[Graph, list[Node]], None]
-BREAKS: dict[str, tuple[Break, str]] = {}
-
-
-def breaks(what: str) -> Callable[[Break], Break]:
-    def note(change: Break) -> Break:
-        BREAKS[change.__name__] = change, what
-        return change
-
-    return note
-
-
-def output_of(graph: Graph) -> Node:
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    return output
-
-
-@breaks("")
-def wrong_dtype_inside(graph: Graph, added: list[Node]) -> None:
-    cast = next(n for n in added if n.target is CAST)
-    cast.args = (cast.args[0], torch.float16)
-
-
-@breaks("")
-def wrong_shape_inside(graph: Graph, added: list[Node]) -> None:
-    merge = next(n for n in added if n.target is aten.mm.default)
-    merge.meta["val"] = value(merge)[1:]
-
-
-@breaks("outputs")
-def wrong_dtype_of_an_output(graph: Graph, added: list[Node]) -> None:
-    output = output_of(graph)
-    with graph.inserting_before(output):
-        cast = graph.call_function(CAST, (output.args[0][0], torch.float64))
-    cast.meta["val"] = value(output.args[0][0]).double()
-    output.args = ((cast, *output.args[0][1:]),)
-
-
-@breaks("outputs")
-def gradient_dropped(graph: Graph, added: list[Node]) -> None:
-    output = output_of(graph)
-    last = max(i for i, n in enumerate(output.args[0]) if n is not None)
-    output.args = (tuple(None if i == last else n for i, n in enumerate(output.args[0])),)
-
-
-@breaks("outputs")
-def output_dropped(graph: Graph, added: list[Node]) -> None:
-    output = output_of(graph)
-    output.args = (tuple(output.args[0][:-1]),)
-
-
-@breaks("outputs")
-def outputs_exchanged(graph: Graph, added: list[Node]) -> None:
-    output = output_of(graph)
-    output.args = (tuple(output.args[0][::-1]),)
-
-
-@breaks("the graph is not well-formed")
-def used_before_it_is_made(graph: Graph, added: list[Node]) -> None:
-    graph.output_node().prepend(next(n for n in added if n.users))
-
-
-@breaks("effects")
-def random_draw_dropped(graph: Graph, added: list[Node]) -> None:
-    draw = next(n for n in graph.nodes if is_random(n))
-    with graph.inserting_before(draw):
-        same = graph.call_function(aten.full.default, (list(value(draw).shape), 0.5))
-    same.meta["val"] = value(draw)
-    draw.replace_all_uses_with(same)
-    graph.erase_node(draw)
-
-
-class WithNoise(Stack):
-    """A random draw outside of the adapters."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + torch.rand_like(x))
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_broken_graph_is_not_used(name: str, monkeypatch) -> None:
-    """What a wrong pass leaves behind is found before Inductor sees it."""
-    change, what = BREAKS[name]
-    verify = pipeline.verify
-
-    def verify_broken(graph: Graph, before: Any, fake_mode: Any) -> None:
-        change(graph, [n for n in graph.nodes if n.op == "call_function" and n not in before.reads])
-        verify(graph, before, fake_mode)
-
-    monkeypatch.setattr(pipeline, "verify", verify_broken)
-    assert_falls_back(WithNoise, f"VerificationError: {what}")
 
 
 # ----------------------------------------------------------------------------------------------- entry point, logging
