@@ -23,9 +23,9 @@ from peft_fx.options import Options, parse
 from peft_fx.passes.findings import Outcome
 from peft_fx.preparing import curable
 from peft_fx.records import Record, noting_calls, parameters_of, records_of
-from peft_fx.regional import renamed
 from peft_fx.reports import Report
 from peft_fx.retargeting import Retarget, RetargetedPass, device_of
+from peft_fx.subgraphs import renamed
 from peft_fx.tracing import (
     CPU,
     IDLE,

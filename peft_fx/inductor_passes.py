@@ -33,7 +33,7 @@ from peft_fx.passes.keep.changed_inputs import snapshots
 from peft_fx.passes.loss.body import is_body
 from peft_fx.passes.verify import no_stale_reads
 from peft_fx.records import Record
-from peft_fx.regional import matching, renamed
+from peft_fx.subgraphs import matching, renamed
 
 log = logging.getLogger("peft_fx")
 

@@ -19,7 +19,7 @@ from peft_fx import budgeting, compat, sharing
 from peft_fx.options import Options
 from peft_fx.passes.analyse.flow import Role
 from peft_fx.passes.findings import Outcome, Settings
-from peft_fx.regional import Subgraph, subgraphs_of
+from peft_fx.subgraphs import Subgraph, subgraphs_of
 
 # The records of each parameter's compiles. Weak: a record lives as long as a model that it is about.
 _records: compat.WeakIdKeyDictionary = compat.WeakIdKeyDictionary()
