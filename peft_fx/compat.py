@@ -1,5 +1,5 @@
-"""Every private name of torch that the project needs, in one place, each with what it is for. tests/test_compat.py is
-their canary."""
+"""Every private name of torch that the project needs, in one place, each with what it is for.
+tests/peft_fx/test_compat.py is their canary."""
 
 from __future__ import annotations
 

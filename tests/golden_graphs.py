@@ -19,9 +19,9 @@ from torch.fx import Node
 
 import peft_fx
 from peft_fx.listing import line
-from tests import affine_spellings, joint, spellings
-from tests.oracle import Inputs
-from tests.peft_models import llama_config, mlp, tokens
+from tests.support import affine_spellings, joint, spellings
+from tests.support.oracle import Inputs
+from tests.support.peft_models import llama_config, mlp, tokens
 
 FOLDER = pathlib.Path(__file__).parent / "goldens"
 VERSION = "2.13.0"  # other versions of torch decompose and trace otherwise

@@ -101,7 +101,7 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in args.only:
         index = ["--extra-index-url", args.torch_index] if args.torch_index else []
-        files = [str(p) for t in TESTS if (p := ROOT / "tests" / f"test_{t}.py").exists()]
+        files = [str(p) for t in TESTS for p in (ROOT / "tests").rglob(f"test_{t}.py")]
         rows[name] = row(name, tests or files, index)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
         _, mark, rest = PAGE.read_text().partition("\n## ")  # what else is known stays

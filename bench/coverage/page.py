@@ -9,7 +9,7 @@ from typing import Any
 from bench import tables
 from bench.coverage.rows import TABLES, Entry
 from bench.experiment import Row
-from tests.oracle import GATE
+from tests.support.oracle import GATE
 
 FULL, ALREADY, PART, REFUSED, LEFT, FAILED, MISSING = ORDER = (
     "in weight form",

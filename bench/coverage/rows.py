@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 import peft_fx
 from peft_fx.measuring import median_times
 from peft_fx.passes.analyse.merged import ALREADY
-from tests.oracle import GATE, Run, errors, leaves, pooled, run, run_exactly, to_dtype
+from tests.support.oracle import GATE, Run, errors, leaves, pooled, run, run_exactly, to_dtype
 from zoo.architectures import ARCHITECTURES, Architecture
 from zoo.methods import METHODS, Method
 from zoo.noise import NOISE, disturb

@@ -15,7 +15,7 @@ from bench.experiments.steps import memory_requests, step_request
 from bench.results import FOLDER, Results, unique
 from bench.variants import CHECKPOINTED, LOSSES, WHOLE
 from peft_fx.cli.terminal import Problem
-from tests.rehearsing import rehearsal, rehearse
+from tests.support.rehearsing import rehearsal, rehearse
 from zoo.models import METHODS, setup_of
 
 DEPTHS = (1, 2)

@@ -4,5 +4,5 @@
 
 Every case is a plain torch program (`grammar.py`, its steps in `adapters.py` and `others.py`), traced to a joint graph,
 rewritten, and judged by `oracles.py`. One that fails is cut down to fewer lines and stored in `tests/fuzz_cases`, where
-`tests/test_fuzz.py` replays it for ever.
+`tests/project/test_fuzz.py` replays it for ever.
 """

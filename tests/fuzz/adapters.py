@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from math import prod
 
-from tests import row_ops, spellings
 from tests.fuzz.drafts import BF16, DIMS, F32, SCALES, Draft, Production
 from tests.fuzz.programs import BY_RANK, Step
+from tests.support import row_ops, spellings
 
 
 def adapted(d: Draft, v: str) -> Step:

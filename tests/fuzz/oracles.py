@@ -20,8 +20,8 @@ from torch.fx import Graph, GraphModule, Node
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.nodes import is_random
 from peft_fx.passes.keep import by_chunks
-from tests import joint
-from tests.oracle import Run, assert_bit_equal, integers, run, weight_form
+from tests.support import joint
+from tests.support.oracle import Run, assert_bit_equal, integers, run, weight_form
 
 EXACT = 2.0**50
 DRAWS, MORE = 3, 16

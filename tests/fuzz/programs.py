@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from tests import row_ops, spellings
+from tests.support import row_ops, spellings
 
 Shape = tuple[int, ...]
 BY_RANK: Mapping[int, tuple[Callable, ...]] = {

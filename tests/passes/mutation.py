@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests import affine_spellings, joint, spellings
-from tests.spellings import Case
+from tests.support import affine_spellings, joint, spellings
+from tests.support.spellings import Case
 
 K = 24  # square weights, so that a lost transpose still has the right shape
 

@@ -22,9 +22,9 @@ from peft_fx.passes.graph.joint import Joint
 from peft_fx.passes.graph.nodes import aten, prims, value
 from peft_fx.passes.keep import chains
 from peft_fx.passes.verify import VerificationError
-from tests import joint
-from tests.oracle import WEIGHT, assert_bit_equal, integers, run
-from tests.spellings import frozen, trained
+from tests.support import joint
+from tests.support.oracle import WEIGHT, assert_bit_equal, integers, run
+from tests.support.spellings import frozen, trained
 
 K, R = 16, 3
 

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes import pipeline
 from peft_fx.passes.graph.nodes import CAST, aten, is_random, value
-from tests.spellings import Stack
-from tests.stepping import assert_falls_back
+from tests.support.spellings import Stack
+from tests.support.stepping import assert_falls_back
 
 Break = Callable[[Graph, list[Node]], None]
 BREAKS: dict[str, tuple[Break, str]] = {}

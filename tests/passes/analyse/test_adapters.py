@@ -11,10 +11,10 @@ from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_fx.passes.findings import Outcome
-from tests import joint
-from tests.oracle import assert_bit_equal, integers, run, weight_form
-from tests.plain_models import MODELS
-from tests.spellings import K, Lora, N, R, scale_right, tensor, trained
+from tests.support import joint
+from tests.support.oracle import assert_bit_equal, integers, run, weight_form
+from tests.support.plain_models import MODELS
+from tests.support.spellings import K, Lora, N, R, scale_right, tensor, trained
 
 NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 

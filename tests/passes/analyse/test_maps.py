@@ -19,10 +19,10 @@ from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.nodes import PRODUCTS
 from peft_fx.passes.keep import by_chunks
-from tests import joint
-from tests.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
-from tests.oracle import WEIGHT, Run, assert_bit_equal, gate, integers, numbers, run, weight_form
-from tests.spellings import Case, K, N, frozen, trained
+from tests.support import joint
+from tests.support.affine_spellings import NEAR_MISSES, SPELLINGS, Spelling
+from tests.support.oracle import WEIGHT, Run, assert_bit_equal, gate, integers, numbers, run, weight_form
+from tests.support.spellings import Case, K, N, frozen, trained
 
 cases = pytest.mark.parametrize("case", SPELLINGS, ids=lambda case: case.id)
 near_misses = pytest.mark.parametrize("case", NEAR_MISSES, ids=lambda case: case.id)

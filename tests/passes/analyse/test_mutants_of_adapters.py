@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peft_fx.passes.analyse import refusals, regions, sums
-from tests import joint
 from tests.passes.mutation import K, Mutants
+from tests.support import joint
 
 
 class Layers(nn.Module):

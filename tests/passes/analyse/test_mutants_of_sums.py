@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from peft_fx.passes.analyse import regions, sums
 from peft_fx.passes.graph.nodes import is_rounded
-from tests import joint
 from tests.passes.mutation import K, Mutants
+from tests.support import joint
 
 MUTANTS = Mutants()
 

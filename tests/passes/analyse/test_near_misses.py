@@ -5,9 +5,9 @@ import torch
 
 import peft_fx
 from peft_fx.passes.findings import REFUSALS
-from tests import affine_spellings
-from tests.oracle import PAIR, Run, assert_bit_equal, gate, run, weight_form
-from tests.spellings import NEAR_MISSES, STRICT, Case
+from tests.support import affine_spellings
+from tests.support.oracle import PAIR, Run, assert_bit_equal, gate, run, weight_form
+from tests.support.spellings import NEAR_MISSES, STRICT, Case
 
 
 def compiled_run(case: Case) -> tuple[Run, torch.nn.Module]:
@@ -37,7 +37,7 @@ def test_every_code_has_a_near_miss():
     missed = {case.code for case in (*NEAR_MISSES, *affine_spellings.NEAR_MISSES)}
     untried = {code for code, why in REFUSALS.items() if code not in missed}
     elsewhere = {code for code in untried if REFUSALS[code].startswith(("of no adapter yet", "of a loss"))}
-    assert untried == elsewhere, "a code without a near miss in tests/spellings.py"
+    assert untried == elsewhere, "a code without a near miss in tests/support/spellings.py"
 
 
 def test_dtype_boundary_is_crossed_by_default():

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests import joint
-from tests.oracle import integers
-from tests.row_ops import OPS, Shape, fitting
-from tests.strategies import same_at_every_run
+from tests.support import joint
+from tests.support.oracle import integers
+from tests.support.row_ops import OPS, Shape, fitting
+from tests.support.strategies import same_at_every_run
 
 EXAMPLES = 50
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import peft_fx
-from tests.oracle import assert_bit_equal, integers, run, weight_form
-from tests.spellings import frozen, trained
+from tests.support.oracle import assert_bit_equal, integers, run, weight_form
+from tests.support.spellings import frozen, trained
 
 
 class Twice(nn.Module):

@@ -15,7 +15,7 @@ from peft_fx import compiling
 from peft_fx.passes.decide import price, regimes
 from peft_fx.passes.decide.regimes import MOST, Regimes, crossovers
 from peft_fx.records import records_of
-from tests.spellings import frozen, trained
+from tests.support.spellings import frozen, trained
 
 LENGTHS = (60, 100, 512, 2000, 4096, 8000)
 OPTIONS = {"peft_fx.lowering": "aot_eager", "peft_fx.machine": "cpu"}

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from peft_fx.passes.graph.nodes import aten
-from tests import joint
+from tests.support import joint
 
 
 def test_an_analysis_is_made_once_for_each_state() -> None:

@@ -23,8 +23,8 @@ from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.graph.nodes import CASTS, aten, is_tensor, value
 from peft_fx.passes.keep import by_chunks
 from peft_fx.retargeting import GPU
-from tests import joint
-from tests.oracle import gate, weight_form
+from tests.support import joint
+from tests.support.oracle import gate, weight_form
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SLOW = {"form": "weight", "machine": "avx2"}  # a machine that multiplies copies sooner than it reads in place

@@ -19,11 +19,11 @@ from peft_fx import compat
 from peft_fx.inputs import roles_in
 from peft_fx.passes.analyse.flow import Flow
 from peft_fx.passes.graph.nodes import aten, prims, value
-from tests import joint
-from tests.peft_models import VOCAB, adapt, llama_config, t5_config
-from tests.peft_models import layers as adapted
-from tests.peft_models import tokens as draw_tokens
-from tests.spellings import frozen, trained
+from tests.support import joint
+from tests.support.peft_models import VOCAB, adapt, llama_config, t5_config
+from tests.support.peft_models import layers as adapted
+from tests.support.peft_models import tokens as draw_tokens
+from tests.support.spellings import frozen, trained
 from zoo.architectures import named
 
 WEIGHT = {"peft_fx.form": "weight"}

@@ -19,8 +19,8 @@ from peft_fx.passes.graph.editor import REBUILD
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.keep import changed_inputs
 from peft_fx.passes.verify import VerificationError
-from tests import joint
-from tests.oracle import assert_bit_equal, integers, run, weight_form
+from tests.support import joint
+from tests.support.oracle import assert_bit_equal, integers, run, weight_form
 
 K, N, R, T = 12, 10, 3, 40
 

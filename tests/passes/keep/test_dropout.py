@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peft_fx
-from tests.peft_models import adapt, mlp
+from tests.support.peft_models import adapt, mlp
 
 pytestmark = pytest.mark.slow
 

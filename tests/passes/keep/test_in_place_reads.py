@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from peft_fx.passes.graph.nodes import aten, value
-from tests import joint
-from tests.oracle import PAIR, gate, weight_form
-from tests.spellings import K, N, frozen, trained
+from tests.support import joint
+from tests.support.oracle import PAIR, gate, weight_form
+from tests.support.spellings import K, N, frozen, trained
 
 T, R = 80, 4
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from peft_fx.passes.graph.nodes import aten, shape
 from peft_fx.passes.keep import dense_grads
-from tests import joint
 from tests.passes.mutation import K, Mutants
+from tests.support import joint
 
 MUTANTS = Mutants()
 

@@ -21,10 +21,10 @@ from peft_fx.inputs import roles_in
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.keep import approximation, policies
 from peft_fx.passes.keep.policies import POLICIES
-from tests import joint, oracle
 from tests.passes.keep import test_chains
-from tests.peft_models import adapt, mlp
-from tests.spellings import frozen, trained
+from tests.support import joint, oracle
+from tests.support.peft_models import adapt, mlp
+from tests.support.spellings import frozen, trained
 
 T, H, N, R = 96, 64, 80, 4
 LOSSY = tuple(POLICIES)

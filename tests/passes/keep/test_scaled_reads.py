@@ -11,9 +11,9 @@ from torch.fx import Graph, Node
 
 from peft_fx.passes.graph.nodes import aten, is_number, value
 from peft_fx.passes.keep import scaled_reads
-from tests import joint
-from tests.oracle import assert_bit_equal, gate, integers, run, to_dtype, weight_form
-from tests.spellings import Lora, scale_right, x
+from tests.support import joint
+from tests.support.oracle import assert_bit_equal, gate, integers, run, to_dtype, weight_form
+from tests.support.spellings import Lora, scale_right, x
 
 T = 640  # so many that a pass over [T,N] takes longer than two over narrow results
 FORMS = pytest.mark.parametrize("form", ["weight", "activation"])

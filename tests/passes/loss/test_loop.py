@@ -21,10 +21,10 @@ from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.loss import chunking
 from peft_fx.records import records_of
-from tests import joint, losses, peft_models
-from tests.losses import LOSSES, Head, K, T, V
-from tests.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype
-from tests.strategies import same_at_every_run
+from tests.support import joint, losses, peft_models
+from tests.support.losses import LOSSES, Head, K, T, V
+from tests.support.oracle import EAGER, Inputs, Run, assert_no_worse, exact, pooled, run, shuffle, to_dtype
+from tests.support.strategies import same_at_every_run
 from zoo.architectures import made
 
 BF16 = torch.bfloat16

@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.loss import chunking, loop, row_rules
-from tests import joint, losses
 from tests.passes.mutation import Mutants
+from tests.support import joint, losses
 
 MUTANTS = Mutants()
 

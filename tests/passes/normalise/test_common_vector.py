@@ -15,8 +15,8 @@ from torch.fx import Graph, Node
 from peft_fx.passes.findings import Settings
 from peft_fx.passes.graph.nodes import PRODUCTS, aten
 from peft_fx.passes.normalise import common_vector, vector_sums
-from tests import joint
-from tests.spellings import K, N, frozen, trained
+from tests.support import joint
+from tests.support.spellings import K, N, frozen, trained
 
 T, R = 200, 4
 Spell = Callable[[Any, Tensor], Tensor]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peft_fx
-from tests.oracle import Run, assert_no_worse, pooled, run, shuffle, to_dtype, weight_form
+from tests.support.oracle import Run, assert_no_worse, pooled, run, shuffle, to_dtype, weight_form
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -11,9 +11,9 @@ from torch.fx import Graph
 
 from peft_fx.passes.graph.nodes import PRODUCTS, aten
 from peft_fx.passes.normalise.identities import one_hot_sums
-from tests import joint, losses
-from tests.losses import LOSSES, Head, V
-from tests.spellings import K, N, frozen, trained
+from tests.support import joint, losses
+from tests.support.losses import LOSSES, Head, V
+from tests.support.spellings import K, N, frozen, trained
 
 T, R = 80, 4
 

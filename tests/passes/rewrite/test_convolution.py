@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import peft_fx
 from peft_fx.passes.graph.nodes import aten
-from tests import joint
-from tests.oracle import assert_bit_equal, gate, integers, run, weight_form
-from tests.spellings import frozen, trained
+from tests.support import joint
+from tests.support.oracle import assert_bit_equal, gate, integers, run, weight_form
+from tests.support.spellings import frozen, trained
 
 CHANNELS, OUT, R, S = 6, 10, 2, 2.0
 SETTINGS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {  # image, kernel, the rest

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peft_fx
-from tests.oracle import assert_bit_equal, gate, integers, run, weight_form
-from tests.spellings import Lora, frozen, scale_right, trained
+from tests.support.oracle import assert_bit_equal, gate, integers, run, weight_form
+from tests.support.spellings import Lora, frozen, scale_right, trained
 
 V, N, R = 40, 24, 3
 

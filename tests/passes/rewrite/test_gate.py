@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peft_fx
-from tests.oracle import EAGER, PAIR, gate, to_dtype
-from tests.spellings import BF16, Lora, frozen, linear, peft_casts, trained
-from tests.strategies import same_at_every_run
+from tests.support.oracle import EAGER, PAIR, gate, to_dtype
+from tests.support.spellings import BF16, Lora, frozen, linear, peft_casts, trained
+from tests.support.strategies import same_at_every_run
 
 EXAMPLES = 3  # of each setting
 FP32, FP16 = torch.float32, torch.float16

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 
 import peft_fx
 from peft_fx.passes.graph.nodes import ORDERED, PRODUCTS, value
-from tests.joint import equal, trace
-from tests.spellings import BF16, K, Lora, N, scale_right
+from tests.support.joint import equal, trace
+from tests.support.spellings import BF16, K, Lora, N, scale_right
 
 T = 128
 LOOPS, UNITS = "avx2", "cpu"  # machines without units of bfloat16, and with them

@@ -8,8 +8,8 @@ import torch
 
 import peft_fx
 from peft_fx.passes.rewrite import merge_sums
-from tests.oracle import PAIR, assert_bit_equal, exact, gate, integers, run, to_dtype, weight_form
-from tests.spellings import ANY_RANK, SPELLINGS, Case, K, Lora, N, R, Stack, lora, x
+from tests.support.oracle import PAIR, assert_bit_equal, exact, gate, integers, run, to_dtype, weight_form
+from tests.support.spellings import ANY_RANK, SPELLINGS, Case, K, Lora, N, R, Stack, lora, x
 
 cases = pytest.mark.parametrize("case", SPELLINGS, ids=lambda case: case.id)
 

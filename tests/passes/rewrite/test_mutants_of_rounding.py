@@ -12,8 +12,8 @@ from torch.fx import Node
 from peft_fx.passes.graph import editor
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.passes.rewrite import rounding
-from tests import dither
 from tests.passes.mutation import Mutants
+from tests.support import dither
 
 MUTANTS = Mutants()
 

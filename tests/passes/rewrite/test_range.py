@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.affine_spellings import Layer
-from tests.oracle import gate, run, signs, to_dtype, weight_form
-from tests.spellings import Lora, linear, peft_casts, scale_right
+from tests.support.affine_spellings import Layer
+from tests.support.oracle import gate, run, signs, to_dtype, weight_form
+from tests.support.spellings import Lora, linear, peft_casts, scale_right
 
 FP16, FP32 = torch.float16, torch.float32
 K, T = 64, 96

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from peft_fx.passes.graph.nodes import aten, prims
-from tests import affine_spellings, dither, joint, spellings
-from tests.affine_spellings import Layer
-from tests.dither import HALVES, PROPERTIES
-from tests.oracle import gate, run, weight_form
-from tests.spellings import BF16, Lora, frozen, peft_casts
+from tests.support import affine_spellings, dither, joint, spellings
+from tests.support.affine_spellings import Layer
+from tests.support.dither import HALVES, PROPERTIES
+from tests.support.oracle import gate, run, weight_form
+from tests.support.spellings import BF16, Lora, frozen, peft_casts
 
 DITHERED = {"peft_fx.rounding": "dithered"}
 K = 64

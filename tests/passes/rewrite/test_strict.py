@@ -12,9 +12,9 @@ from torch.fx import Graph
 
 from peft_fx.passes.findings import Outcome
 from peft_fx.passes.graph.nodes import PRODUCTS, aten, shape, value
-from tests import joint
-from tests.affine_spellings import Layer
-from tests.spellings import BF16, Lora, TwoAdapters, linear, peft_casts, scale_right
+from tests.support import joint
+from tests.support.affine_spellings import Layer
+from tests.support.spellings import BF16, Lora, TwoAdapters, linear, peft_casts, scale_right
 
 T, K, N, R = 53, 24, 40, 4  # T is no size of a parameter
 FP16, FP32 = torch.float16, torch.float32

@@ -1,0 +1,1 @@
+"""What tests share: models and spellings, joint graphs, oracles, steps."""

@@ -1,0 +1,1 @@
+"""Whole training runs: PEFT, trainers, architectures, several processes, examples."""
