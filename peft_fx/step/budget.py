@@ -16,7 +16,6 @@ partitioner or a pass has said to keep. What a pass or a checkpoint has said to 
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import asdict, dataclass, replace
@@ -350,11 +349,14 @@ def _earliest(
     """What is kept where of the values kept before a turn or after it, not both, as few turn as are enough, the first
     of the graph's order first: else all of them. There is no walk of what is none or all of them."""
     changed = sorted(before ^ after)
-
-    def turned(count: int) -> frozenset[Node]:
-        return before.symmetric_difference(changed[:count])
-
-    return turned(1 + bisect.bisect_left(range(1, len(changed)), True, key=lambda count: is_enough(turned(count))))
+    low, high = 0, len(changed)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if is_enough(before.symmetric_difference(changed[:middle])):
+            high = middle
+        else:
+            low = middle
+    return before.symmetric_difference(changed[:high])
 
 
 def _capacity(seconds: float) -> int:

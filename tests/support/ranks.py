@@ -42,7 +42,8 @@ def model() -> nn.Module:
 
 
 def within(budget: int) -> dict:
-    return WEIGHT | {"peft_fx.memory_budget": budget, "peft_fx.memory_budget_of": "step"}
+    """On the table's CPU, so that the least is the same wherever this runs."""
+    return WEIGHT | {"peft_fx.machine": "cpu", "peft_fx.memory_budget": budget, "peft_fx.memory_budget_of": "step"}
 
 
 def blocks(m: nn.Module) -> list[Block]:
@@ -80,7 +81,7 @@ def data_parallel(options: dict = WEIGHT, **settings: float) -> Result:
 
 
 def data_parallel_in_a_budget() -> Result:
-    return data_parallel(within(165_000))
+    return data_parallel(within(180_000))
 
 
 def in_buckets(options: dict = WEIGHT) -> Result:
@@ -129,7 +130,7 @@ def sharded(options: dict = WEIGHT) -> Result:
 
 def sharded_in_a_budget() -> Result:
     """Which the blocks of a rank share."""
-    return sharded(within(165_000))
+    return sharded(within(180_000))
 
 
 def tensor_parallel() -> Result:
