@@ -24,8 +24,9 @@ from peft_fx.passes.decide.machine import Machine
 from peft_fx.passes.pipeline import without_collection
 from peft_fx.sharing import Around
 from peft_fx.sources import between_layers
-from peft_fx.step.budget import Choices, Held, base_of
+from peft_fx.step.budget import Choices, Held
 from peft_fx.step.kinds import bytes_of
+from peft_fx.step.repeats import base_of
 
 log = logging.getLogger("peft_fx")
 

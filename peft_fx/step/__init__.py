@@ -8,5 +8,6 @@ memory.py    what is alive at each of them
 traced.py    a step of graphs that were split in two: bytes by component, seconds, other depths and lengths
 halves.py    a joint graph as forward and backward, for a given set of values kept
 cut.py       the least cut of a network
+repeats.py   what may be made again
 budget.py    which values to keep, so that a step fits a number of bytes
 """

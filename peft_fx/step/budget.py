@@ -23,25 +23,22 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointPolicy
 
 from peft_fx.passes.analyse.algebra import Size
 from peft_fx.passes.analyse.flow import leading_to
 from peft_fx.passes.decide.machine import Machine
-from peft_fx.passes.graph.editor import SAVE
-from peft_fx.passes.graph.nodes import argument, is_mutable, is_random, value
+from peft_fx.passes.graph.nodes import value
 from peft_fx.step.cut import ENDLESS, Network
 from peft_fx.step.fusion import Known
 from peft_fx.step.halves import Sides, Taken, taken
-from peft_fx.step.kinds import ATTENTION, ITEM, NONE, SCATTERS, VIEW, bytes_of, kind_of, name_of
+from peft_fx.step.kinds import ITEM, NONE, VIEW, bytes_of, kind_of
+from peft_fx.step.repeats import base_of, is_repeatable, is_repeated, is_saved
 from peft_fx.step.seconds import seconds_of
 
-PURE = {"aten", "prims"}  # of other libraries' ops it is not known what else they do
 FEW = 0.02  # of the bytes kept: turns that free less are taken together
 EXACT = 1e-9  # of a sum of seconds: two that differ by less are one
 LEAST = 1e-15  # seconds a byte: what costs nothing to make again is not kept
 UNIT = 1e15  # of seconds: a flow of whole numbers is exact
-REPEATED = {CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE}
 
 
 @dataclass(frozen=True)
@@ -294,13 +291,13 @@ class Choices:
         if isinstance(value(node), torch.SymInt):
             return 0.0
         single = isinstance(value(node), torch.Tensor) and (kind_of(node) != VIEW or is_saved(node))
-        return float(self.times * bytes_of(node, self.hint)) if single and not _is_repeated(node) else math.inf
+        return float(self.times * bytes_of(node, self.hint)) if single and not is_repeated(node) else math.inf
 
     def _seconds(self, node: Node) -> float:
         """Of making a value again; infinite where that must not be."""
         if is_saved(node):
             return math.inf
-        if node in self.free or _is_repeated(node) or kind_of(node) in (VIEW, ITEM, NONE):
+        if node in self.free or is_repeated(node) or kind_of(node) in (VIEW, ITEM, NONE):
             return 0.0
         return self.times * seconds_of(node, self.hint, self.machine) if is_repeatable(node) else math.inf
 
@@ -333,7 +330,7 @@ class Choices:
                 self._parts.append((node, network.edge(KEPT, made), network.edge(made, there)))
                 always += [network.edge(end, made) for end in read]
                 ends[node] = [there]
-            if node in self.sides.reads or (_is_repeated(node) and "ac_graph_id" in node.meta):
+            if node in self.sides.reads or (is_repeated(node) and "ac_graph_id" in node.meta):
                 always += [network.edge(end, BACKWARD) for end in ends[node]]  # the latter whether or not it is read
         self._always = [0] * len(network.ends)
         for edge in always:
@@ -361,33 +358,3 @@ def _earliest(
 
 def _capacity(seconds: float) -> int:
     return round(seconds * UNIT) if seconds < math.inf else ENDLESS
-
-
-def _is_repeated(node: Node) -> bool:
-    """Whether a pass or a checkpoint has said to make a value again."""
-    return node.meta.get("recompute") in REPEATED
-
-
-def base_of(node: Node) -> Node:
-    """What a view is of: that is what is kept."""
-    while kind_of(node) == VIEW and not is_saved(node):
-        (node, *_) = node.all_input_nodes
-    return node
-
-
-def is_saved(node: Node) -> bool:
-    """Whether a pass or the partitioner has said to keep a value, where backward reads it: a copy of what forward then
-    writes looks like nothing but another view of it."""
-    return node.meta.get("recompute") is SAVE
-
-
-def is_repeatable(node: Node) -> bool:
-    """Whether an op gives the same once more, and does nothing else."""
-    target = node.target
-    if getattr(target, "_schema", None) is None or is_mutable(node) or is_saved(node):
-        return False
-    if name_of(node) == "convolution" and node.all_input_nodes[0].op == "placeholder":
-        return False  # Inductor would keep the image and the weight as it lays them out for it, more than it makes
-    if is_random(node):
-        return ATTENTION in name_of(node) and argument(node, "dropout_p") == 0
-    return getattr(target, "namespace", "") in PURE and name_of(node) not in SCATTERS

@@ -20,9 +20,10 @@ from peft_fx.passes.analyse.flow import is_tangent
 from peft_fx.passes.graph.editor import SAVE
 from peft_fx.passes.graph.nodes import aten
 from peft_fx.step import halves
-from peft_fx.step.budget import Choice, Choices, is_repeatable
+from peft_fx.step.budget import Choice, Choices
 from peft_fx.step.fusion import Fused, outputs
 from peft_fx.step.memory import walk
+from peft_fx.step.repeats import is_repeatable
 from tests.peft_fx.step.choices import MODELS, K, choices_in, choices_of, choices_of_a_model, split, traced, x_of
 from tests.support import joint
 from tests.support.spellings import trained
