@@ -4,6 +4,7 @@
         where k is the smallest side   lost = inner / k
         where it is m or n             lost = outer / min(m, n), of a vector none: that is a pass over the matrix
     seconds of a pass over memory      bytes / bandwidth + launch
+    seconds of a copy                  bytes read / bandwidth + bytes written / stores + launch
 
 So a low-rank product costs more than its share of the peak, as if its rank were `inner` (or `outer`) longer. Of the
 products that decide between the forms, `T·(r + inner)·N` and `K·(r + inner)·N`, the rank cancels all the same.
@@ -75,6 +76,11 @@ class Machine:
     def one_pass(self, bytes_: int) -> float:
         """Seconds of reading and writing so many bytes in one kernel."""
         return bytes_ / self.bandwidth + self.launch
+
+    def copy(self, read: int, written: int) -> float:
+        """Seconds of reading so many bytes and writing others to new memory. A CPU gets that page by page: two cores of
+        an EPYC write a copy at 6 GB/s, and at 100 where it was there before; in a step it is about a product's rate."""
+        return read / self.bandwidth + written / (self.stores or self.bandwidth) + self.launch
 
     def at_once(self) -> Machine:
         """The same device if nothing took any time to start."""

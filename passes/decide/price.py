@@ -185,7 +185,8 @@ def _pairs(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dt
 def _copies(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype, batch: int = 1) -> Price:
     """The same from a copy in the adapter's dtype."""
     total = product(m, T, k, r, wide, batch) + product(m, k, T, r, wide, batch)
-    return total + one_pass(m, batch * T * k * (half.itemsize + wide.itemsize))
+    read, written = (batch * T * k * dtype.itemsize for dtype in (half, wide))
+    return total + Price(m.copy(read, written), 0, read + written)
 
 
 def reads_in_place(m: Machine, T: int, k: int, r: int, half: torch.dtype, wide: torch.dtype) -> bool:

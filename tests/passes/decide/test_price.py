@@ -123,6 +123,23 @@ def test_reading_in_place_is_priced() -> None:
     assert price.reads(machine(1.0), s, in_place=True) == price.reads(machine(1.0), s, in_place=False)
 
 
+def test_a_copy_is_new_memory() -> None:
+    """What is written takes a CPU as long as a product's results do; a GPU no longer than any pass."""
+    m = Machine("m", ((FP32, Speed(1.0)),), bandwidth=8.0, launch=1.0, stores=2.0)
+    assert m.copy(16, 32) == 16 / 8 + 32 / 2 + 1
+    assert replace(m, stores=0.0).copy(16, 32) == m.one_pass(48)
+    s = lora(1000, 800, 600, 10, BF16, FP32)
+    quick = replace(m, stores=8.0, speeds=((FP32, Speed(1e30)),))
+    slow = replace(quick, stores=2.0)
+    products = sum(
+        price.product(of, *sizes, FP32).seconds * sign
+        for of, sign in ((slow, 1), (quick, -1))
+        for sizes in ((1000, 800, 10), (800, 1000, 10))
+    )
+    dearer = price.reads(slow, s, in_place=False).seconds - price.reads(quick, s, in_place=False).seconds
+    assert dearer - products == 4 * 1000 * 800 * (1 / 2 - 1 / 8)
+
+
 @pytest.mark.parametrize("name", MACHINES)
 @pytest.mark.parametrize("r", [2, 16, 256])
 @pytest.mark.parametrize("side", [64, 512, 4096])
