@@ -20,7 +20,7 @@ from peft_fx import compat, sharing
 from peft_fx.frames import with_room
 from peft_fx.graphs import copy_module
 from peft_fx.inductor_passes import AdapterPass, PassError, patches_for
-from peft_fx.inductor_passes import source_digest as source_digest
+from peft_fx.inductor_passes import source_digest as source_digest  # asked for here from outside
 from peft_fx.inputs import fake_inputs, roles_of
 from peft_fx.options import Options, parse
 from peft_fx.records import Record, noting_calls, remember, reset

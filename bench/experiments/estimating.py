@@ -18,7 +18,6 @@ from bench.report import KNOWN
 from bench.results import FOLDER, ROOT, request
 from bench.variants import FLOORS
 from peft_fx.cli import configs
-from peft_fx.cli.estimate import without_mask
 from peft_fx.estimates import Estimate, joined
 from peft_fx.passes.decide.machine import MACHINES
 from peft_fx.variants import VARIANTS, WITHIN
@@ -35,7 +34,8 @@ def _measured(args: Namespace, session: Session) -> list[Row]:
     def estimated(asked: Request, say: Say) -> Row:
         return {"measured": sizes[json.dumps(asked)], "estimated": _estimated(asked)}
 
-    return session.measure(requests := [asked for asked, _ in found], estimated, only=requests)
+    requests = [asked for asked, _ in found]
+    return session.measure(requests, estimated, only=requests)
 
 
 def measured_in(content: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -113,7 +113,7 @@ def _long(args: Namespace, session: Session) -> list[Row]:
 
 
 def _of_config(asked: Request, say: Say) -> Row:
-    model = without_mask(configs.adapted_model(MODELS / f"{asked['model']}.json"))
+    model = configs.without_mask(configs.adapted_model(MODELS / f"{asked['model']}.json"))
     batch = configs.batch_of(model, asked["tokens"])
     found = peft_fx.estimate(model, machine=asked["machine"], variants=asked["variants"], **batch)
     layers = [m.base_layer.weight.nbytes for m in model.modules() if hasattr(m, "base_layer")]

@@ -32,7 +32,7 @@ from bench.experiments.steps import setup_options, setups_of
 from bench.figures import COLOURS, bars, bars_of, save
 from bench.results import request, unique
 from bench.variants import CHECKPOINTED, VARIANTS
-from peft_fx.cli.estimate import without_mask
+from peft_fx.cli.configs import without_mask
 from peft_fx.cli.terminal import Problem
 from peft_fx.kernels import narrow
 from peft_fx.passes.decide.machine import MACHINES, Machine

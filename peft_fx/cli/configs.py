@@ -22,6 +22,7 @@ from peft_fx.retargeting import DEVICES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TARGETS = ("all-linear", "attention")
+CAUSAL = "peft_fx_causal"  # attention without a mask
 # in this order: what a configuration that names no architecture of transformers' is taken for
 AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel")
 
@@ -150,6 +151,19 @@ def _first_line(error: Exception) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- command line
+
+
+def without_mask(model: Any) -> Any:
+    """The model with attention that is causal by itself. Compiled, transformers' own would make a mask of T×T."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not getattr(
+        model.config, "is_encoder_decoder", False
+    ):
+        model.config._attn_implementation = CAUSAL
+    return model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,7 +41,6 @@ examples:
 
 exit status: 0; 2 where something is missing or wrong
 """
-CAUSAL = "peft_fx_causal"  # attention without a mask
 
 
 def add_command(commands: Any) -> None:
@@ -152,7 +151,7 @@ def _tell(lines: Any) -> None:
 def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: Say | None = None) -> Estimate:
     """The estimate of variants that share one prepared model."""
     silence_others()
-    model = without_mask(configs.model_of(args))
+    model = configs.without_mask(configs.model_of(args))
     chosen = {"options": configs.options_of(args), "device": args.device, "optimizer": args.optimizer}
     batch = configs.batch_of(model, args.seq[0], args.batch)
     try:
@@ -163,19 +162,6 @@ def _estimate(args: argparse.Namespace, names: Sequence[str], asked: bool, say: 
         return Estimate([], "", dict.fromkeys(names, str(why.__cause__)))
     except ValueError as error:
         raise Problem(str(error)) from error
-
-
-def without_mask(model: Any) -> Any:
-    """The model with attention that is causal by itself. Compiled, transformers' own would make a mask of T×T."""
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    if getattr(model.config, "_attn_implementation", None) == "sdpa" and not getattr(
-        model.config, "is_encoder_decoder", False
-    ):
-        model.config._attn_implementation = CAUSAL
-    return model
 
 
 def _conclusions(estimate: Estimate, memory: float | None) -> str:

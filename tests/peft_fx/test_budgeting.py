@@ -21,8 +21,8 @@ from peft_fx.options import parse
 from peft_fx.records import records_of
 from peft_fx.step import budget, halves
 from peft_fx.step.budget import Choices, Held
-from tests.peft_fx.step.choices import MODELS, STEP, K, N, R, held_at_least, traced, x_of
 from tests.support import joint, peft_models
+from tests.support.choices import MODELS, STEP, K, N, R, held_at_least, traced, x_of
 from tests.support.oracle import EAGER, assert_bit_equal, integers, run
 from tests.support.stepping import ROOT, key, python
 from zoo.models import make_base, make_batch, setup_of, with_adapters
@@ -217,7 +217,7 @@ TWICE = """
     import peft_fx
     from peft_fx.records import records_of
     from tests.support.oracle import integers, run
-    from tests.peft_fx.step.choices import MODELS, STEP, x_of
+    from tests.support.choices import MODELS, STEP, x_of
 
     model = integers(MODELS["plain"](), 0, bound=1)
     warnings.filterwarnings("ignore", "peft_fx cannot hold")

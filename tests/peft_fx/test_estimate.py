@@ -14,7 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import peft_fx
 from peft_fx import compat, estimating
-from peft_fx.cli.estimate import lengths, without_mask
+from peft_fx.cli.configs import without_mask
+from peft_fx.cli.estimate import lengths
 from peft_fx.estimates import Estimate, Row, quickest
 from peft_fx.measuring import memory_of
 from peft_fx.passes.decide.machine import MACHINES

@@ -24,8 +24,8 @@ from peft_fx.step.budget import Choice, Choices
 from peft_fx.step.fusion import Fused, outputs
 from peft_fx.step.memory import walk
 from peft_fx.step.repeats import is_repeatable
-from tests.peft_fx.step.choices import MODELS, K, choices_in, choices_of, choices_of_a_model, split, traced, x_of
 from tests.support import joint
+from tests.support.choices import MODELS, K, choices_in, choices_of, choices_of_a_model, split, traced, x_of
 from tests.support.spellings import trained
 
 
